@@ -1,0 +1,58 @@
+"""The main job over several seeds, and the marginal schedule at equal training iterations (equal gradient evaluations, so equal time).
+
+    python benchmarks/main_job.py
+
+prints a Markdown table and writes benchmarks/main_job.json. Each run is a process of its own.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+QUICKSTART = HERE.parent / "examples" / "quickstart.py"
+
+
+def run(schedule: str, seed: int, extra: list[str]) -> dict[str, object]:
+    """Results of one run of the main job."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(QUICKSTART), "--schedule", schedule, "--seed", str(seed), "--out", folder, *extra]
+        subprocess.run(command, check=True)
+        return json.loads((Path(folder) / "results.json").read_text())
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and range."""
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--schedules", nargs="+", default=["cosine", "marginal"])
+    args, extra = parser.parse_known_args()
+    results: dict[str, list[dict]] = {}
+    for seed in args.seeds:
+        for schedule in args.schedules:
+            results.setdefault(schedule, []).append(run(schedule, seed, extra))
+    (HERE / "main_job.json").write_text(json.dumps(results, indent=2) + "\n")
+    print("\n| prior | FD | closure | training, s | memory, GiB |\n|---|---|---|---|---|")
+    first = results[args.schedules[0]]
+    for i, row in enumerate(first[0]["rows"][:-1]):
+        rows = [result["rows"][i] for result in first]
+        name = row["name"].split(",")[0] + (" at its best temperature" if "," in row["name"] else "")
+        print(f"| {name} | {spread([r['distance'] for r in rows], 2)} | {spread([r['closure'] for r in rows], 3)} | | |")
+    for schedule, runs in results.items():
+        rows = [result["rows"][-1] for result in runs]
+        print(
+            f"| ours, `{schedule}` | {spread([r['distance'] for r in rows], 2)} | {spread([r['closure'] for r in rows], 3)} "
+            f"| {spread([r['training_seconds'] for r in runs], 0)} | {spread([r['memory_gib'] for r in runs], 2)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The main job: learn a diffusion EBM prior for a pretrained hierarchical VAE of Fashion-MNIST, and see what it is worth.
+
+    python3 examples/quickstart.py
+
+makes its own environment, trains the prior (about 7 minutes on 2 cores), prints a table and writes to examples/output: samples.png (real images,
+reconstructions, Gaussian samples, ours), training.png, prior.safetensors and results.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bootstrap import run_in_environment
+
+run_in_environment(__file__)
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from classifier import load_classifier
+from fashion_mnist import load_subset
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, TrainingRecord
+from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
+from hvae_ebm_prior.evaluation import EvaluationRow, evaluate
+
+HERE = Path(__file__).parent
+SCHEDULES = {"cosine": DiffusionSchedule.cosine(3), "ddpm": DiffusionSchedule.ddpm(3), "marginal": DiffusionSchedule.marginal()}
+
+
+def make_prior(schedule: str = "cosine", seed: int = 0) -> DiffusionEBMPrior:
+    """An untrained prior over the committed HVAE."""
+    model = HVAE.load(HERE / "data" / "hvae.safetensors").to(memory_format=torch.channels_last)
+    torch.manual_seed(seed)  # initial weights of the energies
+    return DiffusionEBMPrior(HVAEAdapter(model), schedule=SCHEDULES[schedule])
+
+
+def save_samples(path: Path, prior: DiffusionEBMPrior, images: Tensor, generator: torch.Generator, columns: int = 12) -> None:
+    """Four rows of images: real, reconstruction, Gaussian prior, ours."""
+    real = images[:columns]
+    with torch.no_grad():
+        rows = {
+            "real": real,
+            "reconstruction": prior.decode(prior.encode(real, generator=generator)),
+            "Gaussian prior": prior.decode(torch.randn(2 * columns, prior.dim, generator=generator)),
+            "ours": prior.sample(2 * columns, generator=generator),
+        }
+    strips = [(name, strip) for name, batch in rows.items() for strip in batch.split(columns)]
+    figure, axes = plt.subplots(len(strips), 1, figsize=(columns * 0.75, len(strips) * 0.8))
+    for axis, (name, strip) in zip(axes, strips, strict=True):
+        axis.imshow(torch.cat(list(strip[:, 0]), dim=1), cmap="gray", vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def save_training(path: Path, history: list[TrainingRecord]) -> None:
+    """Loss, and energy gap of every level, over the iterations."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    iterations = [record.iteration for record in history]
+    above.plot(iterations, [record.loss for record in history], linewidth=0.7)
+    above.set(ylabel="loss, nats")
+    for t in range(len(history[0].gaps)):
+        below.plot(iterations, [record.gaps[t] for record in history], linewidth=0.7, label=f"t = {t}")
+    below.set(xlabel="iteration", ylabel="energy gap, nats")
+    below.legend()
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def peak_memory_gib() -> float:
+    """Largest memory this process has held, NaN where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def table(rows: list[EvaluationRow]) -> str:
+    """The rows as text."""
+    lines = [f"{'':28}{'FD':>8}{'closure':>9}{'seconds':>9}"]
+    lines += [f"{row.name:28}{row.distance:8.2f}{row.closure:9.3f}{row.seconds:9.1f}" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=1000, help="training steps")
+    parser.add_argument("--learning-rate", type=float, default=None, help="instead of the default of TrainingConfig")
+    parser.add_argument("--images", type=int, default=2000, help="held-out images, and samples of each prior, for the table; at most 2000")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "output")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    generator = torch.Generator().manual_seed(args.seed)
+    train_images, _ = load_subset("train")
+    test_images = load_subset("test")[0][: args.images]
+    prior = make_prior(args.schedule, args.seed)
+
+    start = time.monotonic()
+    history = prior.fit(train_images, iterations=args.iterations, learning_rate=args.learning_rate, generator=generator, progress=True)
+    seconds = time.monotonic() - start
+    save_file(prior.state_dict(), args.out / "prior.safetensors")
+    save_training(args.out / "training.png", history)
+    save_samples(args.out / "samples.png", prior, test_images, generator)
+
+    rows = evaluate(prior, test_images, train_images, load_classifier().features, generator=generator)
+    memory = peak_memory_gib()
+    print(f"\n{table(rows)}\n\n{args.iterations} iterations in {seconds:.0f} s, {memory:.1f} GiB of memory at most; pictures in {args.out}")
+    results = {
+        "seed": args.seed,
+        "schedule": args.schedule,
+        "iterations": args.iterations,
+        "training_seconds": seconds,
+        "memory_gib": memory,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

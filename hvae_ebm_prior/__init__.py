@@ -1,0 +1,22 @@
+"""Good samples out of a trained hierarchical VAE: conditional energy-based diffusion priors in its noise space."""
+
+from .backbone import BackboneAdapter
+from .energy import EnergyConfig
+from .langevin import ChainDiverged, LangevinConfig, langevin_update
+from .prior import DiffusionEBMPrior
+from .schedule import DiffusionSchedule
+from .training import TrainingConfig, TrainingDiverged, TrainingRecord
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackboneAdapter",
+    "ChainDiverged",
+    "DiffusionEBMPrior",
+    "DiffusionSchedule",
+    "EnergyConfig",
+    "LangevinConfig",
+    "TrainingConfig",
+    "TrainingDiverged",
+    "TrainingRecord",
+    "langevin_update",
+]

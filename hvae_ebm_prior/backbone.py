@@ -1,0 +1,274 @@
+"""A backbone is a coroutine of Gaussian layers; everything the prior needs of it is derived here.
+
+An adapter's `top_down` yields each layer's Gaussian (mean_i, std_i), top to bottom, and is sent the latent z_i drawn for it. Driving that one
+generator gives the uni-scale reparameterisation T: u -> z (Eq. 15) and its inverse,
+
+    z_i = mean_i(z_<i) + std_i(z_<i) u_i,     u_i = (z_i - mean_i) / std_i,     log|det dT/du| = sum_i sum log std_i,
+
+under which the backbone's prior over all layers is u ~ N(0, I). u is one flat tensor (N, D), all layers packed top to bottom; z is a tuple of
+tensors, one per layer.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import einops
+import torch
+from torch import Tensor, nn
+
+# Draws layer i's latent from its index, mean and std.
+DrawLatent = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class BackboneAdapter(Protocol):
+    """What a hierarchical VAE must offer; a plain object, not a module. See the module's text."""
+
+    def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
+        """Yield (mean, std), each (batch_size, *shape), of every latent; receive z; return the features that `decode` needs."""
+
+    def infer(self, images: Tensor) -> Sequence[Tensor]:
+        """One posterior draw z ~ q(z|x) per layer, top to bottom, for images (N, C, H, W) in [0, 1]; may use the global generators."""
+
+    def decode(self, features: Any) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] from the features that `top_down` returned."""
+
+
+class NoiseTransform:
+    """T: u -> z of one backbone, with its inverse and log-determinant.
+
+    Args:
+        adapter: the backbone.
+
+    Attributes:
+        latent_shapes: shapes of the latents without batch, top to bottom.
+        device: device of the latents, read when the transform is made.
+        dtype: dtype of the latents, likewise.
+
+    Raises:
+        TypeError: `adapter` lacks a method, or does not yield pairs of floating-point tensors.
+        ValueError: a layer's mean and std are of wrong shape, not finite or not positive, or there is no layer.
+    """
+
+    def __init__(self, adapter: BackboneAdapter) -> None:
+        missing = [name for name in ("top_down", "infer", "decode") if not callable(getattr(adapter, name, None))]
+        if missing:
+            raise TypeError(
+                f"{type(adapter).__name__} is not a backbone adapter: it has no method {', '.join(missing)}; wrap the model in one of "
+                "hvae_ebm_prior.adapters, or write an adapter with top_down, infer and decode"
+            )
+        self.adapter = adapter
+        shapes: list[torch.Size] = []
+
+        def record(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            if mean.ndim < 2 or len(mean) != 2:
+                raise ValueError(f"layer {i}: the backbone was asked for a batch of 2, expected mean of shape (2, ...), got {tuple(mean.shape)}")
+            check_gaussian(i, mean, std)
+            shapes.append(mean.shape[1:])
+            self.device, self.dtype = mean.device, mean.dtype
+            return mean
+
+        with torch.no_grad():
+            drive(adapter, 2, record)
+        if not shapes:
+            raise ValueError(f"{type(adapter).__name__}.top_down ended without yielding a layer; it must yield (mean, std) once per latent")
+        self.latent_shapes = tuple(tuple(shape) for shape in shapes)
+
+    @property
+    def dim(self) -> int:
+        """Total number of latent dimensions D."""
+        return sum(math.prod(shape) for shape in self.latent_shapes)
+
+    def split(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Per-layer views (N, *latent_shapes[i]) of `u` (N, D)."""
+        return tuple(einops.unpack(u, list(self.latent_shapes), "n *"))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Pack per-layer tensors (N, *latent_shapes[i]) into one (N, D); the inverse of `split`."""
+        self.check_layers(parts, "layers to join")
+        return einops.pack(parts, "n *")[0]
+
+    def to_latents(self, u: Tensor) -> tuple[Tensor, ...]:
+        """T: latents z, one tensor per layer, from noise `u` (N, D). Stops after the last latent: the decoder's tail is not run."""
+        parts, latents = self.split(u), []
+
+        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            latents.append(mean + std * parts[i])
+            return latents[-1].to(mean.dtype)
+
+        self._walk(len(u), draw)
+        return tuple(latents)
+
+    def to_noise(self, z: Sequence[Tensor]) -> Tensor:
+        """T⁻¹: noise u (N, D) of the latents `z`, in one teacher-forced pass.
+
+        Args:
+            z: one tensor (N, *latent_shapes[i]) per layer.
+
+        Returns:
+            u, shape (N, D).
+
+        Raises:
+            ValueError: a latent has the wrong shape, or a std is not positive.
+        """
+        self.check_layers(z, "latents")
+        parts: list[Tensor] = []
+
+        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            check_gaussian(i, mean, std)
+            parts.append((z[i] - mean) / std)
+            return z[i].to(mean.dtype)
+
+        self._walk(len(z[0]), draw)
+        return self.join(parts)
+
+    def log_abs_det(self, u: Tensor) -> Tensor:
+        """log|det dT/du| in nats, shape (N,), at `u` (N, D)."""
+        parts, total = self.split(u), u.new_zeros(len(u))
+
+        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            nonlocal total
+            check_gaussian(i, mean, std)
+            total = total + std.log().flatten(1).sum(1)
+            return (mean + std * parts[i]).to(mean.dtype)
+
+        self._walk(len(u), draw)
+        return total
+
+    def decode(self, u: Tensor) -> Tensor:
+        """The backbone's images (N, C, H, W) for noise `u` (N, D)."""
+        parts = self.split(u)
+        features = self._walk(len(u), lambda i, mean, std: (mean + std * parts[i]).to(mean.dtype), to_end=True)
+        return self.adapter.decode(features)
+
+    def check_layers(self, parts: Sequence[Tensor], what: str) -> None:
+        """Raise ValueError unless `parts` holds one tensor (N, *latent_shapes[i]) per layer, all with the same N."""
+        shapes = [tuple(part.shape) for part in parts]
+        if len(shapes) != len(self.latent_shapes) or any(
+            shape != (shapes[0][:1] + expected) for shape, expected in zip(shapes, self.latent_shapes, strict=False)
+        ):
+            raise ValueError(f"{what}: expected {[('N', *shape) for shape in self.latent_shapes]} from top to bottom, got {shapes}")
+
+    def _walk(self, batch_size: int, draw: DrawLatent, *, to_end: bool = False) -> Any:
+        """Drive the backbone through all its latents, then to the end for its features, or not."""
+        name, layers = f"{type(self.adapter).__name__}.top_down", len(self.latent_shapes)
+
+        def checked(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            if i == layers or tuple(mean.shape) != (batch_size, *self.latent_shapes[i]):
+                shapes = [("N", *shape) for shape in self.latent_shapes]
+                raise ValueError(f"{name}: expected the shapes {shapes} of its first call, got {tuple(mean.shape)} as layer {i}")
+            return draw(i, mean, std)
+
+        drawn, features = drive(self.adapter, batch_size, checked, stop_after=None if to_end else layers)
+        if drawn < layers:
+            raise ValueError(f"{name}: expected {layers} layers as at its first call, got {drawn}; it must yield the same number every time")
+        return features
+
+
+def drive(adapter: BackboneAdapter, batch_size: int, draw: DrawLatent, stop_after: int | None = None) -> tuple[int, Any]:
+    """Run an adapter's coroutine with `draw` for each layer's latent.
+
+    Args:
+        adapter: the backbone.
+        batch_size: number of samples N.
+        draw: called with a layer's index, mean and std; returns its latent.
+        stop_after: close the coroutine after that many latents; None runs it to its end.
+
+    Returns:
+        The number of latents drawn, and what the coroutine returned (None where it was closed).
+
+    Raises:
+        TypeError: `top_down` is no generator function, or yields something else than two floating-point tensors.
+        ValueError: a layer's mean and std differ in shape.
+    """
+    name = f"{type(adapter).__name__}.top_down"
+    coroutine = adapter.top_down(batch_size)
+    if not isinstance(coroutine, Generator):
+        raise TypeError(f"{name} must be a generator function that yields (mean, std), got one that returns {type(coroutine).__name__}")
+    drawn = 0
+    try:
+        gaussian = next(coroutine)
+        while True:
+            if not (isinstance(gaussian, tuple) and [isinstance(part, Tensor) and part.is_floating_point() for part in gaussian] == [True, True]):
+                raise TypeError(f"{name}, layer {drawn}: expected a tuple (mean, std) of two floating-point tensors, got {describe(gaussian)}")
+            mean, std = gaussian
+            if mean.shape != std.shape:
+                raise ValueError(f"{name}, layer {drawn}: mean and std must have one shape, got {tuple(mean.shape)} and {tuple(std.shape)}")
+            z = draw(drawn, mean, std)
+            drawn += 1
+            if drawn == stop_after:
+                return drawn, None
+            gaussian = coroutine.send(z)
+    except StopIteration as stop:
+        return drawn, stop.value
+    finally:
+        coroutine.close()
+
+
+def describe(value: Any) -> str:
+    """A short description of what came instead of what was expected."""
+    if isinstance(value, Tensor):
+        return f"one tensor of {value.dtype}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of ({', '.join(describe(part) for part in value)})"
+    return type(value).__name__
+
+
+def check_gaussian(i: int, mean: Tensor, std: Tensor) -> None:
+    """Raise ValueError unless layer i's mean is finite and its std positive and finite."""
+    if not bool(torch.isfinite(mean).all()):
+        raise ValueError(f"layer {i}: the backbone's mean is not finite; check its weights and that it is in eval mode")
+    if not bool((torch.isfinite(std) & (std > 0)).all()):
+        raise ValueError(
+            f"layer {i}: the backbone's std must be positive and finite, got values from {std.min().item():.3g} to {std.max().item():.3g}; "
+            "yield the standard deviation, not its logarithm"
+        )
+
+
+# How many priors hold each module frozen, and the flags to restore when the last one lets go.
+_held: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def freeze(adapter: BackboneAdapter) -> Callable[[], None]:
+    """Put the modules behind `adapter` in eval mode without parameter gradients.
+
+    Args:
+        adapter: the backbone; its modules are itself, or the values (or lists, tuples and dicts of values) of its attributes.
+
+    Returns:
+        A function that restores every training flag and requires_grad; where several priors froze one backbone, the last call does.
+    """
+    modules = list(backbone_modules(adapter))
+    for module in modules:
+        if module not in _held:
+            _held[module] = [0, [(m, m.training) for m in module.modules()], [(p, p.requires_grad) for p in module.parameters()]]
+        _held[module][0] += 1
+        module.eval().requires_grad_(False)
+
+    def release() -> None:
+        for module in modules:
+            _held[module][0] -= 1
+            if _held[module][0] == 0:
+                _, training, gradients = _held.pop(module)
+                for part, flag in training:
+                    part.training = flag
+                for parameter, flag in gradients:
+                    parameter.requires_grad_(flag)
+
+    return release
+
+
+def backbone_modules(adapter: BackboneAdapter) -> Iterator[nn.Module]:
+    """The modules behind an adapter, each once."""
+    if isinstance(adapter, nn.Module):
+        yield adapter
+        return
+    seen: set[int] = set()
+    for value in getattr(adapter, "__dict__", {}).values():
+        members = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        for module in members:
+            if isinstance(module, nn.Module) and id(module) not in seen:
+                seen.add(id(module))
+                yield module

@@ -1,0 +1,62 @@
+"""Settings by name: ours, and those of the published code for its two NVAE benchmarks.
+
+    preset = PRESETS["paper-cifar10"]
+    prior = DiffusionEBMPrior(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
+    prior.fit(images, training=preset.training)
+
+The published settings have T = 3, Euler steps s_t = b^2 (sigma_bar_t/sigma_bar_0) sigma_{t+1}^2 from u_{t+1}, networks that stand for F = f/s_t
+(so the loss is divided by s_t), no kernel term at t = T-1, spectral norm, no moving average and no clipping.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .energy import EnergyConfig
+from .langevin import LangevinConfig
+from .schedule import DiffusionSchedule
+from .training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All settings of a prior and its training.
+
+    Attributes:
+        schedule: noise levels.
+        langevin: the chains.
+        energy: the networks.
+        training: the optimiser.
+    """
+
+    schedule: DiffusionSchedule
+    langevin: LangevinConfig
+    energy: EnergyConfig
+    training: TrainingConfig
+
+
+def published(steps: int, step_size: float, width: int, batch_size: int, epoch_decay: float) -> Preset:
+    """Settings of the published code, which differ between its benchmarks in the arguments only."""
+    return Preset(
+        schedule=DiffusionSchedule.ddpm(3),
+        langevin=LangevinConfig(steps, step_size, integrator="euler", step_rule="published", kernel_at_top=False),
+        energy=EnergyConfig(width=width, spectral_norm=True),
+        training=TrainingConfig(
+            batch_size=batch_size,
+            learning_rate=4e-5,
+            betas=(0.99, 0.999),
+            weight_decay=3e-5,
+            warmup=0,
+            final_learning_rate=1.0,
+            epoch_decay=epoch_decay,
+            clip_norm=math.inf,
+            ema_decay=0.0,
+            gap_limit=math.inf,
+        ),
+    )
+
+
+PRESETS = {
+    "default": Preset(DiffusionSchedule.cosine(3), LangevinConfig(), EnergyConfig(), TrainingConfig()),
+    "paper-cifar10": published(steps=50, step_size=3e-5, width=128, batch_size=50, epoch_decay=0.9),
+    "paper-celebahq256": published(steps=30, step_size=2e-5, width=64, batch_size=4, epoch_decay=0.98),
+}

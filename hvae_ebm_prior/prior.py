@@ -1,0 +1,401 @@
+"""The diffusion energy-based prior: backbone + schedule + energies.
+
+On top of a frozen hierarchical VAE, T conditional energy-based priors p(u_t | u_{t+1}) in the noise space u are learned by recovery likelihood
+(Alg. 1 of Cui & Han, 2024) and sampled one after the other from u_T ~ N(0, I) (Alg. 2):
+
+    loss(u_t, u_{t+1}) = F(T(u_t^-), t) - F(T(u_t), t),     u_t^- by Langevin steps on p(. | u_{t+1})
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .backbone import BackboneAdapter, NoiseTransform, freeze
+from .energy import EnergyConfig, build_energies
+from .langevin import ChainDiverged, LangevinConfig, langevin_chain, published_step
+from .schedule import DiffusionSchedule
+from .streams import SampleStreams, draw_seeds, seeded
+from .validation import check_count, check_fixed, check_images, check_levels, check_noise, check_temperature
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    from .training import Callback, TrainingConfig, TrainingRecord
+
+DEFAULT_SCHEDULE = DiffusionSchedule.cosine(3)
+# Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded.
+CHUNK_DIMENSIONS = 2**18
+
+
+class DiffusionEBMPrior(nn.Module):
+    """A learned prior for a hierarchical VAE. Its parameters and state dict are the energies alone.
+
+    Args:
+        backbone: the trained model's adapter; its modules are put in eval mode without gradients until `release` is called or the prior is
+            garbage collected.
+        schedule: noise levels of the diffusion.
+        langevin: how each conditional prior is sampled.
+        energy: settings of the default energy networks, or the user's own, one per layer; see `build_energies`.
+
+    Raises:
+        TypeError: `backbone` is not an adapter, or an argument is of the wrong type.
+        ValueError: the backbone or an energy network breaks its contract, or the published step rule meets a noise-free first level.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneAdapter,
+        *,
+        schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
+        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        for name, value, kind in (("schedule", schedule, DiffusionSchedule), ("langevin", langevin, LangevinConfig)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        if langevin.step_rule == "published" and schedule.sigma_bar[0] == 0:
+            raise ValueError("the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm")
+        release = freeze(backbone)
+        try:
+            self._transform = NoiseTransform(backbone)
+            self.energies = build_energies(energy, self._transform.latent_shapes, schedule.steps, self._transform.device)
+        except BaseException:
+            release()
+            raise
+        self.schedule = schedule
+        self.langevin = langevin
+        self._release = weakref.finalize(self, release)
+        self._release.atexit = False
+        self.eval()
+
+    @property
+    def transform(self) -> NoiseTransform:
+        """T: u -> z of the backbone."""
+        if not self._release.alive:
+            raise RuntimeError("this prior has released its backbone; make a new DiffusionEBMPrior and load the state dict into it")
+        return self._transform
+
+    @property
+    def backbone(self) -> BackboneAdapter:
+        """The adapter this prior was made with."""
+        return self.transform.adapter
+
+    def release(self) -> None:
+        """Let the backbone go: its training flags and requires_grad are as they were before. The prior cannot be used afterwards."""
+        self._release()
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the latents without batch, top to bottom."""
+        return self._transform.latent_shapes
+
+    @property
+    def dim(self) -> int:
+        """Total number of latent dimensions D."""
+        return self._transform.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the energies, where noise is drawn; the backbone's own where they have no parameters."""
+        return next((parameter.device for parameter in self.parameters()), self._transform.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the energies, in which u is kept; the backbone's own where they have no parameters."""
+        return next((parameter.dtype for parameter in self.parameters()), self._transform.dtype)
+
+    # Transforms.
+
+    def to_latents(self, u: Tensor) -> tuple[Tensor, ...]:
+        """T: latents z, one tensor (N, *latent_shapes[i]) per layer, of noise `u` (N, D)."""
+        check_noise(u, self.dim, self.device)
+        return self.transform.to_latents(u)
+
+    def to_noise(self, z: Sequence[Tensor]) -> Tensor:
+        """T⁻¹: noise (N, D) of the latents `z`, one tensor (N, *latent_shapes[i]) per layer."""
+        return self.transform.to_noise(z)
+
+    def log_abs_det(self, u: Tensor) -> Tensor:
+        """log|det dT/du| in nats, (N,), at noise `u` (N, D)."""
+        check_noise(u, self.dim, self.device)
+        return self.transform.log_abs_det(u)
+
+    def split(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Per-layer views (N, *latent_shapes[i]) of noise `u` (N, D)."""
+        check_noise(u, self.dim, u.device if isinstance(u, Tensor) else self.device)
+        return self.transform.split(u)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Pack per-layer tensors (N, *latent_shapes[i]) into one (N, D); the inverse of `split`."""
+        return self.transform.join(parts)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """A posterior draw z ~ q(z|x) as noise u = T⁻¹(z).
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            generator: source of the posterior noise; None takes torch's global generators.
+
+        Returns:
+            Noise (N, D).
+
+        Raises:
+            TypeError: images are not floating-point.
+            ValueError: images or the backbone's latents have a wrong shape or range, or are not finite.
+        """
+        check_images(images)
+        seed = contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device)
+        with seed:
+            z = self.transform.adapter.infer(images)
+        u = self.transform.to_noise(z).to(self.dtype)
+        if not bool(torch.isfinite(u).all()):
+            raise ValueError("the backbone's posterior draws are not finite; check its weights and that images suit it")
+        return u
+
+    def decode(self, u: Tensor) -> Tensor:
+        """The backbone's images (N, C, H, W) of noise `u` (N, D), differentiable in u."""
+        check_noise(u, self.dim, self.device)
+        return self.transform.decode(u)
+
+    # Energies.
+
+    def layer_energies(self, u: Tensor, t: int | Tensor) -> Tensor:
+        """Energies -f_i(z_i, t) in nats, (N, L), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1. Low where the data are."""
+        check_noise(u, self.dim, self.device)
+        return -self._corrections(self.transform.to_latents(u), check_levels(t, len(u), self.schedule.steps, u.device))
+
+    def energy(self, u: Tensor, t: int | Tensor) -> Tensor:
+        """Energy -F(T(u), t) in nats, (N,): the sum of `layer_energies`."""
+        return self.layer_energies(u, t).sum(1)
+
+    def score(self, u: Tensor, t: int | Tensor) -> Tensor:
+        """grad_u [F(T(u), t) - |u|^2 / 2], (N, D), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1."""
+        check_noise(u, self.dim, self.device)
+        return self._gradient(u, check_levels(t, len(u), self.schedule.steps, u.device)) - u
+
+    def _corrections(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
+        """f_i(z_i, t), (N, L); the published step rule's networks stand for F = f / s_t."""
+        f = torch.stack([network(z_i.to(self.dtype), t) for network, z_i in zip(self.energies, z, strict=True)], dim=1)
+        if self.langevin.step_rule == "published":
+            f = f / published_step(t, self.schedule, self.langevin, f.dtype)[:, None]
+        return f
+
+    def _gradient(self, u: Tensor, t: Tensor) -> Tensor:
+        """grad_u F(T(u), t), (N, D)."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            total = self._corrections(self.transform.to_latents(u), t).sum()
+            return torch.autograd.grad(total, u)[0]
+
+    def _chain(self, u_next: Tensor, t: Tensor, streams: SampleStreams, *, temperature: float = 1.0, hold: Any = None) -> Tensor:
+        """Draw u_t given u_next; at a temperature the chain runs in v = u / temperature, whose backbone has std_i * temperature."""
+
+        def gradient(v: Tensor) -> Tensor:
+            return self._gradient(v, t) if temperature == 1.0 else temperature * self._gradient(temperature * v, t)
+
+        # Spectrally normalised weights are worked out once, at the first step.
+        with torch.no_grad(), parametrize.cached():
+            return langevin_chain(gradient, u_next, t, schedule=self.schedule, config=self.langevin, streams=streams, hold=hold)
+
+    # Sampling (Alg. 2).
+
+    def sample_noise(
+        self,
+        n: int,
+        *,
+        fixed: Mapping[int, Tensor] | None = None,
+        labels: Any = None,
+        temperature: float = 1.0,
+        trajectory: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw u_0 from the prior, through all noise levels (Alg. 2).
+
+        Args:
+            n: number of samples N.
+            fixed: layer index -> noise u_i (N, *latent_shapes[i]) or (1, ...) to hold; at level t the layer is held at its own diffusion.
+            labels: must be None, as this prior is not coupled to labels.
+            temperature: multiplies the std of the backbone's Gaussian layers.
+            trajectory: return every level's state.
+            generator: source of the noise; None takes torch's default generator.
+
+        Returns:
+            Noise (N, D), or (T + 1, N, D) with entry t the state u_t.
+
+        Raises:
+            TypeError: an argument is of the wrong type.
+            ValueError: a wrong count, layer index, shape or temperature, or labels were given.
+            ChainDiverged: a chain left the finite numbers.
+        """
+        self._check_request(n, fixed or {}, labels, temperature)
+        states = self._sample_levels(self._streams(draw_seeds(n, generator)), fixed or {}, temperature)
+        return torch.stack(states) if trajectory else states[0]
+
+    def sample(
+        self,
+        n: int,
+        *,
+        fixed: Mapping[int, Tensor] | None = None,
+        labels: Any = None,
+        temperature: float = 1.0,
+        chunk_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw images from the prior.
+
+        Args:
+            n: number of images N.
+            fixed: as in `sample_noise`.
+            labels: as in `sample_noise`.
+            temperature: as in `sample_noise`.
+            chunk_size: images computed at a time; the result does not depend on it. None bounds the memory by the latents' size.
+            generator: source of the noise; None takes torch's default generator.
+
+        Returns:
+            Images (N, C, H, W) in [0, 1].
+
+        Raises:
+            TypeError: as in `sample_noise`.
+            ValueError: as in `sample_noise`.
+            ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
+        """
+        self._check_request(n, fixed or {}, labels, temperature)
+        chunk_size = max(1, CHUNK_DIMENSIONS // self.dim) if chunk_size is None else chunk_size
+        check_count(chunk_size, "chunk_size")
+        seeds, images = draw_seeds(n, generator), []
+        for first in range(0, n, chunk_size):
+            chunk = slice(first, first + chunk_size)
+            held = {i: part if len(part) == 1 else part[chunk] for i, part in (fixed or {}).items()}
+            u = self._sample_levels(self._streams(seeds[chunk]), held, temperature)[0]
+            with torch.no_grad():
+                images.append(self.transform.decode(u))
+        result = torch.cat(images)
+        if not bool(torch.isfinite(result).all()):
+            raise ChainDiverged("the backbone's images are not finite though the noise is; check the backbone's precision and statistics")
+        return result
+
+    def _check_request(self, n: int, fixed: Mapping[int, Tensor], labels: Any, temperature: float) -> None:
+        check_count(n)
+        check_temperature(temperature)
+        check_fixed(fixed, self.latent_shapes, n)
+        if labels is not None:
+            raise ValueError(f"labels: this prior was not coupled to labels, so it cannot be asked for {labels!r}")
+
+    def _streams(self, seeds: list[int]) -> SampleStreams:
+        return SampleStreams(seeds, self.device, self.dtype)
+
+    def _sample_levels(self, streams: SampleStreams, fixed: Mapping[int, Tensor], temperature: float) -> list[Tensor]:
+        """States u_0..u_T of Alg. 2."""
+        n, steps = len(streams), self.schedule.steps
+        mask, held = self._hold(fixed, temperature, streams) if fixed else (None, [])
+        v = streams.normal(self.dim)
+        if mask is not None:
+            v = torch.where(mask, held[steps], v)
+        states = [temperature * v]
+        for level in reversed(range(steps)):
+            t = torch.full((n,), level, dtype=torch.long, device=self.device)
+            v = self._chain(v, t, streams, temperature=temperature, hold=None if mask is None else (mask, held[level]))
+            states.insert(0, temperature * v)
+        return states
+
+    def _hold(self, fixed: Mapping[int, Tensor], temperature: float, streams: SampleStreams) -> tuple[Tensor, list[Tensor]]:
+        """Mask (D,) of the held dimensions, and their diffusion from v = u / temperature: T + 1 states (N, D), the first noise-free."""
+        n = len(streams)
+        zeros = [torch.zeros(n, *shape, device=self.device, dtype=self.dtype) for shape in self.latent_shapes]
+        layers = [fixed[i].to(zero).expand_as(zero) if i in fixed else zero for i, zero in enumerate(zeros)]
+        mask = self.transform.join([torch.full_like(zero[:1], i in fixed, dtype=torch.bool) for i, zero in enumerate(zeros)])[0]
+        states = [self.transform.join(layers) / temperature]
+        for alpha, sigma in zip(self.schedule.alpha[1:].tolist(), self.schedule.sigma[1:].tolist(), strict=True):
+            states.append(alpha * states[-1] + sigma * streams.normal(self.dim))
+        return mask, states
+
+    # Learning (Alg. 1).
+
+    def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Recovery-likelihood loss of every image at a random level (Alg. 1, Eq. 11-12); its gradient is the learning gradient.
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            generator: source of the posterior draw, the levels and the chains' noise; None takes torch's global generators.
+
+        Returns:
+            F(T(u_t^-), t) - F(T(u_t), t) in nats, (N,). Its value is no measure of quality: near 0 is where data and chain agree.
+
+        Raises:
+            TypeError: images are not floating-point.
+            ValueError: images have a wrong shape or range.
+            ChainDiverged: a chain left the finite numbers.
+        """
+        u = self.encode(images, generator=generator)
+        return self.recovery_loss(u, self._streams(draw_seeds(len(u), generator)))[0]
+
+    def recovery_loss(self, u: Tensor, streams: SampleStreams) -> tuple[Tensor, Tensor]:
+        """The loss from posterior noise instead of images.
+
+        Args:
+            u: posterior noise of the data (N, D).
+            streams: the samples' noise.
+
+        Returns:
+            The loss (N,), and the level t (N,) at which each sample was taken.
+
+        Raises:
+            ChainDiverged: a chain left the finite numbers.
+        """
+        t = streams.levels(self.schedule.steps)
+        alpha, sigma, alpha_bar, sigma_bar = (
+            level.to(u)[:, None] for level in (self.schedule.alpha, self.schedule.sigma, self.schedule.alpha_bar, self.schedule.sigma_bar)
+        )
+        u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(self.dim)
+        u_next = alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(self.dim)
+        negative = self._chain(u_next, t, streams)
+        with torch.no_grad():
+            z = self.transform.to_latents(torch.cat((negative, u_t)))
+        from_chain, from_data = self._corrections(z, t.repeat(2)).sum(1).chunk(2)
+        return from_chain - from_data, t
+
+    def fit(
+        self,
+        data: "Tensor | Dataset[Any] | Iterable[Any]",
+        *,
+        iterations: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+        training: "TrainingConfig | None" = None,
+        callback: "Callback | None" = None,
+        progress: bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "list[TrainingRecord]":
+        """Learn the energies from images; the prior holds their moving average at every moment, also after Ctrl-C.
+
+        Args:
+            data: images (N, C, H, W) in [0, 1], a dataset of them, or a loader of batches; of tuples the first entry is taken.
+            iterations: optimiser steps; None as in `training`.
+            batch_size: images per step; None as in `training`; not to be given with a loader, which has its own.
+            learning_rate: largest learning rate; None as in `training`.
+            training: all other settings; None takes the defaults of `TrainingConfig`.
+            callback: called as callback(prior, record) after every step.
+            progress: show a progress bar; None shows one on a terminal only.
+            generator: source of all randomness; None takes torch's global generators.
+
+        Returns:
+            One record per step.
+
+        Raises:
+            TypeError: data of the wrong type.
+            ValueError: data empty or out of range, or a bad setting.
+            TrainingDiverged: training blew up again and again; the prior is at its last good state.
+        """
+        from .training import TrainingConfig, fit
+
+        given: dict[str, Any] = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
+        settings = replace(training or TrainingConfig(), **{name: value for name, value in given.items() if value is not None})
+        return fit(self, data, settings, callback=callback, progress=progress, generator=generator)

@@ -1,0 +1,288 @@
+"""Training: Alg. 1 as a loop, with moving-average weights and a guard against divergence.
+
+Two copies of the energies exist while `fit` runs: a trainee that the optimiser moves, and the prior's own, which follow it as an exponential
+moving average. Weights enter the average only after a batch showed them healthy, so whatever ends the loop leaves the prior in a good state.
+"""
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .langevin import ChainDiverged
+from .streams import SampleStreams, draw_seeds
+from .validation import check_images
+
+if TYPE_CHECKING:
+    from .prior import DiffusionEBMPrior
+
+
+class TrainingDiverged(RuntimeError):
+    """Training blew up more often than allowed; the prior is at its last good state.
+
+    Attributes:
+        history: records of the steps that were taken.
+    """
+
+    def __init__(self, message: str, history: "list[TrainingRecord]") -> None:
+        super().__init__(message)
+        self.history = history
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the energies are learned.
+
+    Attributes:
+        iterations: optimiser steps.
+        batch_size: images per step.
+        learning_rate: largest learning rate of Adam.
+        betas: Adam's decay rates.
+        weight_decay: L2 penalty, added to the gradient.
+        warmup: steps over which the learning rate rises linearly from 0.
+        final_learning_rate: fraction of the learning rate that a cosine decay reaches at the last step; 1 for none.
+        epoch_decay: factor on the learning rate after each pass over the data.
+        clip_norm: largest gradient norm; infinite for none.
+        ema_decay: decay rate of the moving average that the prior holds; 0 for none.
+        gap_limit: largest energy gap, in units of sqrt(D) nats, that counts as healthy.
+        restarts: how often the last good state is restored, at half the learning rate, before giving up.
+    """
+
+    iterations: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.5, 0.99)
+    weight_decay: float = 0.0
+    warmup: int = 50
+    final_learning_rate: float = 0.1
+    epoch_decay: float = 1.0
+    clip_norm: float = 10.0
+    ema_decay: float = 0.99
+    gap_limit: float = 5.0
+    restarts: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "clip_norm", "gap_limit", "epoch_decay"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
+        if self.warmup < 0 or self.restarts < 0:
+            raise ValueError(f"warmup and restarts must not be negative, got {self.warmup} and {self.restarts}")
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """One training step.
+
+    Attributes:
+        iteration: number of the step, from 1.
+        loss: mean loss in nats.
+        gaps: mean energy gap E(chain) - E(data) in nats per level t; NaN where the batch held no sample of that level.
+        gradient_norm: norm of the gradient before clipping.
+        learning_rate: learning rate of the step.
+        seconds: time since the start.
+    """
+
+    iteration: int
+    loss: float
+    gaps: tuple[float, ...]
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+
+
+Callback = Callable[["DiffusionEBMPrior", TrainingRecord], object]
+# Steps between two snapshots of a healthy state, and the memory of the smoothed energy gap in steps.
+SNAPSHOT_EVERY = 25
+GAP_MEMORY = 10
+
+
+def fit(
+    prior: "DiffusionEBMPrior",
+    data: Tensor | Dataset[Any] | Iterable[Any],
+    config: TrainingConfig,
+    *,
+    callback: Callback | None = None,
+    progress: bool | None = None,
+    generator: torch.Generator | None = None,
+) -> list[TrainingRecord]:
+    """Learn the energies of `prior`; see `DiffusionEBMPrior.fit`."""
+    batches = endless_batches(data, config.batch_size, generator)
+    trainee = type(prior)(prior.backbone, schedule=prior.schedule, langevin=prior.langevin, energy=list(copy.deepcopy(prior.energies)))
+    trainee.train()
+    parameters = list(trainee.parameters())
+    if not parameters:
+        raise ValueError("the energy networks have no parameters, so there is nothing to learn")
+    history: list[TrainingRecord] = []
+    guard = Guard(prior, trainee, config)
+    optimizer = make_optimizer(parameters, config)
+    start, lr_scale = time.monotonic(), 1.0
+    with tqdm(total=config.iterations, desc="prior", disable=None if progress is None else not progress) as bar:
+        while (step := len(history)) < config.iterations:
+            images, epoch = next(batches)
+            u = prior.encode(images.to(prior.transform.device), generator=generator)
+            streams = SampleStreams(draw_seeds(len(u), generator), u.device, u.dtype)
+            optimizer.zero_grad()
+            try:
+                losses, t = trainee.recovery_loss(u, streams)
+                losses.mean().backward()
+                norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
+                loss = losses.mean().item()
+                trouble = guard.trouble(loss, norm)
+            except ChainDiverged as error:
+                trouble = str(error)
+            if trouble:
+                lr_scale /= 2
+                guard.restore(trouble, history, lr_scale * config.learning_rate)
+                optimizer = make_optimizer(parameters, config)
+                continue
+            follow(prior.energies, trainee.energies, min(config.ema_decay, (1 + step) / (10 + step)))
+            guard.keep(step)
+            rate = lr_scale * learning_rate(config, step, epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            gaps = tuple(-losses.detach()[t == level].mean().item() for level in range(prior.schedule.steps))
+            history.append(TrainingRecord(step + 1, loss, gaps, norm, rate, time.monotonic() - start))
+            bar.set_postfix_str(f"loss {loss:.2f}, gap per t {' '.join(f'{gap:.1f}' for gap in gaps)}", refresh=False)
+            bar.update()
+            if callback is not None:
+                callback(prior, history[-1])
+    return history
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """A fresh Adam; its learning rate is set at every step."""
+    return torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: TrainingConfig, step: int, epoch: int) -> float:
+    """Learning rate of `step` (from 0) in the given pass over the data: warm-up, cosine decay and decay per pass, multiplied."""
+    warmup = min(1.0, (step + 1) / (config.warmup + 1))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.iterations)
+    decay = config.final_learning_rate + (1 - config.final_learning_rate) * cosine
+    return config.learning_rate * warmup * decay * config.epoch_decay**epoch
+
+
+@torch.no_grad()
+def follow(average: nn.Module, current: nn.Module, decay: float) -> None:
+    """Move the parameters of `average` towards those of `current` by 1 - decay, and copy the buffers."""
+    torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
+    for mine, theirs in zip(average.buffers(), current.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+class Guard:
+    """Notices divergence and goes back to an averaged state that outlived the next `SNAPSHOT_EVERY` steps.
+
+    Args:
+        prior: the prior in training, which holds the averaged energies.
+        trainee: the copy that the optimiser moves.
+        config: limits.
+    """
+
+    def __init__(self, prior: "DiffusionEBMPrior", trainee: "DiffusionEBMPrior", config: TrainingConfig) -> None:
+        self.prior, self.trainee = prior, trainee
+        self.limit = config.gap_limit * math.sqrt(prior.dim)
+        self.restarts_left = self.restarts = config.restarts
+        self.smoothed = 0.0
+        self.good = self.candidate = copy.deepcopy(prior.energies.state_dict())
+
+    def trouble(self, loss: float, gradient_norm: float) -> str:
+        """What is wrong with a step, or an empty string."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(gradient_norm):
+            return f"the gradient's norm is {gradient_norm}"
+        self.smoothed += (loss - self.smoothed) / GAP_MEMORY
+        if abs(self.smoothed) > self.limit:
+            return f"the energy gap between chains and data, averaged over {GAP_MEMORY} steps, is {-self.smoothed:.4g} nats (limit {self.limit:.4g})"
+        return ""
+
+    def keep(self, step: int) -> None:
+        """Every `SNAPSHOT_EVERY` steps, the last snapshot counts as good and a new one is taken."""
+        if step % SNAPSHOT_EVERY == 0:
+            self.good, self.candidate = self.candidate, copy.deepcopy(self.prior.energies.state_dict())
+
+    def restore(self, trouble: str, history: list[TrainingRecord], learning_rate: float) -> None:
+        """Put prior and trainee back to the last good state and say so.
+
+        Args:
+            trouble: what was wrong.
+            history: records so far.
+            learning_rate: the learning rate from now on.
+
+        Raises:
+            TrainingDiverged: this happened more often than allowed.
+        """
+        self.prior.energies.load_state_dict(self.good)
+        self.trainee.energies.load_state_dict(self.good)
+        self.candidate, self.smoothed = self.good, 0.0
+        if self.restarts_left == 0:
+            raise TrainingDiverged(
+                f"training diverged {self.restarts + 1} times, last at step {len(history) + 1}: {trouble}. The prior is at its last good state. "
+                "Lower learning_rate or LangevinConfig.step_size, raise the number of noise levels, or set EnergyConfig(spectral_norm=True)",
+                history,
+            )
+        self.restarts_left -= 1
+        warnings.warn(
+            f"step {len(history) + 1}: {trouble}; back to the last good state, learning rate now at most {learning_rate:.3g}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def endless_batches(data: Tensor | Dataset[Any] | Iterable[Any], batch_size: int, generator: torch.Generator | None) -> Iterator[tuple[Tensor, int]]:
+    """Batches of images for ever, each with the number of the pass over the data.
+
+    Args:
+        data: images (N, C, H, W), a dataset, or an iterable of batches that can be started again.
+        batch_size: images per batch of a tensor or dataset.
+        generator: order of the images of a tensor or dataset.
+
+    Yields:
+        Images (N, C, H, W), and the pass from 0.
+
+    Raises:
+        TypeError: `data` is none of these.
+        ValueError: there are no images, or they are out of range.
+    """
+    if isinstance(data, Tensor):
+        check_images(data)
+    elif isinstance(data, Dataset) and hasattr(data, "__len__"):
+        if len(data) == 0:
+            raise ValueError("data: the dataset is empty")
+        order = torch.Generator().manual_seed(draw_seeds(1, generator)[0])
+        data = DataLoader(data, batch_size, shuffle=True, generator=order, drop_last=len(data) >= batch_size)
+    elif not isinstance(data, Iterable):
+        raise TypeError(f"data: expected images (N, C, H, W), a dataset with a length, or an iterable of batches, got {type(data).__name__}")
+    epoch = 0
+    while True:
+        batches: Iterable[Any] = data
+        if isinstance(data, Tensor):
+            order_of_images = torch.randperm(len(data), generator=generator, device=generator.device if generator else None)
+            whole = max(1, len(data) // batch_size)
+            batches = (data[chosen.to(data.device)] for chosen in order_of_images.split(batch_size)[:whole])
+        empty = True
+        for batch in batches:
+            empty = False
+            images = batch[0] if isinstance(batch, tuple | list) else batch
+            check_images(images)
+            yield images, epoch
+        if empty:
+            raise ValueError(f"data: the {type(data).__name__} gave no batch in pass {epoch + 1}; it must hold images and allow several passes")
+        epoch += 1

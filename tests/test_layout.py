@@ -1,0 +1,74 @@
+"""The rules of the package: imports flow one way, nothing happens at import, and the adapters have one name."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hvae_ebm_prior
+import hvae_ebm_prior.adapters
+
+PACKAGE = Path(hvae_ebm_prior.__file__).parent
+# Each module may import those before it; modules of one rank do not know each other.
+RANKS = [
+    ["schedule", "backbone", "streams", "validation"],
+    ["energy", "langevin"],
+    ["prior"],
+    ["training", "evaluation"],
+    ["presets"],
+    ["__init__", "adapters"],
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports when it is imported: not inside functions, not for type checking alone."""
+    found = set()
+    pending = list(ast.parse(path.read_text()).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found |= {name.split(".")[1] for name in names if name.startswith("hvae_ebm_prior.")}
+        elif isinstance(node, ast.If | ast.Try) and "TYPE_CHECKING" not in ast.unparse(getattr(node, "test", node)):
+            pending += node.body
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_flow_one_way(path):
+    rank = next(i for i, names in enumerate(RANKS) if path.stem in names)
+    allowed = {name for names in RANKS[:rank] for name in names}
+    assert imports(path) <= allowed
+
+
+def test_core_never_imports_adapters():
+    code = "import sys, hvae_ebm_prior; sys.exit(any('adapters' in name for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_required_packages_are_imported():
+    code = (
+        "import sys, hvae_ebm_prior, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets\n"
+        "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate'} & set(sys.modules)\n"
+        "sys.exit(', '.join(bad) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_adapters_are_one_module_under_two_names():
+    import hvae_ebm_prior_adapters
+
+    assert hvae_ebm_prior.adapters.HVAEAdapter is hvae_ebm_prior_adapters.HVAEAdapter
+    assert set(hvae_ebm_prior.adapters.__all__) == set(hvae_ebm_prior_adapters.__all__)
+
+
+def test_files_stay_small():
+    core = sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in ("schedule", "backbone", "energy", "langevin", "prior"))
+    assert core <= 1500
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 420, path
