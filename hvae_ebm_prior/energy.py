@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-# Spatial latents are halved until neither side is longer than this, then read out position by position.
+# Maps are halved until neither side is longer than this, then read out position by position.
 READOUT_SIZE = 4
 
 
@@ -62,18 +62,15 @@ class LayerEnergy(nn.Module):
 
     def __init__(self, shape: Sequence[int], steps: int, config: EnergyConfig) -> None:
         super().__init__()
-        self.steps = steps
         channels, height, width = shape if len(shape) == 3 else (torch.Size(shape).numel(), 1, 1)
         self.map_shape = (channels, height, width)
-        kernel = 1 if height == width == 1 else 3
-        self.stem = nn.Conv2d(channels, config.width, kernel, padding=kernel // 2)
-        self.downs, self.blocks = nn.ModuleList(), nn.ModuleList()
-        while max(height, width) > READOUT_SIZE:
-            height, width = (height + 1) // 2, (width + 1) // 2
-            self.downs.append(nn.Conv2d(config.width, config.width, 3, stride=2, padding=1))
+        kernel, self.convolutions, self.blocks = 1 if height == width == 1 else 3, nn.ModuleList(), nn.ModuleList()
+        while not self.blocks or max(height, width) > READOUT_SIZE:
+            stride = 2 if max(height, width) > READOUT_SIZE else 1
+            self.convolutions.append(nn.Conv2d(channels, config.width, kernel, stride, padding=kernel // 2))
             self.blocks.append(TimeConditionedBlock(config.width, kernel, steps))
-        self.last = TimeConditionedBlock(config.width, kernel, steps)
-        self.readout = nn.Linear(config.width * height * width, 1)
+            channels, height, width = config.width, -(-height // stride), -(-width // stride)
+        self.readout = nn.Linear(config.width * height * width, steps)
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
         if config.spectral_norm:
@@ -84,11 +81,10 @@ class LayerEnergy(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         """f_i(z, t) in nats, (N,), for latents `z` (N, *shape) at levels `t` (N,) long."""
-        h = self.stem(z.reshape(len(z), *self.map_shape))
-        for down, block in zip(self.downs, self.blocks, strict=True):
-            h = block(down(F.silu(h)), t)
-        h = self.last(h, t)
-        return self.readout(F.silu(h).flatten(1)).squeeze(1)
+        h = z.reshape(len(z), *self.map_shape)
+        for convolution, block in zip(self.convolutions, self.blocks, strict=True):
+            h = block(convolution(h), t)
+        return self.readout(F.silu(h).flatten(1)).gather(1, t[:, None]).squeeze(1)
 
 
 def build_energies(energy: EnergyConfig | Sequence[nn.Module], shapes: Sequence[Sequence[int]], steps: int, device: torch.device) -> nn.ModuleList:

@@ -42,7 +42,7 @@ def test_spectral_norm_bounds_every_convolution_and_is_worked_out_once_per_chain
     prior = DiffusionEBMPrior(RandomBackbone([(1, 8, 8)]), energy=EnergyConfig(width=6, spectral_norm=True), langevin=LangevinConfig(steps=7))
     convolutions = [m for m in prior.energies.modules() if isinstance(m, nn.Conv2d)]
     for convolution in convolutions:
-        assert torch.linalg.matrix_norm(convolution.weight.flatten(1), ord=2) == pytest.approx(1, abs=0.05)
+        assert torch.linalg.matrix_norm(convolution.weight.flatten(1), ord=2).item() == pytest.approx(1, abs=0.05)
     calls, forward = [], _SpectralNorm.forward
     monkeypatch.setattr(_SpectralNorm, "forward", lambda self, weight: calls.append(1) or forward(self, weight))
     prior.sample_noise(2, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The chain against closed forms. Moments of N draws are compared within five standard errors."""
+"""The chain against closed forms. Moments of N x D independent draws are compared within five standard errors."""
 
 import math
 
@@ -11,7 +11,7 @@ from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig,
 from hvae_ebm_prior.langevin import ChainDiverged, gaussian_part, langevin_chain, langevin_coefficients
 from hvae_ebm_prior.streams import SampleStreams, draw_seeds
 
-N = 20_000
+N, D = 500, 40
 
 
 class ZeroEnergy(nn.Module):
@@ -24,7 +24,7 @@ def streams(n, seed=0, dtype=torch.float32):
 
 
 def check_moments(draws, mean, variance):
-    n = len(draws)
+    n = draws.numel()
     assert abs(draws.mean().item() - mean) < 5 * math.sqrt(variance / n)
     assert abs(draws.var().item() - variance) < 5 * variance * math.sqrt(2 / n)
 
@@ -36,7 +36,7 @@ def test_exponential_is_the_exact_gaussian_at_any_step_size(t, step_size, start)
     schedule, u_next, steps = DiffusionSchedule.ddpm(3), 1.7, 3
     alpha, sigma = schedule.alpha[t + 1].item(), schedule.sigma[t + 1].item()
     config = LangevinConfig(steps=steps, step_size=step_size, start=start)
-    u = langevin_chain(torch.zeros_like, torch.full((N, 1), u_next), torch.full((N,), t), schedule=schedule, config=config, streams=streams(N))
+    u = langevin_chain(torch.zeros_like, torch.full((N, D), u_next), torch.full((N,), t), schedule=schedule, config=config, streams=streams(N))
     # Bayes' rule for u ~ N(0, 1), u_next ~ N(alpha u, sigma^2); then the Ornstein-Uhlenbeck law after a time of `steps * step_size`.
     precision = 1 + alpha**2 / sigma**2
     mean, left = alpha * u_next / sigma**2 / precision, math.exp(-steps * step_size)
@@ -53,7 +53,7 @@ def test_eulers_stationary_variance_on_a_standard_normal(eta):
     a, b, _, d = langevin_coefficients(t[:1], schedule, config, torch.float64)[0].tolist()
     assert b == 0
     assert d**2 / (1 - a**2) == pytest.approx(1 / (1 - eta / 2), rel=1e-12)
-    u = langevin_chain(torch.zeros_like, streams(N, 1).normal(1), t, schedule=schedule, config=config, streams=streams(N))
+    u = langevin_chain(torch.zeros_like, streams(N, 1).normal(D), t, schedule=schedule, config=config, streams=streams(N))
     check_moments(u, 0.0, 1 / (1 - eta / 2))
 
 
@@ -95,25 +95,27 @@ def test_score_and_layer_energies():
     torch.testing.assert_close(prior.energy(u, 2), by_hand.sum(1))
 
 
-@pytest.mark.parametrize(("integrator", "step_size"), [("exponential", 0.05), ("euler", 0.05)])
-def test_chain_samples_a_tilted_gaussian(integrator, step_size):
+@pytest.mark.parametrize("integrator", ["exponential", "euler"])
+def test_chain_samples_a_tilted_gaussian(integrator):
     # exp(w u + v u^2) N(u; 0, 1) N(u_next; alpha u, sigma^2) is a Gaussian of precision lambda - 2v and mean (lambda mu + w) / (lambda - 2v).
-    w, v, t, u_next = 0.8, -0.4, 1, 0.6
-    config = LangevinConfig(steps=150, step_size=step_size, integrator=integrator, start="gaussian")
-    prior = DiffusionEBMPrior(IdentityBackbone((1,)), energy=[Quadratic(1, w, v)], langevin=config)
-    levels = torch.full((N,), t)
-    u = prior._chain(torch.full((N, 1), u_next), levels, streams(N))
+    w, v, t, u_next, h = 0.8, -0.4, 1, 0.6, 0.05
+    config = LangevinConfig(steps=150, step_size=h, integrator=integrator, start="gaussian")
+    prior = DiffusionEBMPrior(IdentityBackbone((D,)), energy=[Quadratic(D, w, v)], langevin=config)
+    u = prior._chain(torch.full((N, D), u_next), torch.full((N,), t), streams(N))
     alpha, sigma = prior.schedule.alpha[t + 1].item(), prior.schedule.sigma[t + 1].item()
-    precision = 1 + alpha**2 / sigma**2 - 2 * v
-    assert u.mean().item() == pytest.approx((alpha * u_next / sigma**2 + w) / precision, abs=0.02)
-    assert u.var().item() == pytest.approx(1 / precision, rel=0.05)
+    gaussian_precision = 1 + alpha**2 / sigma**2
+    precision = gaussian_precision - 2 * v
+    # Euler with step s widens a Gaussian of precision p to variance 1 / (p (1 - s p / 2)).
+    widened = 1 / (1 - h / gaussian_precision * precision / 2) if integrator == "euler" else 1.0
+    assert u.mean().item() == pytest.approx((alpha * u_next / sigma**2 + w) / precision, abs=0.025)
+    assert u.var().item() == pytest.approx(widened / precision, rel=0.05)
 
 
 def test_published_rule_relaxes_the_gaussian_part_as_reported():
     # 50 steps of the CIFAR-10 preset relax 0.07 %, 5 % and 7 % of a displacement at t = 0, 1, 2, with the kernel off at t = 2.
     config = LangevinConfig(steps=50, step_size=3e-5, integrator="euler", step_rule="published", kernel_at_top=False)
     a = langevin_coefficients(torch.arange(3), DiffusionSchedule.ddpm(3), config, torch.float64)[:, 0]
-    torch.testing.assert_close(1 - a**50, torch.tensor([0.0007, 0.05, 0.07], dtype=torch.float64), rtol=0.07, atol=0)
+    assert [round(relaxed, digits) for relaxed, digits in zip((1 - a**50).tolist(), (4, 2, 2), strict=True)] == [0.0007, 0.05, 0.07]
 
 
 def test_published_rule_is_the_published_update():

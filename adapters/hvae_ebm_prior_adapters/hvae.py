@@ -105,7 +105,8 @@ class HVAE(nn.Module):
         self.config = config = config or HVAEConfig()
         layers = len(config.widths)
         padded = math.ceil(config.image_size / 2**layers) * 2**layers
-        self.padding = (padded - config.image_size) // 2
+        self.before = (padded - config.image_size) // 2
+        self.after = padded - config.image_size - self.before
         widths = (*config.widths, config.image_channels)
         # Encoder stages run bottom-up; stage i ends beside latent i, so they are stored top to bottom like everything else.
         self.encoder = nn.ModuleList(
@@ -120,7 +121,7 @@ class HVAE(nn.Module):
 
     def bottom_up(self, images: Tensor) -> list[Tensor]:
         """Features of `images` (N, C, H, W) beside each latent, top to bottom."""
-        h = F.pad(images, (self.padding,) * 4)
+        h = F.pad(images, (self.before, self.after, self.before, self.after))
         features: list[Tensor] = []
         for stage in reversed(self.encoder):
             h = stage(h)
@@ -129,8 +130,8 @@ class HVAE(nn.Module):
 
     def image_mean(self, features: Tensor) -> Tensor:
         """Mean of p(x | z), (N, C, H, W) in [0, 1], from what the last block returns."""
-        mean, p = torch.sigmoid(features.float()), self.padding
-        return mean[..., p : mean.shape[-2] - p, p : mean.shape[-1] - p]
+        inside = slice(self.before, self.before + self.config.image_size)
+        return torch.sigmoid(features.float())[..., inside, inside]
 
     def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Negative ELBO in its two parts, for training.
