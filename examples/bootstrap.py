@@ -6,7 +6,6 @@ dependencies (constraints.txt) where that has not been done yet. Only the standa
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +16,29 @@ STAMP = ENVIRONMENT / "installed"
 
 
 def run_in_environment(script: str) -> None:
-    """Return inside .venv; elsewhere, make .venv and replace this process by `script` running there, with the same arguments."""
+    """Return inside .venv; elsewhere, make .venv, run `script` there with the same arguments, and exit with its exit code."""
     if Path(sys.prefix).resolve() == ENVIRONMENT.resolve():
         return
-    python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    python = str(ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     inputs = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
     # The folder and the interpreter are part of the stamp: an environment does not survive a move.
     wanted = hashlib.sha256(inputs + str(ROOT).encode() + sys.version.encode()).hexdigest()
     if not STAMP.exists() or STAMP.read_text() != wanted:
         print(f"Making {ENVIRONMENT} (about a minute, 1 GB) ...", flush=True)
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]"], check=True, cwd=ROOT)
+        STAMP.unlink(missing_ok=True)
+        # Without its own pip the environment needs no ensurepip, which some systems package apart from Python.
+        clear = [] if runs_this_python(python) else ["--clear"]
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *clear, str(ENVIRONMENT)], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--quiet"]
+        subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]"], check=True, cwd=ROOT)
         STAMP.write_text(wanted)
-    raise SystemExit(subprocess.run([str(python), script, *sys.argv[1:]], check=False).returncode)
+    raise SystemExit(subprocess.run([python, script, *sys.argv[1:]], check=False).returncode)
+
+
+def runs_this_python(python: str) -> bool:
+    """Whether an environment's interpreter exists, runs and is of this version."""
+    try:
+        told = subprocess.run([python, "-c", "import sys; print(sys.version)"], check=False, capture_output=True, text=True)
+    except OSError:
+        return False
+    return told.stdout.strip() == sys.version.strip()

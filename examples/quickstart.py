@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from bootstrap import run_in_environment
 
-run_in_environment(__file__)
+if __name__ == "__main__":
+    run_in_environment(__file__)
 
 import matplotlib
 
@@ -28,7 +29,7 @@ from fashion_mnist import load_subset
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, TrainingRecord
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
 from hvae_ebm_prior.evaluation import EvaluationRow, evaluate
 
@@ -40,7 +41,8 @@ def make_prior(schedule: str = "cosine", seed: int = 0) -> DiffusionEBMPrior:
     """An untrained prior over the committed HVAE."""
     model = HVAE.load(HERE / "data" / "hvae.safetensors").to(memory_format=torch.channels_last)
     torch.manual_seed(seed)  # initial weights of the energies
-    return DiffusionEBMPrior(HVAEAdapter(model), schedule=SCHEDULES[schedule])
+    langevin = LangevinConfig(steps=10, step_size=0.12, start="gaussian")
+    return DiffusionEBMPrior(HVAEAdapter(model), schedule=SCHEDULES[schedule], langevin=langevin)
 
 
 def save_samples(path: Path, prior: DiffusionEBMPrior, images: Tensor, generator: torch.Generator, columns: int = 12) -> None:
@@ -95,8 +97,8 @@ def table(rows: list[EvaluationRow]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=1000, help="training steps")
-    parser.add_argument("--learning-rate", type=float, default=None, help="instead of the default of TrainingConfig")
+    parser.add_argument("--iterations", type=int, default=800, help="training steps")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--images", type=int, default=2000, help="held-out images, and samples of each prior, for the table; at most 2000")
     parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
     parser.add_argument("--seed", type=int, default=0)

@@ -10,8 +10,7 @@ tensors, one per layer.
 """
 
 import math
-import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import einops
@@ -96,9 +95,9 @@ class NoiseTransform:
 
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
             latents.append(mean + std * parts[i])
-            return latents[-1].to(mean.dtype)
+            return latents[-1]
 
-        self._walk(len(u), draw)
+        self._walk(u, draw)
         return tuple(latents)
 
     def to_noise(self, z: Sequence[Tensor]) -> Tensor:
@@ -119,9 +118,9 @@ class NoiseTransform:
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
             check_gaussian(i, mean, std)
             parts.append((z[i] - mean) / std)
-            return z[i].to(mean.dtype)
+            return z[i]
 
-        self._walk(len(z[0]), draw)
+        self._walk(z[0], draw)
         return self.join(parts)
 
     def log_abs_det(self, u: Tensor) -> Tensor:
@@ -132,36 +131,40 @@ class NoiseTransform:
             nonlocal total
             check_gaussian(i, mean, std)
             total = total + std.log().flatten(1).sum(1)
-            return (mean + std * parts[i]).to(mean.dtype)
+            return mean + std * parts[i]
 
-        self._walk(len(u), draw)
+        self._walk(u, draw)
         return total
 
     def decode(self, u: Tensor) -> Tensor:
         """The backbone's images (N, C, H, W) for noise `u` (N, D)."""
         parts = self.split(u)
-        features = self._walk(len(u), lambda i, mean, std: (mean + std * parts[i]).to(mean.dtype), to_end=True)
+        features = self._walk(u, lambda i, mean, std: mean + std * parts[i], to_end=True)
         return self.adapter.decode(features)
 
     def check_layers(self, parts: Sequence[Tensor], what: str) -> None:
-        """Raise ValueError unless `parts` holds one tensor (N, *latent_shapes[i]) per layer, all with the same N."""
+        """Raise TypeError or ValueError unless `parts` holds one floating-point tensor (N, *latent_shapes[i]) per layer, with one N."""
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(f"{what}: expected a list or tuple of one tensor per layer, got {describe(parts)}")
         shapes = [tuple(part.shape) for part in parts]
         if len(shapes) != len(self.latent_shapes) or any(
             shape != (shapes[0][:1] + expected) for shape, expected in zip(shapes, self.latent_shapes, strict=False)
         ):
             raise ValueError(f"{what}: expected {[('N', *shape) for shape in self.latent_shapes]} from top to bottom, got {shapes}")
 
-    def _walk(self, batch_size: int, draw: DrawLatent, *, to_end: bool = False) -> Any:
-        """Drive the backbone through all its latents, then to the end for its features, or not."""
+    def _walk(self, like: Tensor, draw: DrawLatent, *, to_end: bool = False) -> Any:
+        """Drive the backbone through its latents, for the samples and device of `like`; then to its end for its features, or not."""
         name, layers = f"{type(self.adapter).__name__}.top_down", len(self.latent_shapes)
 
         def checked(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            if i == layers or tuple(mean.shape) != (batch_size, *self.latent_shapes[i]):
+            if i == layers or tuple(mean.shape) != (len(like), *self.latent_shapes[i]):
                 shapes = [("N", *shape) for shape in self.latent_shapes]
                 raise ValueError(f"{name}: expected the shapes {shapes} of its first call, got {tuple(mean.shape)} as layer {i}")
-            return draw(i, mean, std)
+            if mean.device != like.device:
+                raise ValueError(f"the backbone is on {mean.device}, the prior's noise or latents on {like.device}; move one of them with .to()")
+            return draw(i, mean, std).to(mean.dtype)
 
-        drawn, features = drive(self.adapter, batch_size, checked, stop_after=None if to_end else layers)
+        drawn, features = drive(self.adapter, len(like), checked, stop_after=None if to_end else layers)
         if drawn < layers:
             raise ValueError(f"{name}: expected {layers} layers as at its first call, got {drawn}; it must yield the same number every time")
         return features
@@ -191,7 +194,7 @@ def drive(adapter: BackboneAdapter, batch_size: int, draw: DrawLatent, stop_afte
     try:
         gaussian = next(coroutine)
         while True:
-            if not (isinstance(gaussian, tuple) and [isinstance(part, Tensor) and part.is_floating_point() for part in gaussian] == [True, True]):
+            if not (isinstance(gaussian, tuple) and len(gaussian) == 2 and all(is_floating(part) for part in gaussian)):
                 raise TypeError(f"{name}, layer {drawn}: expected a tuple (mean, std) of two floating-point tensors, got {describe(gaussian)}")
             mean, std = gaussian
             if mean.shape != std.shape:
@@ -205,6 +208,11 @@ def drive(adapter: BackboneAdapter, batch_size: int, draw: DrawLatent, stop_afte
         return drawn, stop.value
     finally:
         coroutine.close()
+
+
+def is_floating(value: object) -> bool:
+    """Whether `value` is a floating-point tensor."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def describe(value: Any) -> str:
@@ -227,8 +235,8 @@ def check_gaussian(i: int, mean: Tensor, std: Tensor) -> None:
         )
 
 
-# How many priors hold each module frozen, and the flags to restore when the last one lets go.
-_held: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+# What priors hold frozen, by id: the module or parameter, the flag to restore, and how many hold it.
+_held: dict[int, tuple[nn.Module | nn.Parameter, bool, int]] = {}
 
 
 def freeze(adapter: BackboneAdapter) -> Callable[[], None]:
@@ -238,37 +246,40 @@ def freeze(adapter: BackboneAdapter) -> Callable[[], None]:
         adapter: the backbone; its modules are itself, or the values (or lists, tuples and dicts of values) of its attributes.
 
     Returns:
-        A function that restores every training flag and requires_grad; where several priors froze one backbone, the last call does.
+        A function that restores every training flag and requires_grad; where several priors froze a part, the last call does.
     """
-    modules = list(backbone_modules(adapter))
-    for module in modules:
-        if module not in _held:
-            _held[module] = [0, [(m, m.training) for m in module.modules()], [(p, p.requires_grad) for p in module.parameters()]]
-        _held[module][0] += 1
-        module.eval().requires_grad_(False)
+    modules = {id(m): m for root in backbone_modules(adapter) for m in root.modules()}
+    parameters = {id(p): p for module in modules.values() for p in module.parameters(recurse=False)}
+    for module in modules.values():
+        _hold(module, module.training)
+        module.training = False
+    for parameter in parameters.values():
+        _hold(parameter, parameter.requires_grad)
+        parameter.requires_grad_(False)
 
     def release() -> None:
-        for module in modules:
-            _held[module][0] -= 1
-            if _held[module][0] == 0:
-                _, training, gradients = _held.pop(module)
-                for part, flag in training:
-                    part.training = flag
-                for parameter, flag in gradients:
-                    parameter.requires_grad_(flag)
+        for key in (*modules, *parameters):
+            part, flag, holders = _held.pop(key)
+            if holders > 1:
+                _held[key] = part, flag, holders - 1
+            elif isinstance(part, nn.Module):
+                part.training = flag
+            else:
+                part.requires_grad_(flag)
 
     return release
 
 
-def backbone_modules(adapter: BackboneAdapter) -> Iterator[nn.Module]:
-    """The modules behind an adapter, each once."""
+def _hold(part: nn.Module | nn.Parameter, flag: bool) -> None:
+    _, original, holders = _held.get(id(part), (part, flag, 0))
+    _held[id(part)] = part, original, holders + 1
+
+
+def backbone_modules(adapter: BackboneAdapter) -> list[nn.Module]:
+    """The modules behind an adapter."""
     if isinstance(adapter, nn.Module):
-        yield adapter
-        return
-    seen: set[int] = set()
-    for value in getattr(adapter, "__dict__", {}).values():
-        members = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        for module in members:
-            if isinstance(module, nn.Module) and id(module) not in seen:
-                seen.add(id(module))
-                yield module
+        return [adapter]
+    found: list[object] = []
+    for value in vars(adapter).values():
+        found += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    return [value for value in found if isinstance(value, nn.Module)]

@@ -24,15 +24,18 @@ class EnergyConfig:
 
     Attributes:
         width: feature channels.
-        spectral_norm: divide every weight but the last by its largest singular value, estimated once per chain.
+        blocks: residual blocks at the coarsest resolution; finer ones have one each.
+        spectral_norm: divide the weight of every convolution by its largest singular value, estimated once per chain.
     """
 
     width: int = 64
+    blocks: int = 2
     spectral_norm: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.width, int) or self.width < 1:
-            raise ValueError(f"width must be a positive integer, got {self.width!r}")
+        for name in ("width", "blocks"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
 
 
 class TimeConditionedBlock(nn.Module):
@@ -64,12 +67,14 @@ class LayerEnergy(nn.Module):
         super().__init__()
         channels, height, width = shape if len(shape) == 3 else (torch.Size(shape).numel(), 1, 1)
         self.map_shape = (channels, height, width)
-        kernel, self.convolutions, self.blocks = 1 if height == width == 1 else 3, nn.ModuleList(), nn.ModuleList()
-        while not self.blocks or max(height, width) > READOUT_SIZE:
+        kernel = 1 if height == width == 1 else 3
+        self.layers = nn.ModuleList()
+        while not self.layers or max(height, width) > READOUT_SIZE:
             stride = 2 if max(height, width) > READOUT_SIZE else 1
-            self.convolutions.append(nn.Conv2d(channels, config.width, kernel, stride, padding=kernel // 2))
-            self.blocks.append(TimeConditionedBlock(config.width, kernel, steps))
+            self.layers.append(nn.Conv2d(channels, config.width, kernel, stride, padding=kernel // 2))
+            self.layers.append(TimeConditionedBlock(config.width, kernel, steps))
             channels, height, width = config.width, -(-height // stride), -(-width // stride)
+        self.layers.extend(TimeConditionedBlock(config.width, kernel, steps) for _ in range(config.blocks - 1))
         self.readout = nn.Linear(config.width * height * width, steps)
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
@@ -77,13 +82,12 @@ class LayerEnergy(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
                     spectral_norm(module)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         """f_i(z, t) in nats, (N,), for latents `z` (N, *shape) at levels `t` (N,) long."""
         h = z.reshape(len(z), *self.map_shape)
-        for convolution, block in zip(self.convolutions, self.blocks, strict=True):
-            h = block(convolution(h), t)
+        for layer in self.layers:
+            h = layer(h, t) if isinstance(layer, TimeConditionedBlock) else layer(h)
         return self.readout(F.silu(h).flatten(1)).gather(1, t[:, None]).squeeze(1)
 
 
@@ -112,8 +116,10 @@ def build_energies(energy: EnergyConfig | Sequence[nn.Module], shapes: Sequence[
         raise ValueError(f"energy: expected one network per layer, {len(shapes)} in all, got {len(energy)}")
     for i, (network, shape) in enumerate(zip(energy, shapes, strict=True)):
         parameter = next(network.parameters(), torch.empty((), device=device))
+        training = network.training
         with torch.no_grad():
-            out = network(parameter.new_zeros(2, *shape), torch.zeros(2, dtype=torch.long, device=parameter.device))
+            out = network.eval()(parameter.new_zeros(2, *shape), torch.zeros(2, dtype=torch.long, device=parameter.device))
+        network.train(training)
         if tuple(out.shape) != (2,):
             raise ValueError(f"energy network {i}: for 2 latents of shape {tuple(shape)} expected an output of shape (2,), got {tuple(out.shape)}")
     return nn.ModuleList(energy)

@@ -116,7 +116,8 @@ def evaluate(
     Raises:
         ValueError: fewer than two images, or reconstructions no better than Gaussian samples.
     """
-    target = in_chunks(features, reference)
+    images = images.to(prior.device)
+    target = in_chunks(lambda x: features(x.to(prior.device)), reference)
     noise = SampleStreams(draw_seeds(len(images), generator), prior.device, prior.dtype).normal(prior.dim)
 
     def measure(make: Callable[[], Tensor]) -> tuple[float, float]:
@@ -131,6 +132,7 @@ def evaluate(
         "Gaussian": measure(lambda: in_chunks(prior.decode, noise)),
     }
     gaussian, reconstruction = measured["Gaussian"][0], measured["reconstruction"][0]
+    closure(gaussian, gaussian, reconstruction)  # raises before the long part where there is no hole
     tempered = {f"Gaussian, temperature {t:g}": measure(partial(in_chunks, prior.decode, t * noise)) for t in temperatures}
     if tempered:
         best = min(tempered, key=lambda name: tempered[name][0])

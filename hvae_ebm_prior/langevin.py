@@ -42,6 +42,8 @@ class LangevinConfig:
         integrator: "exponential", or "euler" as in Eq. 3.
         start: where the chain starts: "next" at u_{t+1}, "gaussian" at an exact draw of the Gaussian part.
         step_rule: "relative" (s = h/lambda), or "published", for euler only: the published code's step with its scaling F = f/s_t.
+        drift_limit: largest length of the drift C grad F, in units of D^(1/4) standard deviations of the step's noise. Where F is too curved for
+            the step size, a chain overshoots further at every step; this bounds it and is idle otherwise.
         kernel_at_top: keep the term N(u_T; alpha u_{T-1}, sigma^2) at t = T-1; the published code drops it.
     """
 
@@ -50,6 +52,7 @@ class LangevinConfig:
     integrator: Integrator = "exponential"
     start: Start = "next"
     step_rule: StepRule = "relative"
+    drift_limit: float = 1.0
     kernel_at_top: bool = True
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class LangevinConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a positive integer, got {self.steps!r}")
+        if not self.drift_limit > 0:
+            raise ValueError(f"drift_limit must be positive, got {self.drift_limit!r}")
         if not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size must be positive and finite, got {self.step_size!r}")
         if self.integrator == "euler" and self.step_rule == "relative" and self.step_size >= 2:
@@ -167,8 +172,11 @@ def langevin_chain(
         weight, precision = gaussian_part(t, schedule, config, u_next.dtype)
         u = weight[:, None] * u_next + streams.normal(dim) / precision.sqrt()[:, None]
     u = held(u)
+    longest = config.drift_limit * dim**0.25 * coefficients[:, 3:4] / coefficients[:, 2:3]
     for _ in range(config.steps):
-        u = held(langevin_update(u, u_next, gradient(u), coefficients, streams.normal(dim)))
+        g = gradient(u)
+        g = g * (longest / g.norm(dim=1, keepdim=True)).clamp(max=1)
+        u = held(langevin_update(u, u_next, g, coefficients, streams.normal(dim)))
     finite = torch.isfinite(u).all(dim=1)
     if not bool(finite.all()):
         raise ChainDiverged(

@@ -7,25 +7,27 @@ On top of a frozen hierarchical VAE, T conditional energy-based priors p(u_t | u
 """
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.data import Dataset
 
 from .backbone import BackboneAdapter, NoiseTransform, freeze
 from .energy import EnergyConfig, build_energies
 from .langevin import ChainDiverged, LangevinConfig, langevin_chain, published_step
+from .sampling import held_states, sample_levels
 from .schedule import DiffusionSchedule
 from .streams import SampleStreams, draw_seeds, seeded
 from .validation import check_count, check_fixed, check_images, check_levels, check_noise, check_temperature
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
-
     from .training import Callback, TrainingConfig, TrainingRecord
 
 DEFAULT_SCHEDULE = DiffusionSchedule.cosine(3)
@@ -87,6 +89,14 @@ class DiffusionEBMPrior(nn.Module):
         """The adapter this prior was made with."""
         return self.transform.adapter
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DiffusionEBMPrior":
+        """A prior with its own copy of the energies over the same backbone."""
+        energies = list(copy.deepcopy(self.energies, memo))
+        return DiffusionEBMPrior(self.backbone, schedule=self.schedule, langevin=self.langevin, energy=energies).train(self.training)
+
+    def __reduce__(self) -> str:
+        raise TypeError("a prior cannot be pickled, as it does not own its backbone; save prior.state_dict()")
+
     def release(self) -> None:
         """Let the backbone go: its training flags and requires_grad are as they were before. The prior cannot be used afterwards."""
         self._release()
@@ -129,7 +139,7 @@ class DiffusionEBMPrior(nn.Module):
 
     def split(self, u: Tensor) -> tuple[Tensor, ...]:
         """Per-layer views (N, *latent_shapes[i]) of noise `u` (N, D)."""
-        check_noise(u, self.dim, u.device if isinstance(u, Tensor) else self.device)
+        check_noise(u, self.dim)
         return self.transform.split(u)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
@@ -152,8 +162,10 @@ class DiffusionEBMPrior(nn.Module):
             ValueError: images or the backbone's latents have a wrong shape or range, or are not finite.
         """
         check_images(images)
-        seed = contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device)
-        with seed:
+        if images.dtype == torch.float64:  # what NumPy gives; backbones are rarely in double
+            images = images.to(self.transform.dtype)
+        randomness = contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device)
+        with randomness:
             z = self.transform.adapter.infer(images)
         u = self.transform.to_noise(z).to(self.dtype)
         if not bool(torch.isfinite(u).all()):
@@ -190,12 +202,15 @@ class DiffusionEBMPrior(nn.Module):
 
     def _gradient(self, u: Tensor, t: Tensor) -> Tensor:
         """grad_u F(T(u), t), (N, D)."""
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            total = self._corrections(self.transform.to_latents(u), t).sum()
+        # Inference tensors cannot take part in autograd; copies can.
+        with torch.inference_mode(False), torch.enable_grad():
+            u = u.detach().clone().requires_grad_()
+            total = self._corrections(self.transform.to_latents(u), t.clone()).sum()
             return torch.autograd.grad(total, u)[0]
 
-    def _chain(self, u_next: Tensor, t: Tensor, streams: SampleStreams, *, temperature: float = 1.0, hold: Any = None) -> Tensor:
+    def _chain(
+        self, u_next: Tensor, t: Tensor, streams: SampleStreams, *, temperature: float = 1.0, hold: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Draw u_t given u_next; at a temperature the chain runs in v = u / temperature, whose backbone has std_i * temperature."""
 
         def gradient(v: Tensor) -> Tensor:
@@ -236,7 +251,7 @@ class DiffusionEBMPrior(nn.Module):
             ChainDiverged: a chain left the finite numbers.
         """
         self._check_request(n, fixed or {}, labels, temperature)
-        states = self._sample_levels(self._streams(draw_seeds(n, generator)), fixed or {}, temperature)
+        states = self._sample_levels(draw_seeds(n, generator), fixed or {}, temperature)
         return torch.stack(states) if trajectory else states[0]
 
     def sample(
@@ -274,7 +289,7 @@ class DiffusionEBMPrior(nn.Module):
         for first in range(0, n, chunk_size):
             chunk = slice(first, first + chunk_size)
             held = {i: part if len(part) == 1 else part[chunk] for i, part in (fixed or {}).items()}
-            u = self._sample_levels(self._streams(seeds[chunk]), held, temperature)[0]
+            u = self._sample_levels(seeds[chunk], held, temperature)[0]
             with torch.no_grad():
                 images.append(self.transform.decode(u))
         result = torch.cat(images)
@@ -289,33 +304,12 @@ class DiffusionEBMPrior(nn.Module):
         if labels is not None:
             raise ValueError(f"labels: this prior was not coupled to labels, so it cannot be asked for {labels!r}")
 
-    def _streams(self, seeds: list[int]) -> SampleStreams:
-        return SampleStreams(seeds, self.device, self.dtype)
-
-    def _sample_levels(self, streams: SampleStreams, fixed: Mapping[int, Tensor], temperature: float) -> list[Tensor]:
-        """States u_0..u_T of Alg. 2."""
-        n, steps = len(streams), self.schedule.steps
-        mask, held = self._hold(fixed, temperature, streams) if fixed else (None, [])
-        v = streams.normal(self.dim)
-        if mask is not None:
-            v = torch.where(mask, held[steps], v)
-        states = [temperature * v]
-        for level in reversed(range(steps)):
-            t = torch.full((n,), level, dtype=torch.long, device=self.device)
-            v = self._chain(v, t, streams, temperature=temperature, hold=None if mask is None else (mask, held[level]))
-            states.insert(0, temperature * v)
-        return states
-
-    def _hold(self, fixed: Mapping[int, Tensor], temperature: float, streams: SampleStreams) -> tuple[Tensor, list[Tensor]]:
-        """Mask (D,) of the held dimensions, and their diffusion from v = u / temperature: T + 1 states (N, D), the first noise-free."""
-        n = len(streams)
-        zeros = [torch.zeros(n, *shape, device=self.device, dtype=self.dtype) for shape in self.latent_shapes]
-        layers = [fixed[i].to(zero).expand_as(zero) if i in fixed else zero for i, zero in enumerate(zeros)]
-        mask = self.transform.join([torch.full_like(zero[:1], i in fixed, dtype=torch.bool) for i, zero in enumerate(zeros)])[0]
-        states = [self.transform.join(layers) / temperature]
-        for alpha, sigma in zip(self.schedule.alpha[1:].tolist(), self.schedule.sigma[1:].tolist(), strict=True):
-            states.append(alpha * states[-1] + sigma * streams.normal(self.dim))
-        return mask, states
+    def _sample_levels(self, seeds: list[int], fixed: Mapping[int, Tensor], temperature: float) -> list[Tensor]:
+        """States u_0..u_T of Alg. 2, one sample per seed."""
+        streams = SampleStreams(seeds, self.device, self.dtype)
+        chain = partial(self._chain, streams=streams, temperature=temperature)
+        held = held_states(fixed, self.transform, self.schedule, streams, temperature) if fixed else None
+        return sample_levels(chain, self.schedule.steps, streams.normal(self.dim), held=held, temperature=temperature)
 
     # Learning (Alg. 1).
 
@@ -335,9 +329,9 @@ class DiffusionEBMPrior(nn.Module):
             ChainDiverged: a chain left the finite numbers.
         """
         u = self.encode(images, generator=generator)
-        return self.recovery_loss(u, self._streams(draw_seeds(len(u), generator)))[0]
+        return self.recovery_loss(u, SampleStreams(draw_seeds(len(u), generator), self.device, self.dtype))[0]
 
-    def recovery_loss(self, u: Tensor, streams: SampleStreams) -> tuple[Tensor, Tensor]:
+    def recovery_loss(self, u: Tensor, streams: SampleStreams) -> tuple[Tensor, Tensor, Tensor]:
         """The loss from posterior noise instead of images.
 
         Args:
@@ -345,7 +339,7 @@ class DiffusionEBMPrior(nn.Module):
             streams: the samples' noise.
 
         Returns:
-            The loss (N,), and the level t (N,) at which each sample was taken.
+            The loss (N,) in nats, F^2 (N,) as the mean over chain and data, and the level t (N,) at which each sample was taken.
 
         Raises:
             ChainDiverged: a chain left the finite numbers.
@@ -360,7 +354,7 @@ class DiffusionEBMPrior(nn.Module):
         with torch.no_grad():
             z = self.transform.to_latents(torch.cat((negative, u_t)))
         from_chain, from_data = self._corrections(z, t.repeat(2)).sum(1).chunk(2)
-        return from_chain - from_data, t
+        return from_chain - from_data, (from_chain**2 + from_data**2) / 2, t
 
     def fit(
         self,
@@ -396,6 +390,8 @@ class DiffusionEBMPrior(nn.Module):
         """
         from .training import TrainingConfig, fit
 
+        if batch_size is not None and not isinstance(data, Tensor | Dataset):
+            raise ValueError(f"batch_size: a {type(data).__name__} has batches of its own; set the size there")
         given: dict[str, Any] = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
         settings = replace(training or TrainingConfig(), **{name: value for name, value in given.items() if value is not None})
         return fit(self, data, settings, callback=callback, progress=progress, generator=generator)

@@ -53,7 +53,8 @@ class DiffusionSchedule:
         snr = torch.tensor(self.snr, dtype=torch.float64)
         alpha_bar, sigma_bar = (1 / (1 + 1 / snr)).sqrt(), (1 / (1 + snr)).sqrt()
         alpha = torch.cat((alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]))
-        sigma = torch.cat((sigma_bar[:1], (1 - alpha[1:] ** 2).sqrt()))
+        # 1 - alpha^2 without its cancellation between two nearly noise-free levels.
+        sigma = torch.cat((sigma_bar[:1], ((1 - snr[1:] / snr[:-1]) / (1 + snr[1:])).sqrt()))
         return alpha.float(), sigma.float(), alpha_bar.float(), sigma_bar.float()
 
     @property

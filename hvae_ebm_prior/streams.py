@@ -9,8 +9,8 @@ from torch import Tensor
 
 def draw_seeds(n: int, generator: torch.Generator | None) -> list[int]:
     """`n` seeds from `generator`, or from torch's default generator where that is None; the first m do not depend on n."""
-    device = generator.device if generator is not None else None
-    return torch.randint(2**62, (n,), generator=generator, device=device).tolist()
+    first = torch.randint(2**62, (), generator=generator, device=generator.device if generator is not None else None)
+    return torch.randint(2**62, (n,), generator=torch.Generator().manual_seed(int(first))).tolist()
 
 
 class SampleStreams:
@@ -44,7 +44,7 @@ class SampleStreams:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, the global generators of the CPU and of `device` start from `seed`; outside, they are as they were."""
+    """Inside, the global generators of the CPU and of a CUDA or XPU `device` start from `seed`; outside, they are as they were."""
     accelerators = [device] if device.type in ("cuda", "xpu") else []
     with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
         torch.default_generator.manual_seed(seed)

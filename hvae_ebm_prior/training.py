@@ -8,14 +8,14 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .langevin import ChainDiverged
 from .streams import SampleStreams, draw_seeds
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 class TrainingDiverged(RuntimeError):
     """Training blew up more often than allowed; the prior is at its last good state.
 
-    Attributes:
-        history: records of the steps that were taken.
+    Args:
+        message: what happened and what to do.
+        history: records of the steps that were taken, kept as an attribute.
     """
 
-    def __init__(self, message: str, history: "list[TrainingRecord]") -> None:
+    def __init__(self, message: str, history: "Sequence[TrainingRecord]" = ()) -> None:
         super().__init__(message)
         self.history = history
 
@@ -47,12 +48,13 @@ class TrainingConfig:
         learning_rate: largest learning rate of Adam.
         betas: Adam's decay rates.
         weight_decay: L2 penalty, added to the gradient.
-        warmup: steps over which the learning rate rises linearly from 0.
+        warmup: steps over which the learning rate rises linearly from 0, at the start and after each return to a good state.
         final_learning_rate: fraction of the learning rate that a cosine decay reaches at the last step; 1 for none.
         epoch_decay: factor on the learning rate after each pass over the data.
+        energy_penalty: weight of mean F^2 / sqrt(D), added to the loss, which keeps energies and their curvature small (Du & Mordatch, 2019).
         clip_norm: largest gradient norm; infinite for none.
         ema_decay: decay rate of the moving average that the prior holds; 0 for none.
-        gap_limit: largest energy gap, in units of sqrt(D) nats, that counts as healthy.
+        gap_limit: largest energy gap, in units of sqrt(D) nats, averaged over levels and the last steps, that is healthy; 20 nats always are.
         restarts: how often the last good state is restored, at half the learning rate, before giving up.
     """
 
@@ -64,9 +66,10 @@ class TrainingConfig:
     warmup: int = 50
     final_learning_rate: float = 0.1
     epoch_decay: float = 1.0
+    energy_penalty: float = 1.0
     clip_norm: float = 10.0
     ema_decay: float = 0.99
-    gap_limit: float = 5.0
+    gap_limit: float = 0.5
     restarts: int = 3
 
     def __post_init__(self) -> None:
@@ -80,8 +83,9 @@ class TrainingConfig:
             raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
-        if self.warmup < 0 or self.restarts < 0:
-            raise ValueError(f"warmup and restarts must not be negative, got {self.warmup} and {self.restarts}")
+        for name in ("energy_penalty", "weight_decay", "warmup", "restarts"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -121,43 +125,57 @@ def fit(
     generator: torch.Generator | None = None,
 ) -> list[TrainingRecord]:
     """Learn the energies of `prior`; see `DiffusionEBMPrior.fit`."""
-    batches = endless_batches(data, config.batch_size, generator)
-    trainee = type(prior)(prior.backbone, schedule=prior.schedule, langevin=prior.langevin, energy=list(copy.deepcopy(prior.energies)))
-    trainee.train()
+    trainee = copy.deepcopy(prior).train()
+    try:
+        return train(prior, trainee, endless_batches(data, config.batch_size, generator), config, callback, progress, generator)
+    finally:
+        trainee.release()
+
+
+def train(
+    prior: "DiffusionEBMPrior",
+    trainee: "DiffusionEBMPrior",
+    batches: Iterator[tuple[Tensor, int]],
+    config: TrainingConfig,
+    callback: Callback | None,
+    progress: bool | None,
+    generator: torch.Generator | None,
+) -> list[TrainingRecord]:
+    """The loop of `fit`: the optimiser moves `trainee`, and `prior` follows."""
     parameters = list(trainee.parameters())
     if not parameters:
         raise ValueError("the energy networks have no parameters, so there is nothing to learn")
     history: list[TrainingRecord] = []
     guard = Guard(prior, trainee, config)
     optimizer = make_optimizer(parameters, config)
-    start, lr_scale = time.monotonic(), 1.0
+    begin, lr_scale, first = time.monotonic(), 1.0, 0
     with tqdm(total=config.iterations, desc="prior", disable=None if progress is None else not progress) as bar:
         while (step := len(history)) < config.iterations:
             images, epoch = next(batches)
-            u = prior.encode(images.to(prior.transform.device), generator=generator)
+            u = prior.encode(images.to(prior.device), generator=generator)
             streams = SampleStreams(draw_seeds(len(u), generator), u.device, u.dtype)
             optimizer.zero_grad()
             try:
-                losses, t = trainee.recovery_loss(u, streams)
-                losses.mean().backward()
+                losses, squares, t = trainee.recovery_loss(u, streams)
+                (losses + config.energy_penalty / math.sqrt(prior.dim) * squares).mean().backward()
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
                 loss = losses.mean().item()
                 trouble = guard.trouble(loss, norm)
             except ChainDiverged as error:
                 trouble = str(error)
             if trouble:
-                lr_scale /= 2
+                lr_scale, first = lr_scale / 2, step
                 guard.restore(trouble, history, lr_scale * config.learning_rate)
                 optimizer = make_optimizer(parameters, config)
                 continue
             follow(prior.energies, trainee.energies, min(config.ema_decay, (1 + step) / (10 + step)))
             guard.keep(step)
-            rate = lr_scale * learning_rate(config, step, epoch)
+            rate = lr_scale * learning_rate(config, step, epoch, first)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             gaps = tuple(-losses.detach()[t == level].mean().item() for level in range(prior.schedule.steps))
-            history.append(TrainingRecord(step + 1, loss, gaps, norm, rate, time.monotonic() - start))
+            history.append(TrainingRecord(step + 1, loss, gaps, norm, rate, time.monotonic() - begin))
             bar.set_postfix_str(f"loss {loss:.2f}, gap per t {' '.join(f'{gap:.1f}' for gap in gaps)}", refresh=False)
             bar.update()
             if callback is not None:
@@ -170,9 +188,9 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> to
     return torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
 
-def learning_rate(config: TrainingConfig, step: int, epoch: int) -> float:
-    """Learning rate of `step` (from 0) in the given pass over the data: warm-up, cosine decay and decay per pass, multiplied."""
-    warmup = min(1.0, (step + 1) / (config.warmup + 1))
+def learning_rate(config: TrainingConfig, step: int, epoch: int, first: int = 0) -> float:
+    """Learning rate of `step` (from 0) in the given pass over the data: warm-up since step `first`, cosine decay and decay per pass, multiplied."""
+    warmup = min(1.0, (step - first + 1) / (config.warmup + 1))
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.iterations)
     decay = config.final_learning_rate + (1 - config.final_learning_rate) * cosine
     return config.learning_rate * warmup * decay * config.epoch_decay**epoch
@@ -197,7 +215,7 @@ class Guard:
 
     def __init__(self, prior: "DiffusionEBMPrior", trainee: "DiffusionEBMPrior", config: TrainingConfig) -> None:
         self.prior, self.trainee = prior, trainee
-        self.limit = config.gap_limit * math.sqrt(prior.dim)
+        self.limit = max(20.0, config.gap_limit * math.sqrt(prior.dim))
         self.restarts_left = self.restarts = config.restarts
         self.smoothed = 0.0
         self.good = self.candidate = copy.deepcopy(prior.energies.state_dict())
@@ -263,6 +281,8 @@ def endless_batches(data: Tensor | Dataset[Any] | Iterable[Any], batch_size: int
     """
     if isinstance(data, Tensor):
         check_images(data)
+    elif isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size)
     elif isinstance(data, Dataset) and hasattr(data, "__len__"):
         if len(data) == 0:
             raise ValueError("data: the dataset is empty")

@@ -7,12 +7,7 @@ from torch import Tensor
 
 
 def check_images(images: Tensor) -> None:
-    """Raise unless `images` are floating-point (N, C, H, W), finite and in [0, 1], with N >= 1.
-
-    Raises:
-        TypeError: not a tensor, or not floating-point.
-        ValueError: wrong number of dimensions, empty, not finite, or out of range.
-    """
+    """Raise TypeError or ValueError unless `images` are floating-point (N, C, H, W), finite and in [0, 1], with N >= 1."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor (N, C, H, W), got {type(images).__name__}")
     if not images.is_floating_point():
@@ -29,28 +24,18 @@ def check_images(images: Tensor) -> None:
         )
 
 
-def check_noise(u: Tensor, dim: int, device: torch.device) -> None:
-    """Raise unless `u` is a floating-point (N, dim) tensor on `device`.
-
-    Raises:
-        TypeError: not a tensor, or not floating-point.
-        ValueError: wrong shape or device.
-    """
+def check_noise(u: Tensor, dim: int, device: torch.device | None = None) -> None:
+    """Raise TypeError or ValueError unless `u` is a floating-point (N, dim) tensor, on `device` where that is given."""
     if not isinstance(u, Tensor) or not u.is_floating_point():
         raise TypeError(f"u: expected a floating-point tensor (N, {dim}), got {u.dtype if isinstance(u, Tensor) else type(u).__name__}")
     if u.ndim != 2 or u.shape[1] != dim:
         raise ValueError(f"u: expected shape (N, {dim}), all layers packed top to bottom (see prior.join), got {tuple(u.shape)}")
-    if u.device.type != device.type:
+    if device is not None and u.device.type != device.type:
         raise ValueError(f"u: expected a tensor on {device}, where the energies are, got {u.device}; move one of them with .to()")
 
 
 def check_levels(t: int | Tensor, n: int, steps: int, device: torch.device) -> Tensor:
-    """Levels as a long tensor (n,) on `device`.
-
-    Raises:
-        TypeError: neither an integer nor a long tensor.
-        ValueError: a level outside 0..steps-1, or a tensor of the wrong shape.
-    """
+    """Levels 0..steps-1 as a long tensor (n,) on `device`; raise TypeError or ValueError for anything else."""
     if isinstance(t, Tensor):
         if t.dtype != torch.long:
             raise TypeError(f"t: expected an int or a torch.long tensor, got {t.dtype}")
@@ -67,12 +52,7 @@ def check_levels(t: int | Tensor, n: int, steps: int, device: torch.device) -> T
 
 
 def check_count(n: int, name: str = "n") -> None:
-    """Raise unless `n` is a positive integer.
-
-    Raises:
-        TypeError: not an integer.
-        ValueError: below 1.
-    """
+    """Raise TypeError or ValueError unless `n` is a positive integer."""
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"{name}: expected a positive integer, got {type(n).__name__}")
     if n < 1:
@@ -86,12 +66,9 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_fixed(fixed: Mapping[int, Tensor], shapes: tuple[tuple[int, ...], ...], n: int) -> None:
-    """Raise unless every layer to hold exists and has noise of the right shape.
-
-    Raises:
-        TypeError: a value is not a floating-point tensor.
-        ValueError: no such layer, or the wrong shape.
-    """
+    """Raise TypeError or ValueError unless every layer to hold exists and has noise of the right shape."""
+    if not isinstance(fixed, Mapping):
+        raise TypeError(f"fixed: expected a mapping of layer index to noise u_i, got {type(fixed).__name__}")
     for i, part in fixed.items():
         if i not in range(len(shapes)):
             raise ValueError(f"fixed: expected layer indices 0 (top) to {len(shapes) - 1} (bottom), got {i!r}")
@@ -99,3 +76,5 @@ def check_fixed(fixed: Mapping[int, Tensor], shapes: tuple[tuple[int, ...], ...]
             raise TypeError(f"fixed[{i}]: expected a floating-point tensor of noise u_{i}, got {type(part).__name__}")
         if tuple(part.shape) not in ((n, *shapes[i]), (1, *shapes[i])):
             raise ValueError(f"fixed[{i}]: expected shape {(n, *shapes[i])}, or {(1, *shapes[i])} for one noise held in all, got {tuple(part.shape)}")
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError(f"fixed[{i}]: expected finite noise, got NaN or infinite entries")

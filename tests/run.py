@@ -1,5 +1,6 @@
 """Make the environment and run all tests: python3 tests/run.py [pytest arguments]."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,4 +13,5 @@ run_in_environment(__file__)
 
 import pytest  # noqa: E402
 
-raise SystemExit(pytest.main(["--rootdir", str(ROOT), *(sys.argv[1:] or [str(ROOT / "tests")])]))
+os.chdir(ROOT)
+raise SystemExit(pytest.main(sys.argv[1:]))

@@ -95,6 +95,16 @@ def test_backbone_is_frozen_and_given_back():
     assert now() == flags
 
 
+def test_a_module_reachable_twice_is_given_back():
+    adapter = RandomBackbone([(2,)])
+    adapter.again = [adapter.model["heads"]]
+    prior = DiffusionEBMPrior(adapter)
+    assert not any(m.training for m in adapter.model.modules())
+    prior.release()
+    assert all(m.training for m in adapter.model.modules())
+    assert all(p.requires_grad for p in adapter.model.parameters())
+
+
 def test_a_refused_backbone_is_left_as_it_was():
     class Negative(RandomBackbone):
         def top_down(self, batch_size):

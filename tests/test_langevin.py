@@ -145,6 +145,29 @@ def test_kernel_can_be_dropped_at_the_top():
     assert (weight[:2] > 0).all()
 
 
+def test_drift_limit_bounds_a_chain_that_overshoots():
+    """F = -50 u^2 at step .5 with C = .4: without the limit each step multiplies u by -40; with it u stays near the Gaussian's width."""
+    settings = {"schedule": DiffusionSchedule.marginal(), "streams": streams(200)}
+    t, start = torch.zeros(200, dtype=torch.long), streams(200, 1).normal(D)
+    free = langevin_chain(lambda u: -100 * u, start, t, config=LangevinConfig(steps=10, step_size=0.5, drift_limit=math.inf), **settings)
+    bound = langevin_chain(lambda u: -100 * u, start, t, config=LangevinConfig(steps=10, step_size=0.5), **settings)
+    assert free.norm(dim=1).min() > 1e10
+    assert bound.norm(dim=1).max() < 3 * D**0.5
+
+
+def test_drift_limit_is_idle_below_the_limit():
+    # C = 1 - e^-h and D = sqrt(1 - e^-2h) at lambda = 1; the limit on |C g| is D^(1/4) noise stds.
+    h = 0.3
+    limit = D**0.25 * math.sqrt(1 - math.exp(-2 * h)) / (1 - math.exp(-h))
+    for factor, clipped in ((0.99, False), (1.5, True)):
+        direction = torch.full((1, D), factor * limit / D**0.5)
+        config = {"schedule": DiffusionSchedule.marginal(), "config": LangevinConfig(steps=1, step_size=h)}
+        u = langevin_chain(lambda u, d=direction: d, torch.zeros(1, D), torch.zeros(1, dtype=torch.long), streams=streams(1), **config)
+        still = langevin_chain(torch.zeros_like, torch.zeros(1, D), torch.zeros(1, dtype=torch.long), streams=streams(1), **config)
+        expected = (1 - math.exp(-h)) * direction / (factor if clipped else 1)
+        torch.testing.assert_close(u - still, expected, atol=1e-6, rtol=1e-4)
+
+
 def test_non_finite_chain_is_reported():
     with pytest.raises(ChainDiverged, match=r"1 of 3 Langevin chains .* at t = \[1\]; lower LangevinConfig.step_size"):
         langevin_chain(
@@ -163,6 +186,7 @@ def test_non_finite_chain_is_reported():
         ({"integrator": "heun"}, "integrator: expected one of exponential, euler, got 'heun'"),
         ({"start": "zero"}, "start: expected one of next, gaussian"),
         ({"steps": 0}, "steps must be a positive integer, got 0"),
+        ({"drift_limit": 0.0}, r"drift_limit must be positive, got 0\.0"),
         ({"step_size": -0.1}, r"step_size must be positive and finite, got -0\.1"),
         ({"integrator": "euler", "step_size": 2.5}, "unstable"),
         ({"step_rule": "published"}, "belongs to the euler integrator"),

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
@@ -5,6 +8,11 @@ from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.langevin import ChainDiverged
+from hvae_ebm_prior.streams import SampleStreams
+
+
+def streams(n):
+    return SampleStreams(list(range(n)), torch.device("cpu"), torch.float32)
 
 
 def seed(value):
@@ -14,6 +22,7 @@ def seed(value):
 @pytest.fixture(scope="module")
 def prior():
     """A prior with energies that matter."""
+    torch.manual_seed(0)
     prior = DiffusionEBMPrior(RandomBackbone([(2,), (1, 4, 4)]), energy=EnergyConfig(width=8), langevin=LangevinConfig(steps=3))
     g = seed(5)
     for network in prior.energies:
@@ -57,7 +66,7 @@ def test_held_layers_are_exact_and_diffuse_with_the_others():
         assert held.var().item() == pytest.approx(1, abs=0.08)
     one = torch.randn(1, 2, generator=seed(1))
     u = prior.sample_noise(3, fixed={0: one}, temperature=0.7, generator=seed(0))
-    torch.testing.assert_close(prior.split(u)[0], one.expand(3, 2))
+    assert torch.equal(prior.split(u)[0], one.expand(3, 2))
     images = prior.sample(5, fixed={1: top[:5, :1, None, None].expand(5, 1, 2, 2)}, chunk_size=2, generator=seed(0))
     assert images.shape == (5, 1, 2, 2)
 
@@ -66,7 +75,7 @@ def test_holding_a_layer_conditions_the_others():
     """Two correlated unknowns with a known joint density: the conditional mean given the held one must come out."""
 
     class Coupled(IdentityBackbone):
-        # z_2 | z_1 ~ N(z_1, 1); with f_2 = w z_2 the tilt shifts u_2 by w whatever z_1 is, and with f_1 = 0 the held u_1 stays as it is.
+        # z_2 | z_1 ~ N(z_1, 1). Tilted by exp(w z_2 + v z_2^2) it has precision 1 - 2v and mean (z_1 + w) / (1 - 2v).
         def top_down(self, batch_size):
             zero = torch.zeros(batch_size, 1)
             z = yield zero, zero + 1
@@ -76,12 +85,15 @@ def test_holding_a_layer_conditions_the_others():
     prior = DiffusionEBMPrior(
         Coupled((1,), (1,)),
         schedule=DiffusionSchedule.marginal(),
-        energy=[Quadratic(1), Quadratic(1, w=0.5)],
-        langevin=LangevinConfig(steps=100, step_size=0.1),
+        energy=[Quadratic(1), Quadratic(1, w=0.5, v=-0.5)],
+        langevin=LangevinConfig(steps=100, step_size=0.05),
     )
     u = prior.sample_noise(4000, fixed={0: torch.full((1, 1), 2.0)}, generator=seed(0))
     z = prior.to_latents(u)
-    assert z[1].mean().item() == pytest.approx(2.5, abs=0.06)
+    assert (z[0] == 2).all()
+    assert z[1].mean().item() == pytest.approx(1.25, abs=0.06)
+    # Held only at the end, z_1 would have followed z_2's tilt on the way, and z_2 - z_1 would not know of z_1 = 2.
+    assert z[1].var().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_temperature_multiplies_the_std_of_the_gaussian_layers():
@@ -112,12 +124,12 @@ def test_learning_gradient_against_numerical_integration():
     n = 5000
     prior = DiffusionEBMPrior(IdentityBackbone((1,)), energy=[Sine()], langevin=LangevinConfig(steps=120, step_size=0.05, start="gaussian"))
     data = 0.4 + 0.5 * torch.randn(n, 1, generator=seed(1))
-    u, streams = data, prior._streams(list(range(n)))
-    losses, t = prior.recovery_loss(u, streams)
+    u = data
+    losses, _, t = prior.recovery_loss(u, streams(n))
     (gradient,) = torch.autograd.grad(losses.mean(), prior.energies[0].w)
 
     # The same forward diffusion, replayed from the same streams.
-    replay, schedule = prior._streams(list(range(n))), prior.schedule
+    replay, schedule = streams(n), prior.schedule
     assert torch.equal(replay.levels(3), t)
     u_t = schedule.alpha_bar[t, None] * u + schedule.sigma_bar[t, None] * replay.normal(1)
     u_next = schedule.alpha[t + 1, None] * u_t + schedule.sigma[t + 1, None] * replay.normal(1)
@@ -132,7 +144,7 @@ def test_learning_gradient_against_numerical_integration():
 def test_learning_gradient_vanishes_where_data_and_model_agree():
     """Data drawn from the model itself: u ~ N(0, 1) and zero energy, where every parameter's mean gradient is 0."""
     prior = DiffusionEBMPrior(IdentityBackbone((1,)), energy=[Quadratic(1)], langevin=LangevinConfig(steps=20, step_size=0.3))
-    losses, _ = prior.recovery_loss(torch.randn(5000, 1, generator=seed(0)), prior._streams(list(range(5000))))
+    losses, _, _ = prior.recovery_loss(torch.randn(5000, 1, generator=seed(0)), streams(5000))
     w, v = torch.autograd.grad(losses.mean(), list(prior.parameters()))
     assert abs(w.item()) < 5 * (2 / 5000) ** 0.5
     assert abs(v.item()) < 5 * (4 / 5000) ** 0.5
@@ -161,6 +173,43 @@ def test_state_dict_device_and_dtype(prior):
     assert meta.device.type == "meta"
     with pytest.raises(ValueError, match="expected a tensor on meta"):
         meta.energy(torch.zeros(1, 2), 0)
+
+
+def test_deep_copies_share_the_backbone_and_pickling_is_refused(prior):
+    twin = copy.deepcopy(prior)
+    assert twin.backbone is prior.backbone
+    assert torch.equal(twin.sample(2, generator=seed(0)), prior.sample(2, generator=seed(0)))
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in prior.parameters()}
+    with pytest.raises(TypeError, match=r"save prior.state_dict\(\)"):
+        pickle.dumps(prior)
+
+
+def test_inference_mode(prior):
+    expected = prior.sample(2, generator=seed(0))
+    u = prior.sample_noise(2, generator=seed(1))
+    with torch.inference_mode():
+        assert torch.equal(prior.sample(2, generator=seed(0)), expected)
+        torch.testing.assert_close(prior.score(u.clone(), 0), prior.score(u, 0))
+
+
+def test_double_images_are_accepted(prior):
+    adapter = IdentityBackbone((4,))
+    u = DiffusionEBMPrior(adapter).encode(torch.full((2, 1, 1, 4), 0.5, dtype=torch.float64))
+    assert u.dtype == torch.float32
+
+
+def test_backbone_on_another_device_is_named(prior):
+    class Moved(RandomBackbone):
+        def top_down(self, batch_size):
+            h = yield from super().top_down(batch_size)
+            return h
+
+    adapter = Moved([(2,)])
+    moved = DiffusionEBMPrior(adapter)
+    adapter.model.to("meta")
+    adapter.start = adapter.start.to("meta")
+    with pytest.raises(ValueError, match="the backbone is on meta, the prior's noise or latents on cpu; move one of them"):
+        moved.energy(torch.zeros(1, 2), 0)
 
 
 def test_float32_noise_over_a_bfloat16_backbone():
@@ -223,6 +272,10 @@ IMAGES = torch.zeros(2, 1, 2, 2)
         (lambda p: p.sample(1, fixed={2: torch.zeros(1, 2)}), ValueError, r"layer indices 0 \(top\) to 1 \(bottom\), got 2"),
         (lambda p: p.sample(1, fixed={-1: torch.zeros(1, 2)}), ValueError, "layer indices"),
         (lambda p: p.sample_noise(3, fixed={0: torch.zeros(2, 2)}), ValueError, r"fixed\[0\]: expected shape \(3, 2\), or \(1, 2\)"),
+        (lambda p: p.sample(1, fixed=[torch.zeros(1, 2)]), TypeError, "fixed: expected a mapping of layer index to noise u_i, got list"),
+        (lambda p: p.sample(1, fixed={0: torch.full((1, 2), torch.nan)}), ValueError, r"fixed\[0\]: expected finite noise"),
+        (lambda p: p.to_noise("abc"), TypeError, "latents: expected a list or tuple of one tensor per layer, got str"),
+        (lambda p: p.join([[0.0]]), TypeError, "layers to join: expected a list or tuple of one tensor per layer"),
         (lambda p: p.sample_noise(3, fixed={0: [1.0]}), TypeError, r"fixed\[0\]: expected a floating-point tensor"),
     ],
 )

@@ -55,6 +55,11 @@ def test_from_snr_gives_back_the_ratios():
     torch.testing.assert_close((schedule.alpha_bar / schedule.sigma_bar) ** 2, torch.tensor(ratios))
 
 
+def test_nearly_noise_free_levels_keep_their_noise():
+    schedule = DiffusionSchedule.from_snr([math.inf, 1e17, 1.0, 0.0])
+    assert schedule.sigma[1].item() == pytest.approx(1e-17**0.5, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -1,4 +1,5 @@
 import math
+import re
 import warnings
 
 import pytest
@@ -7,8 +8,8 @@ from backbones import IdentityBackbone, Quadratic, RandomBackbone
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, LangevinConfig, TrainingConfig, TrainingDiverged
-from hvae_ebm_prior.training import endless_batches, learning_rate
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig, TrainingConfig, TrainingDiverged
+from hvae_ebm_prior.training import Guard, endless_batches, learning_rate
 
 IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 
@@ -18,6 +19,7 @@ def seed(value):
 
 
 def tiny_prior(**settings):
+    torch.manual_seed(0)
     return DiffusionEBMPrior(RandomBackbone([(2,), (3,)]), energy=EnergyConfig(width=8), langevin=LangevinConfig(steps=2), **settings)
 
 
@@ -89,7 +91,6 @@ def test_history_callback_and_reproducibility():
     seen, runs = [], []
     for _ in range(2):
         prior = tiny_prior()
-        torch.manual_seed(0)
         prior.load_state_dict({name: torch.full_like(value, 0.05) for name, value in prior.state_dict().items()})
         history = prior.fit(
             IMAGES, iterations=5, batch_size=8, progress=False, generator=seed(3), callback=lambda p, r: seen.append((p, r.iteration))
@@ -99,11 +100,19 @@ def test_history_callback_and_reproducibility():
     assert seen[0][0] is runs[0][0]
     assert runs[0][1] == runs[1][1]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True))
-    record = history[-1]
-    assert len(record.gaps) == 3
-    # The loss is minus the mean gap, level by level.
-    assert record.seconds > 0
-    assert math.isfinite(record.gradient_norm)
+    assert [record.iteration for record in history] == [1, 2, 3, 4, 5]
+    assert history[0].seconds < history[-1].seconds
+
+
+def test_gap_is_the_energy_of_chains_over_that_of_data():
+    """Data at 3 and f(z) = z: the chains from far noise stay below, so their energy -z is higher than the data's."""
+    prior = DiffusionEBMPrior(
+        IdentityBackbone((1,)), energy=[Quadratic(1, w=1.0)], schedule=DiffusionSchedule.marginal(), langevin=LangevinConfig(steps=40, step_size=0.2)
+    )
+    history = prior.fit(torch.full((512, 1, 1, 1), 0.65), iterations=1, batch_size=512, learning_rate=1e-6, generator=seed(0), progress=False)
+    # p(z) proportional to exp(z) N(z; 0, 1) is N(1, 1): energies -1 against -3.
+    assert history[0].gaps[0] == pytest.approx(2.0, abs=0.25)
+    assert history[0].loss == pytest.approx(-2.0, abs=0.25)
 
 
 def test_the_prior_holds_a_moving_average():
@@ -161,8 +170,14 @@ def test_gradient_norm_is_clipped(monkeypatch):
     ],
 )
 def test_every_kind_of_data_trains(data):
-    history = tiny_prior().fit(data, iterations=7, batch_size=8, generator=seed(0), progress=False)
+    batch_size = 8 if isinstance(data, torch.Tensor | TensorDataset) else None
+    history = tiny_prior().fit(data, iterations=7, batch_size=batch_size, generator=seed(0), progress=False)
     assert len(history) == 7
+
+
+def test_a_loader_has_its_own_batch_size():
+    with pytest.raises(ValueError, match="batch_size: a DataLoader has batches of its own"):
+        tiny_prior().fit(DataLoader(TensorDataset(IMAGES), batch_size=8), batch_size=4)
 
 
 def test_one_pass_over_a_tensor_sees_every_image_once():
@@ -192,7 +207,7 @@ def test_one_pass_over_a_tensor_sees_every_image_once():
 def test_bad_data_is_refused_and_leaves_a_good_prior(data, error, message):
     prior = tiny_prior()
     with pytest.raises(error, match=message):
-        prior.fit(data, iterations=3, batch_size=8, generator=seed(0), progress=False)
+        prior.fit(data, training=TrainingConfig(iterations=3, batch_size=8), generator=seed(0), progress=False)
     assert finite(prior)
 
 
@@ -230,57 +245,91 @@ def test_absurd_learning_rate_ends_in_training_diverged_with_a_good_prior():
 
 
 class Faulty(nn.Module):
-    """Fails once at the given call: a stand-in for the blow-up of a real run."""
+    """w . z, but for one call of the trainee's: a stand-in for the blow-up of a real run."""
 
     def __init__(self, call, value):
         super().__init__()
-        self.w, self.call, self.value, self.calls = nn.Parameter(torch.zeros(())), call, value, [0]
-
-    def __deepcopy__(self, memo):
-        return self
+        self.w, self.call, self.value, self.calls = nn.Parameter(torch.full((), 1e-3)), call, value, 0
 
     def forward(self, z, t):
-        self.calls[0] += 1
-        factor = self.value if self.calls[0] == self.call else 1.0
-        return (self.w + 1e-3) * factor * z.flatten(1).sum(1)
+        self.calls += self.training
+        factor = self.value if self.training and self.calls == self.call else 1.0
+        return self.w * factor * z.flatten(1).sum(1)
 
 
+# With two Langevin steps, step k calls the network 3k - 2 and 3k - 1 times in the chain and 3k times in the loss.
 @pytest.mark.parametrize(
     ("call", "value", "message"),
-    [(200, torch.nan, "Langevin chains are not finite|the loss is nan"), (201, 1e9, "the energy gap|not finite")],
+    [(180, torch.nan, "the loss is nan"), (179, torch.nan, "Langevin chains are not finite"), (178, 1e9, "the energy gap between chains and data")],
 )
-def test_guard_recovers_from_one_blow_up(call, value, message):
+def test_guard_goes_back_to_the_last_good_state(call, value, message):
     prior = DiffusionEBMPrior(IdentityBackbone((2,)), energy=[Faulty(call, value)], langevin=LangevinConfig(steps=2))
-    with warnings.catch_warnings(record=True) as caught:
+    averages, restored = {}, []
+
+    def watch(prior, record):
+        averages[record.iteration] = prior.energies[0].w.item()
+
+    original = Guard.restore
+
+    def restore(self, *args):
+        original(self, *args)
+        restored.append((self.prior.energies[0].w.item(), self.trainee.energies[0].w.item()))
+
+    training = TrainingConfig(iterations=100, batch_size=8, final_learning_rate=1.0, warmup=10)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        history = prior.fit(torch.full((16, 1, 1, 2), 0.55), iterations=100, batch_size=8, generator=seed(0), progress=False)
+        patch.setattr(Guard, "restore", restore)
+        history = prior.fit(torch.full((16, 1, 1, 2), 0.55), training=training, callback=watch, generator=seed(0), progress=False)
     assert len(caught) == 1
-    assert pytest.importorskip("re").search(message, str(caught[0].message))
-    assert len(history) == 100
+    assert re.search(f"step 60: .*{message}.*; back to the last good state, learning rate now at most 0.0005", str(caught[0].message))
+    # Snapshots are taken at steps 26 and 51 (0-based 25 and 50); at the failure of step 60 the one of step 26 had outlived the next.
+    assert restored == [(averages[26], averages[26])]
+    assert len(set(averages.values())) > 90
+    rates = [record.learning_rate for record in history]
+    assert len(rates) == 100
+    assert max(rates[:59]) == pytest.approx(1e-3)
+    assert max(rates[59:]) == pytest.approx(5e-4)
+    assert rates[59] < 1e-4
     assert all(math.isfinite(record.loss) for record in history)
     assert finite(prior)
 
 
-def test_ctrl_c_leaves_the_moving_average():
-    reference = tiny_prior()
-    start = {name: value.clone() for name, value in reference.state_dict().items()}
-    history = reference.fit(IMAGES, training=TrainingConfig(iterations=30), generator=seed(0), progress=False)
-    interrupted = tiny_prior()
-    interrupted.load_state_dict(start)
-    states = []
+def test_nan_images_in_mid_run_are_refused_and_the_backbone_is_given_back():
+    prior = tiny_prior()
+    batches = [IMAGES[:8]] * 5 + [IMAGES[:8] * torch.nan]
+    with pytest.raises(ValueError, match="8 of 8 hold NaN") as raised:
+        prior.fit(batches, iterations=20, generator=seed(0), progress=False)
+    assert finite(prior)
+    adapter = prior.backbone
+    prior.release()
+    assert raised.traceback is not None
+    assert all(m.training for m in adapter.model.modules())
 
-    def press(prior, record):
+
+@pytest.mark.parametrize("where", ["callback", "chain"])
+def test_ctrl_c_leaves_the_moving_average(where, monkeypatch):
+    prior, states = tiny_prior(), []
+
+    def keep(prior, record):
         states.append({name: value.clone() for name, value in prior.state_dict().items()})
-        if record.iteration == 12:
+        if where == "callback" and record.iteration == 12:
             raise KeyboardInterrupt
 
+    chain, calls = DiffusionEBMPrior._chain, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if where == "chain" and len(calls) == 13:
+            raise KeyboardInterrupt
+        return chain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DiffusionEBMPrior, "_chain", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        interrupted.fit(IMAGES, training=TrainingConfig(iterations=30), generator=seed(0), progress=False, callback=press)
+        prior.fit(IMAGES, training=TrainingConfig(iterations=30), generator=seed(0), progress=False, callback=keep)
     assert len(states) == 12
-    assert len(history) == 30
-    assert all(torch.equal(value, states[-1][name]) for name, value in interrupted.state_dict().items())
-    assert any(not torch.equal(value, start[name]) for name, value in interrupted.state_dict().items())
-    assert torch.isfinite(interrupted.sample(2, generator=seed(0))).all()
+    assert all(torch.equal(value, states[-1][name]) for name, value in prior.state_dict().items())
+    assert any(not torch.equal(value, states[0][name]) for name, value in prior.state_dict().items())
+    assert torch.isfinite(prior.sample(2, generator=seed(0))).all()
 
 
 def test_networks_without_parameters_cannot_be_trained():
@@ -298,6 +347,7 @@ def test_progress_bar_shows_loss_gap_and_time_left(capsys):
     assert "3/3" in shown
     assert "loss" in shown
     assert "gap per t" in shown
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d", shown), "time passed < time left"
     tiny_prior().fit(IMAGES, iterations=3, batch_size=8, generator=seed(0))
     assert capsys.readouterr().err == ""
 

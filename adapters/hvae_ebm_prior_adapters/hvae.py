@@ -12,7 +12,7 @@ There is no normalisation layer, so images never influence each other.
 import dataclasses
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +74,28 @@ class TopDownBlock(nn.Module):
 
     def prior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std, each (N, latent_channels, S, S), of the latent given the features `h` (N, width, S, S)."""
-        mean, log_std = self.prior_head(F.silu(h)).float().chunk(2, dim=1)
+        mean, log_std = single(self.prior_head(F.silu(h))).chunk(2, dim=1)
         return mean, torch.exp(soft_clamp(log_std))
 
     def posterior(self, h: Tensor, bottom_up: Tensor) -> tuple[Tensor, Tensor]:
         """Shift d and log-ratio log r of the posterior, in units of the prior's std."""
         merged = self.posterior_residual(self.posterior_merge(torch.cat((h, bottom_up), dim=1)))
-        shift, log_ratio = self.posterior_head(F.silu(merged)).float().chunk(2, dim=1)
+        shift, log_ratio = single(self.posterior_head(F.silu(merged))).chunk(2, dim=1)
         return shift, soft_clamp(log_ratio)
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
-        h = self.residual(h + self.latent_in(z))
+        h = self.residual(h + self.latent_in(z.to(h.dtype)))
         return F.pixel_shuffle(self.up(F.silu(h)), 2)
 
 
 def soft_clamp(x: Tensor, bound: float = 5.0) -> Tensor:
     """Smoothly bound `x` to (-bound, bound), the identity near zero (NVAE)."""
     return bound * torch.tanh(x / bound)
+
+
+def single(x: Tensor) -> Tensor:
+    """`x` in float32 where it is in half precision: means, stds and images need the digits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class HVAE(nn.Module):
@@ -121,7 +126,7 @@ class HVAE(nn.Module):
 
     def bottom_up(self, images: Tensor) -> list[Tensor]:
         """Features of `images` (N, C, H, W) beside each latent, top to bottom."""
-        h = F.pad(images, (self.before, self.after, self.before, self.after))
+        h = F.pad(images.to(self.start.dtype), (self.before, self.after, self.before, self.after))
         features: list[Tensor] = []
         for stage in reversed(self.encoder):
             h = stage(h)
@@ -131,7 +136,18 @@ class HVAE(nn.Module):
     def image_mean(self, features: Tensor) -> Tensor:
         """Mean of p(x | z), (N, C, H, W) in [0, 1], from what the last block returns."""
         inside = slice(self.before, self.before + self.config.image_size)
-        return torch.sigmoid(features.float())[..., inside, inside]
+        return torch.sigmoid(single(features))[..., inside, inside]
+
+    def posterior_walk(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Draw every latent from the posterior; yields its shift, its log-ratio, the latent z and the features below it, layer by layer."""
+        h = self.start.expand(len(images), -1, -1, -1)
+        for block, features in zip(self.blocks, self.bottom_up(images), strict=True):
+            mean, std = block.prior(h)
+            shift, log_ratio = block.posterior(h, features)
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            z = mean + std * (shift + torch.exp(log_ratio) * noise)
+            h = block(h, z)
+            yield shift, log_ratio, z, h
 
     def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Negative ELBO in its two parts, for training.
@@ -143,15 +159,9 @@ class HVAE(nn.Module):
         Returns:
             -log p(x | z) of shape (N,), and the KL divergence of every layer (N, L); both in nats.
         """
-        h = self.start.expand(len(images), -1, -1, -1)
-        divergences = []
-        for block, features in zip(self.blocks, self.bottom_up(images), strict=True):
-            mean, std = block.prior(h)
-            shift, log_ratio = block.posterior(h, features)
-            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-            divergences.append((0.5 * (shift**2 + torch.exp(2 * log_ratio) - 1) - log_ratio).flatten(1).sum(1))
-            h = block(h, mean + std * (shift + torch.exp(log_ratio) * noise))
-        residual = (images - self.image_mean(h)) * torch.exp(-self.log_scale)
+        layers = list(self.posterior_walk(images, generator))
+        divergences = [(0.5 * (d**2 + torch.exp(2 * r) - 1) - r).flatten(1).sum(1) for d, r, _, _ in layers]
+        residual = (images - self.image_mean(layers[-1][3])) * torch.exp(-self.log_scale)
         negative_log_likelihood = 0.5 * residual**2 + self.log_scale + 0.5 * math.log(2 * math.pi)
         return negative_log_likelihood.flatten(1).sum(1), torch.stack(divergences, dim=1)
 
@@ -164,9 +174,10 @@ class HVAE(nn.Module):
     def load(cls, path: str | Path) -> "HVAE":
         """Read a file written by `save`."""
         with safe_open(path, framework="pt") as file:
-            config: dict[str, Any] = json.loads(file.metadata()["config"])
+            config = json.loads(file.metadata()["config"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model = cls(HVAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
+        settings: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+        model = cls(HVAEConfig(**settings))
         model.load_state_dict(tensors)
         return model
 
@@ -188,16 +199,8 @@ class HVAEAdapter:
             h = block(h, z)
         return h
 
-    def infer(self, images: Tensor, *, generator: torch.Generator | None = None) -> list[Tensor]:
-        h = self.model.start.expand(len(images), -1, -1, -1)
-        latents = []
-        for block, features in zip(self.model.blocks, self.model.bottom_up(images), strict=True):
-            mean, std = block.prior(h)
-            shift, log_ratio = block.posterior(h, features)
-            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-            latents.append(mean + std * (shift + torch.exp(log_ratio) * noise))
-            h = block(h, latents[-1])
-        return latents
+    def infer(self, images: Tensor) -> list[Tensor]:
+        return [z for _, _, z, _ in self.model.posterior_walk(images, None)]
 
     def decode(self, features: Tensor) -> Tensor:
         return self.model.image_mean(features)

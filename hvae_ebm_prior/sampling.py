@@ -1,0 +1,69 @@
+"""Sampling (Alg. 2): from u_T ~ N(0, I) through the conditional priors to u_0, all layers together or some held.
+
+At a temperature the backbone's stds are multiplied by it. Then the chains run in v = u / temperature, in which the backbone's prior is N(0, I) again.
+A held layer takes part at level t as its own diffusion to that level, so that every conditional prior meets noise of the level it was trained on.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .backbone import NoiseTransform
+from .schedule import DiffusionSchedule
+from .streams import SampleStreams
+
+
+class Chain(Protocol):
+    """Draws v_t given v_{t+1} at levels t (N,), some dimensions held."""
+
+    def __call__(self, v_next: Tensor, t: Tensor, /, *, hold: tuple[Tensor, Tensor] | None) -> Tensor: ...
+
+
+def sample_levels(chain: Chain, steps: int, v: Tensor, *, held: tuple[Tensor, list[Tensor]] | None = None, temperature: float = 1.0) -> list[Tensor]:
+    """States of all levels.
+
+    Args:
+        chain: the Langevin chain of one level.
+        steps: number of levels T.
+        v: standard normal noise (N, D), where the pass starts.
+        held: mask and states from `held_states`.
+        temperature: factor on the backbone's stds.
+
+    Returns:
+        u_0..u_T, each (N, D); held dimensions are exact.
+    """
+
+    def hold(u: Tensor, t: int) -> Tensor:
+        return u if held is None else torch.where(held[0], held[1][t], u)
+
+    states = [hold(temperature * v, steps)]
+    for t in reversed(range(steps)):
+        levels = torch.full((len(v),), t, dtype=torch.long, device=v.device)
+        v = chain(states[0] / temperature, levels, hold=None if held is None else (held[0], held[1][t] / temperature))
+        states.insert(0, hold(temperature * v, t))
+    return states
+
+
+def held_states(
+    fixed: Mapping[int, Tensor], transform: NoiseTransform, schedule: DiffusionSchedule, streams: SampleStreams, temperature: float
+) -> tuple[Tensor, list[Tensor]]:
+    """The diffusion of held layers.
+
+    Args:
+        fixed: layer index -> noise u_i, (N, *latent_shapes[i]) or (1, ...).
+        transform: the backbone's layers.
+        schedule: noise levels.
+        streams: the samples' noise.
+        temperature: factor on the backbone's stds, so the std of pure noise.
+
+    Returns:
+        Mask (D,) of the held dimensions, and T + 1 states (N, D), the first noise-free.
+    """
+    zeros = [torch.zeros(len(streams), *shape, device=streams.device, dtype=streams.dtype) for shape in transform.latent_shapes]
+    mask = transform.join([torch.full_like(zero[:1], i in fixed, dtype=torch.bool) for i, zero in enumerate(zeros)])[0]
+    states = [transform.join([fixed[i].to(zero).expand_as(zero) if i in fixed else zero for i, zero in enumerate(zeros)])]
+    for alpha, sigma in zip(schedule.alpha[1:].tolist(), schedule.sigma[1:].tolist(), strict=True):
+        states.append(alpha * states[-1] + sigma * temperature * streams.normal(transform.dim))
+    return mask, states
