@@ -29,7 +29,7 @@ from fashion_mnist import load_subset
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig, TrainingRecord
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig, TrainingConfig, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
 from hvae_ebm_prior.evaluation import EvaluationRow, evaluate
 
@@ -41,7 +41,7 @@ def make_prior(schedule: str = "cosine", seed: int = 0) -> DiffusionEBMPrior:
     """An untrained prior over the committed HVAE."""
     model = HVAE.load(HERE / "data" / "hvae.safetensors").to(memory_format=torch.channels_last)
     torch.manual_seed(seed)  # initial weights of the energies
-    langevin = LangevinConfig(steps=10, step_size=0.12, start="gaussian")
+    langevin = LangevinConfig(steps=10, step_size=0.12, start="gaussian", sampling_steps=20)
     return DiffusionEBMPrior(HVAEAdapter(model), schedule=SCHEDULES[schedule], langevin=langevin)
 
 
@@ -112,7 +112,8 @@ def main() -> None:
     prior = make_prior(args.schedule, args.seed)
 
     start = time.monotonic()
-    history = prior.fit(train_images, iterations=args.iterations, learning_rate=args.learning_rate, generator=generator, progress=True)
+    training = TrainingConfig(args.iterations, learning_rate=args.learning_rate, energy_penalty=1.0)
+    history = prior.fit(train_images, training=training, generator=generator, progress=True)
     seconds = time.monotonic() - start
     save_file(prior.state_dict(), args.out / "prior.safetensors")
     save_training(args.out / "training.png", history)

@@ -37,13 +37,14 @@ class LangevinConfig:
     """How a conditional prior is sampled.
 
     Attributes:
-        steps: Langevin steps K per noise level.
+        steps: Langevin steps K per noise level in training, and in sampling unless `sampling_steps` is given.
         step_size: h, in relaxation times of the Gaussian part (`relative`), or b^2 (`published`).
         integrator: "exponential", or "euler" as in Eq. 3.
         start: where the chain starts: "next" at u_{t+1}, "gaussian" at an exact draw of the Gaussian part.
         step_rule: "relative" (s = h/lambda), or "published", for euler only: the published code's step with its scaling F = f/s_t.
         drift_limit: largest length of the drift C grad F, in units of D^(1/4) standard deviations of the step's noise. Where F is too curved for
             the step size, a chain overshoots further at every step; this bounds it and is idle otherwise.
+        sampling_steps: steps per noise level in sampling; energies learned by short chains are often sampled better by longer ones.
         kernel_at_top: keep the term N(u_T; alpha u_{T-1}, sigma^2) at t = T-1; the published code drops it.
     """
 
@@ -53,14 +54,16 @@ class LangevinConfig:
     start: Start = "next"
     step_rule: StepRule = "relative"
     drift_limit: float = 1.0
+    sampling_steps: int | None = None
     kernel_at_top: bool = True
 
     def __post_init__(self) -> None:
         for name, kind in (("integrator", Integrator), ("start", Start), ("step_rule", StepRule)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be a positive integer, got {self.steps!r}")
+        for name, steps in (("steps", self.steps), ("sampling_steps", 1 if self.sampling_steps is None else self.sampling_steps)):
+            if not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"{name} must be a positive integer, got {steps!r}")
         if not self.drift_limit > 0:
             raise ValueError(f"drift_limit must be positive, got {self.drift_limit!r}")
         if not 0 < self.step_size < float("inf"):

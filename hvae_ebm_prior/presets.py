@@ -5,7 +5,7 @@
     prior.fit(images, training=preset.training)
 
 The published settings have T = 3, Euler steps s_t = b^2 (sigma_bar_t/sigma_bar_0) sigma_{t+1}^2 from u_{t+1}, networks that stand for F = f/s_t
-(so the loss is divided by s_t), no kernel term at t = T-1, spectral norm, no moving average, no energy penalty and no clipping.
+(so the loss is divided by s_t), no kernel term at t = T-1, spectral norm, no moving average and no clipping.
 """
 
 import math
@@ -48,7 +48,6 @@ def published(steps: int, step_size: float, width: int, batch_size: int, epoch_d
             warmup=0,
             final_learning_rate=1.0,
             epoch_decay=epoch_decay,
-            energy_penalty=0.0,
             clip_norm=math.inf,
             ema_decay=0.0,
             gap_limit=math.inf,

@@ -158,8 +158,7 @@ class DiffusionEBMPrior(nn.Module):
             Noise (N, D).
 
         Raises:
-            TypeError: images are not floating-point.
-            ValueError: images or the backbone's latents have a wrong shape or range, or are not finite.
+            TypeError, ValueError: images or the backbone's latents have a wrong type, shape or range, or are not finite.
         """
         check_images(images)
         if images.dtype == torch.float64:  # what NumPy gives; backbones are rarely in double
@@ -209,7 +208,14 @@ class DiffusionEBMPrior(nn.Module):
             return torch.autograd.grad(total, u)[0]
 
     def _chain(
-        self, u_next: Tensor, t: Tensor, streams: SampleStreams, *, temperature: float = 1.0, hold: tuple[Tensor, Tensor] | None = None
+        self,
+        u_next: Tensor,
+        t: Tensor,
+        streams: SampleStreams,
+        *,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        hold: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Draw u_t given u_next; at a temperature the chain runs in v = u / temperature, whose backbone has std_i * temperature."""
 
@@ -217,8 +223,9 @@ class DiffusionEBMPrior(nn.Module):
             return self._gradient(v, t) if temperature == 1.0 else temperature * self._gradient(temperature * v, t)
 
         # Spectrally normalised weights are worked out once, at the first step.
+        config = replace(self.langevin, steps=steps or self.langevin.steps)
         with torch.no_grad(), parametrize.cached():
-            return langevin_chain(gradient, u_next, t, schedule=self.schedule, config=self.langevin, streams=streams, hold=hold)
+            return langevin_chain(gradient, u_next, t, schedule=self.schedule, config=config, streams=streams, hold=hold)
 
     # Sampling (Alg. 2).
 
@@ -246,8 +253,7 @@ class DiffusionEBMPrior(nn.Module):
             Noise (N, D), or (T + 1, N, D) with entry t the state u_t.
 
         Raises:
-            TypeError: an argument is of the wrong type.
-            ValueError: a wrong count, layer index, shape or temperature, or labels were given.
+            TypeError, ValueError: a wrong type, count, layer index, shape or temperature, or labels were given.
             ChainDiverged: a chain left the finite numbers.
         """
         self._check_request(n, fixed or {}, labels, temperature)
@@ -278,8 +284,7 @@ class DiffusionEBMPrior(nn.Module):
             Images (N, C, H, W) in [0, 1].
 
         Raises:
-            TypeError: as in `sample_noise`.
-            ValueError: as in `sample_noise`.
+            TypeError, ValueError: as in `sample_noise`.
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
         self._check_request(n, fixed or {}, labels, temperature)
@@ -307,7 +312,7 @@ class DiffusionEBMPrior(nn.Module):
     def _sample_levels(self, seeds: list[int], fixed: Mapping[int, Tensor], temperature: float) -> list[Tensor]:
         """States u_0..u_T of Alg. 2, one sample per seed."""
         streams = SampleStreams(seeds, self.device, self.dtype)
-        chain = partial(self._chain, streams=streams, temperature=temperature)
+        chain = partial(self._chain, streams=streams, steps=self.langevin.sampling_steps, temperature=temperature)
         held = held_states(fixed, self.transform, self.schedule, streams, temperature) if fixed else None
         return sample_levels(chain, self.schedule.steps, streams.normal(self.dim), held=held, temperature=temperature)
 
@@ -324,8 +329,7 @@ class DiffusionEBMPrior(nn.Module):
             F(T(u_t^-), t) - F(T(u_t), t) in nats, (N,). Its value is no measure of quality: near 0 is where data and chain agree.
 
         Raises:
-            TypeError: images are not floating-point.
-            ValueError: images have a wrong shape or range.
+            TypeError, ValueError: images of a wrong type, shape or range.
             ChainDiverged: a chain left the finite numbers.
         """
         u = self.encode(images, generator=generator)
@@ -384,8 +388,7 @@ class DiffusionEBMPrior(nn.Module):
             One record per step.
 
         Raises:
-            TypeError: data of the wrong type.
-            ValueError: data empty or out of range, or a bad setting.
+            TypeError, ValueError: data of the wrong type, empty or out of range, or a bad setting.
             TrainingDiverged: training blew up again and again; the prior is at its last good state.
         """
         from .training import TrainingConfig, fit

@@ -51,7 +51,8 @@ class TrainingConfig:
         warmup: steps over which the learning rate rises linearly from 0, at the start and after each return to a good state.
         final_learning_rate: fraction of the learning rate that a cosine decay reaches at the last step; 1 for none.
         epoch_decay: factor on the learning rate after each pass over the data.
-        energy_penalty: weight of mean F^2 / sqrt(D), added to the loss, which keeps energies and their curvature small (Du & Mordatch, 2019).
+        energy_penalty: weight of mean F^2 / sqrt(D), added to the loss, which keeps energies and their curvature small (Du & Mordatch, 2019);
+            a bias, to be used where training is not stable without.
         clip_norm: largest gradient norm; infinite for none.
         ema_decay: decay rate of the moving average that the prior holds; 0 for none.
         gap_limit: largest energy gap, in units of sqrt(D) nats, averaged over levels and the last steps, that is healthy; 20 nats always are.
@@ -66,7 +67,7 @@ class TrainingConfig:
     warmup: int = 50
     final_learning_rate: float = 0.1
     epoch_decay: float = 1.0
-    energy_penalty: float = 1.0
+    energy_penalty: float = 0.0
     clip_norm: float = 10.0
     ema_decay: float = 0.99
     gap_limit: float = 0.5

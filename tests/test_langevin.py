@@ -186,6 +186,7 @@ def test_non_finite_chain_is_reported():
         ({"integrator": "heun"}, "integrator: expected one of exponential, euler, got 'heun'"),
         ({"start": "zero"}, "start: expected one of next, gaussian"),
         ({"steps": 0}, "steps must be a positive integer, got 0"),
+        ({"sampling_steps": 0}, "sampling_steps must be a positive integer, got 0"),
         ({"drift_limit": 0.0}, r"drift_limit must be positive, got 0\.0"),
         ({"step_size": -0.1}, r"step_size must be positive and finite, got -0\.1"),
         ({"integrator": "euler", "step_size": 2.5}, "unstable"),

@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import pytest
@@ -40,6 +41,24 @@ def test_same_seed_same_samples_at_any_chunking(prior):
         torch.testing.assert_close(prior.sample(7, chunk_size=chunk_size, generator=seed(0)), whole, atol=1e-5, rtol=0)
     torch.testing.assert_close(prior.sample(3, generator=seed(0)), whole[:3], atol=1e-5, rtol=0)
     assert not torch.allclose(prior.sample(7, generator=seed(1)), whole)
+
+
+def test_sampling_steps_lengthen_the_chains_of_sampling_alone():
+    calls = []
+
+    class Counting(nn.Module):
+        def forward(self, z, t):
+            calls.append(len(z))
+            return z.flatten(1).sum(1)
+
+    settings = {"schedule": DiffusionSchedule.marginal(), "langevin": LangevinConfig(steps=3, sampling_steps=7)}
+    prior = DiffusionEBMPrior(IdentityBackbone((2,)), energy=[Counting()], **settings)
+    calls.clear()
+    prior.sample(2, generator=seed(0))
+    assert len(calls) == 7
+    calls.clear()
+    prior.loss(torch.full((2, 1, 1, 2), 0.5), generator=seed(0))
+    assert len(calls) == 3 + 1
 
 
 def test_sample_is_the_decoded_noise(prior):
@@ -225,7 +244,7 @@ class Exploding(nn.Module):
 
 
 def test_diverging_chain_is_no_silent_nan():
-    prior = DiffusionEBMPrior(IdentityBackbone((2,)), energy=[Exploding()])
+    prior = DiffusionEBMPrior(IdentityBackbone((2,)), energy=[Exploding()], langevin=LangevinConfig(drift_limit=math.inf))
     with pytest.raises(ChainDiverged, match="not finite"):
         prior.sample(2, generator=seed(0))
 
