@@ -356,7 +356,8 @@ def test_quadratic_energy_is_learned_in_closed_form():
     """Data N(m, 1) under the marginal schedule: maximum likelihood for F = w z + v z^2 is w = m, v = 0."""
     prior = DiffusionEBMPrior(IdentityBackbone((1,)), energy=[Quadratic(1)], langevin=LangevinConfig(steps=20, step_size=0.3))
     data = 1.0 + torch.randn(4000, 1, generator=seed(0))
-    prior.fit((data[:, None, None] + 10) / 20, iterations=200, batch_size=256, learning_rate=2e-2, generator=seed(1), progress=False)
+    training = TrainingConfig(iterations=250, batch_size=256, learning_rate=3e-2, ema_decay=0.95)
+    prior.fit((data[:, None, None] + 10) / 20, training=training, generator=seed(1), progress=False)
     u = prior.sample_noise(4000, generator=seed(2))
     assert u.mean().item() == pytest.approx(1.0, abs=0.1)
     assert u.std().item() == pytest.approx(1.0, abs=0.1)
