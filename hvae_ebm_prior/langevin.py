@@ -37,14 +37,14 @@ class LangevinConfig:
     """How a conditional prior is sampled.
 
     Attributes:
-        steps: Langevin steps K per noise level in training, and in sampling unless `sampling_steps` is given.
+        steps: Langevin steps K per noise level.
         step_size: h, in relaxation times of the Gaussian part (`relative`), or b^2 (`published`).
         integrator: "exponential", or "euler" as in Eq. 3.
         start: where the chain starts: "next" at u_{t+1}, "gaussian" at an exact draw of the Gaussian part.
         step_rule: "relative" (s = h/lambda), or "published", for euler only: the published code's step with its scaling F = f/s_t.
         drift_limit: largest length of the drift C grad F, in units of D^(1/4) standard deviations of the step's noise. Where F is too curved for
             the step size, a chain overshoots further at every step; this bounds it and is idle otherwise.
-        sampling_steps: steps per noise level in sampling; energies learned by short chains are often sampled better by longer ones.
+        sampling_steps: steps per noise level in sampling; None takes `steps`.
         kernel_at_top: keep the term N(u_T; alpha u_{T-1}, sigma^2) at t = T-1; the published code drops it.
     """
 

@@ -29,8 +29,8 @@ def test_main_job(tmp_path):
     rows = {row["name"].split(",")[0]: row for row in results["rows"]}
     assert "closure" in done.stdout
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("samples.png", "training.png", "prior.safetensors"))
-    # Three steps leave ours about where the Gaussian prior is.
-    assert abs(rows["ours"]["closure"]) < 0.3
+    # Three steps leave ours about where the Gaussian prior is; 300 images say no more than that.
+    assert 0.5 < rows["ours"]["distance"] / rows["Gaussian"]["distance"] < 2
 
 
 def test_the_hole_is_in_the_prior_not_in_a_weak_vae():
