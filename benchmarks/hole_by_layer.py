@@ -1,6 +1,6 @@
 """Where the prior hole of the example's HVAE is: Fréchet distance when some layers' noise comes from the posterior and the rest from N(0, I).
 
-    python benchmarks/hole_by_layer.py
+    .venv/bin/python benchmarks/hole_by_layer.py
 
 prints a Markdown table, mean and range over seeds. A layer whose replacement by Gaussian noise costs much is where the prior has most to learn.
 """

@@ -1,6 +1,6 @@
 """The main job over several seeds, and the marginal schedule at equal training iterations (equal gradient evaluations, so equal time).
 
-    python benchmarks/main_job.py
+    python3 benchmarks/main_job.py
 
 prints a Markdown table and writes benchmarks/main_job.json. Each run is a process of its own.
 """
