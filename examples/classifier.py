@@ -83,7 +83,7 @@ def main() -> None:
             right = torch.cat([model(x).argmax(1) for x in test_images.split(1000)]) == test_labels
         print(f"epoch {epoch + 1}: training loss {loss.item():.3f}, test accuracy {right.float().mean().item():.4f}", flush=True)
     save_file(model.state_dict(), WEIGHTS)
-    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.2f} MB")
+    print(f"{WEIGHTS.name}: {WEIGHTS.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main() -> None:
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[:count], labels[:count]
     SUBSET.parent.mkdir(exist_ok=True)
     np.savez_compressed(SUBSET, **arrays)
-    print(f"{SUBSET}: {SUBSET.stat().st_size / 1e6:.1f} MB")
+    print(f"{SUBSET.name}: {SUBSET.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
