@@ -143,7 +143,7 @@ class NoiseTransform:
         return self.adapter.decode(features)
 
     def check_layers(self, parts: Sequence[Tensor], what: str) -> None:
-        """Raise TypeError or ValueError unless `parts` holds one floating-point tensor (N, *latent_shapes[i]) per layer, with one N."""
+        """Raise TypeError or ValueError unless `parts` holds one tensor (N, *latent_shapes[i]) per layer, with one N."""
         if not isinstance(parts, list | tuple) or not all(isinstance(part, Tensor) for part in parts):
             raise TypeError(f"{what}: expected a list or tuple of one tensor per layer, got {describe(parts)}")
         shapes = [tuple(part.shape) for part in parts]
@@ -280,6 +280,6 @@ def backbone_modules(adapter: BackboneAdapter) -> list[nn.Module]:
     if isinstance(adapter, nn.Module):
         return [adapter]
     found: list[object] = []
-    for value in vars(adapter).values():
+    for value in getattr(adapter, "__dict__", {}).values():
         found += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
     return [value for value in found if isinstance(value, nn.Module)]

@@ -105,6 +105,16 @@ def test_a_module_reachable_twice_is_given_back():
     assert all(p.requires_grad for p in adapter.model.parameters())
 
 
+def test_an_adapter_without_attributes_of_its_own_works():
+    inner = IdentityBackbone((2,))
+
+    class Slotted:
+        __slots__ = ()
+        top_down, infer, decode = map(staticmethod, (inner.top_down, inner.infer, inner.decode))
+
+    assert DiffusionEBMPrior(Slotted()).sample(2, generator=torch.Generator().manual_seed(0)).shape == (2, 1, 1, 2)
+
+
 def test_a_refused_backbone_is_left_as_it_was():
     class Negative(RandomBackbone):
         def top_down(self, batch_size):
