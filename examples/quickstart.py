@@ -34,14 +34,21 @@ from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
 from hvae_ebm_prior.evaluation import EvaluationRow, evaluate
 
 HERE = Path(__file__).parent
-SCHEDULES = {"cosine": DiffusionSchedule.cosine(3), "ddpm": DiffusionSchedule.ddpm(3), "marginal": DiffusionSchedule.marginal()}
+SCHEDULES = {
+    # A little noise is left at level 0: active latents have posteriors so narrow (std .07 and more in u) that the density of noise-free data is
+    # very sharp, and learning it without end makes chains overshoot. Samples with this noise have a Fréchet distance about .02 larger.
+    "smooth": DiffusionSchedule.from_snr([200, 10, 1, 0]),
+    "cosine": DiffusionSchedule.cosine(3),
+    "ddpm": DiffusionSchedule.ddpm(3),
+    "marginal": DiffusionSchedule.marginal(),
+}
 
 
-def make_prior(schedule: str = "cosine", seed: int = 0) -> DiffusionEBMPrior:
+def make_prior(schedule: str = "smooth", seed: int = 0) -> DiffusionEBMPrior:
     """An untrained prior over the committed HVAE."""
     model = HVAE.load(HERE / "data" / "hvae.safetensors").to(memory_format=torch.channels_last)
     torch.manual_seed(seed)  # initial weights of the energies
-    langevin = LangevinConfig(steps=10, step_size=0.12, start="gaussian", sampling_steps=20)
+    langevin = LangevinConfig(steps=8, step_size=0.25, start="gaussian", top_steps=6)
     return DiffusionEBMPrior(HVAEAdapter(model), schedule=SCHEDULES[schedule], langevin=langevin)
 
 
@@ -97,10 +104,10 @@ def table(rows: list[EvaluationRow]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=800, help="training steps")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--iterations", type=int, default=950, help="training steps")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--images", type=int, default=2000, help="held-out images, and samples of each prior, for the table; at most 2000")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="smooth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "output")
     args = parser.parse_args()
@@ -112,7 +119,7 @@ def main() -> None:
     prior = make_prior(args.schedule, args.seed)
 
     start = time.monotonic()
-    training = TrainingConfig(args.iterations, learning_rate=args.learning_rate, energy_penalty=1.0)
+    training = TrainingConfig(args.iterations, learning_rate=args.learning_rate)
     history = prior.fit(train_images, training=training, generator=generator, progress=True)
     seconds = time.monotonic() - start
     save_file(prior.state_dict(), args.out / "prior.safetensors")

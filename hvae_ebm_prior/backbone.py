@@ -89,15 +89,23 @@ class NoiseTransform:
         self.check_layers(parts, "layers to join")
         return einops.pack(parts, "n *")[0]
 
-    def to_latents(self, u: Tensor) -> tuple[Tensor, ...]:
-        """T: latents z, one tensor per layer, from noise `u` (N, D). Stops after the last latent: the decoder's tail is not run."""
-        parts, latents = self.split(u), []
+    def to_latents(self, u: Tensor, layers: int | None = None) -> tuple[Tensor, ...]:
+        """T: latents z, one tensor per layer, from noise `u` (N, D). Stops after the last latent: the decoder's tail is not run.
+
+        Args:
+            u: noise (N, D), or that of the first `layers` layers alone.
+            layers: how many layers from the top; None for all.
+
+        Returns:
+            Latents (N, *latent_shapes[i]), top to bottom.
+        """
+        parts, latents = einops.unpack(u, list(self.latent_shapes[:layers]), "n *"), []
 
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
             latents.append(mean + std * parts[i])
             return latents[-1]
 
-        self._walk(u, draw)
+        self._walk(u, draw, layers)
         return tuple(latents)
 
     def to_noise(self, z: Sequence[Tensor]) -> Tensor:
@@ -152,12 +160,12 @@ class NoiseTransform:
         ):
             raise ValueError(f"{what}: expected {[('N', *shape) for shape in self.latent_shapes]} from top to bottom, got {shapes}")
 
-    def _walk(self, like: Tensor, draw: DrawLatent, *, to_end: bool = False) -> Any:
-        """Drive the backbone through its latents, for the samples and device of `like`; then to its end for its features, or not."""
-        name, layers = f"{type(self.adapter).__name__}.top_down", len(self.latent_shapes)
+    def _walk(self, like: Tensor, draw: DrawLatent, layers: int | None = None, *, to_end: bool = False) -> Any:
+        """Drive the backbone through its first `layers` latents, for the samples and device of `like`; or to its end for its features."""
+        name, layers = f"{type(self.adapter).__name__}.top_down", len(self.latent_shapes) if layers is None else layers
 
         def checked(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            if i == layers or tuple(mean.shape) != (len(like), *self.latent_shapes[i]):
+            if i == len(self.latent_shapes) or tuple(mean.shape) != (len(like), *self.latent_shapes[i]):
                 shapes = [("N", *shape) for shape in self.latent_shapes]
                 raise ValueError(f"{name}: expected the shapes {shapes} of its first call, got {tuple(mean.shape)} as layer {i}")
             if mean.device != like.device:

@@ -6,16 +6,20 @@ f_i is a correction to the log-density, high where the data are. Its last layer 
 Gaussian prior.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-# Maps are halved until neither side is longer than this, then read out position by position.
+# Maps are halved until neither side is longer than this, then read out position by position; smaller latents are vectors from the start.
 READOUT_SIZE = 4
+# Fewest feature channels at fine resolutions.
+NARROWEST = 16
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,19 @@ class EnergyConfig:
     """Shape of the default energy networks.
 
     Attributes:
-        width: feature channels.
-        blocks: residual blocks at the coarsest resolution; finer ones have one each.
-        spectral_norm: divide the weight of every convolution by its largest singular value, estimated once per chain.
+        width: feature channels of maps at the coarsest resolution; half as many at each finer one, but no fewer than 16 (or `width`).
+        vector_width: features of vectors, and of maps up to 4x4, which are treated as vectors.
+        blocks: residual blocks at the coarsest resolution, and of vectors; finer resolutions have one each.
+        spectral_norm: divide the weight of every layer but the readout by its largest singular value, estimated once per chain.
     """
 
     width: int = 64
+    vector_width: int = 256
     blocks: int = 2
     spectral_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "blocks"):
+        for name in ("width", "vector_width", "blocks"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
 
@@ -41,10 +47,10 @@ class EnergyConfig:
 class TimeConditionedBlock(nn.Module):
     """Residual block whose features are scaled and shifted by learned tables over t, the identity modulation at initialisation."""
 
-    def __init__(self, width: int, kernel: int, steps: int) -> None:
+    def __init__(self, width: int, steps: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(width, width, kernel, padding=kernel // 2)
-        self.second = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
         self.modulation = nn.Embedding(steps, 2 * width)
         nn.init.zeros_(self.modulation.weight)
 
@@ -54,41 +60,91 @@ class TimeConditionedBlock(nn.Module):
         return x + self.second(F.silu(h * (1 + scale) + shift))
 
 
+class MapFeatures(nn.Module):
+    """Features (N, size) of a map (N, C, H, W): convolutions down to at most 4x4."""
+
+    def __init__(self, shape: tuple[int, int, int], steps: int, config: EnergyConfig) -> None:
+        super().__init__()
+        channels, height, width = shape
+        halvings = math.ceil(math.log2(max(height, width) / READOUT_SIZE))
+        self.layers = nn.ModuleList()
+        for finer in reversed(range(halvings)):
+            features = max(config.width >> finer, min(config.width, NARROWEST))
+            self.layers.append(nn.Conv2d(channels, features, 3, stride=2, padding=1))
+            self.layers.append(TimeConditionedBlock(features, steps))
+            channels, height, width = features, -(-height // 2), -(-width // 2)
+        self.layers.extend(TimeConditionedBlock(channels, steps) for _ in range(config.blocks - 1))
+        self.size = channels * height * width
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        h = z
+        for layer in self.layers:
+            h = layer(h, t) if isinstance(layer, TimeConditionedBlock) else layer(h)
+        return h.flatten(1)
+
+
+class VectorFeatures(nn.Module):
+    """Features (N, size) of a vector or small map: residual layers over all its dimensions, shifted by a learned table over t."""
+
+    def __init__(self, dim: int, steps: int, config: EnergyConfig) -> None:
+        super().__init__()
+        self.size = config.vector_width
+        self.inputs = nn.Linear(dim, self.size)
+        self.shift = nn.Embedding(steps, self.size)
+        self.layers = nn.ModuleList(nn.Linear(self.size, self.size) for _ in range(config.blocks))
+        nn.init.normal_(self.inputs.weight, std=dim**-0.5)
+        nn.init.zeros_(self.shift.weight)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        h = self.inputs(z.flatten(1)) + self.shift(t)
+        for layer in self.layers:
+            h = h + layer(F.silu(h))
+        return h
+
+
 class LayerEnergy(nn.Module):
-    """f_i: a convolutional network over one latent layer of any shape; vectors and 1x1 maps are served by 1x1 convolutions.
+    """f_i: a network over one latent layer of any shape.
 
     Args:
-        shape: shape of the latent without batch; (C, H, W) is treated as a map, everything else as a vector.
+        shape: shape of the latent without batch; (C, H, W) with a side above 4 is treated as a map, everything else as a vector.
         steps: number of conditional priors T.
         config: the network's size.
+
+    Attributes:
+        activity: factor on every input, `shape`; see `set_activity`. Ones at first.
     """
+
+    activity: Tensor
 
     def __init__(self, shape: Sequence[int], steps: int, config: EnergyConfig) -> None:
         super().__init__()
-        channels, height, width = shape if len(shape) == 3 else (torch.Size(shape).numel(), 1, 1)
-        self.map_shape = (channels, height, width)
-        kernel = 1 if height == width == 1 else 3
-        self.layers = nn.ModuleList()
-        while not self.layers or max(height, width) > READOUT_SIZE:
-            stride = 2 if max(height, width) > READOUT_SIZE else 1
-            self.layers.append(nn.Conv2d(channels, config.width, kernel, stride, padding=kernel // 2))
-            self.layers.append(TimeConditionedBlock(config.width, kernel, steps))
-            channels, height, width = config.width, -(-height // stride), -(-width // stride)
-        self.layers.extend(TimeConditionedBlock(config.width, kernel, steps) for _ in range(config.blocks - 1))
-        self.readout = nn.Linear(config.width * height * width, steps)
+        is_map = len(shape) == 3 and max(shape[1:]) > READOUT_SIZE
+        self.features = MapFeatures((shape[0], shape[1], shape[2]), steps, config) if is_map else VectorFeatures(math.prod(shape), steps, config)
+        self.readout = nn.Linear(self.features.size, steps)
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
+        self.register_buffer("activity", torch.ones(*shape))
         if config.spectral_norm:
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
+            for module in self.features.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
                     spectral_norm(module)
+
+    @torch.no_grad()
+    def set_activity(self, activity: Tensor) -> None:
+        """Tell a fresh network what part of each latent dimension's variance images determine; most of a deep VAE's are inactive.
+
+        Args:
+            activity: 0 (pure noise) to 1 (determined), `shape`. Inputs are multiplied by it, their best linear estimate of the determined part.
+        """
+        self.activity.copy_(activity)
+        if isinstance(self.features, VectorFeatures) and not parametrize.is_parametrized(self.features.inputs):
+            # The features then vary as they would if all inputs were active.
+            self.features.inputs.weight.mul_((activity.square().mean().clamp(min=1e-4)) ** -0.5)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         """f_i(z, t) in nats, (N,), for latents `z` (N, *shape) at levels `t` (N,) long."""
-        h = z.reshape(len(z), *self.map_shape)
-        for layer in self.layers:
-            h = layer(h, t) if isinstance(layer, TimeConditionedBlock) else layer(h)
-        return self.readout(F.silu(h).flatten(1)).gather(1, t[:, None]).squeeze(1)
+        h = self.features(z * self.activity, t)
+        return self.readout(F.silu(h)).gather(1, t[:, None]).squeeze(1)
 
 
 def build_energies(energy: EnergyConfig | Sequence[nn.Module], shapes: Sequence[Sequence[int]], steps: int, device: torch.device) -> nn.ModuleList:

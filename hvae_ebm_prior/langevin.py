@@ -11,10 +11,14 @@ s grad log p and adds noise of variance 2s. Every integrator here is one affine 
 
 with h the dimensionless step size and s = h/lambda. The published code takes s = s_t/2 with s_t = b^2 (sigma_bar_t/sigma_bar_0) sigma_{t+1}^2,
 lets its network f stand for F = f/s_t and drops the kernel at t = T-1: the `published` step rule.
+
+The top layer's energy is the most curved one, as the top holds most of the prior hole, and the only one whose gradient needs no walk through the
+backbone. `top_steps` > 1 therefore moves the top layer by that many shorter steps within each step, and renews there only the gradient of its own
+energy: multiple time stepping (r-RESPA, Tuckerman et al. 1992).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -26,6 +30,7 @@ from .streams import SampleStreams
 Integrator = Literal["exponential", "euler"]
 Start = Literal["next", "gaussian"]
 StepRule = Literal["relative", "published"]
+Gradient = Callable[[Tensor], Tensor]
 
 
 class ChainDiverged(FloatingPointError):
@@ -44,6 +49,7 @@ class LangevinConfig:
         step_rule: "relative" (s = h/lambda), or "published", for euler only: the published code's step with its scaling F = f/s_t.
         drift_limit: largest length of the drift C grad F, in units of D^(1/4) standard deviations of the step's noise. Where F is too curved for
             the step size, a chain overshoots further at every step; this bounds it and is idle otherwise.
+        top_steps: shorter steps of the top layer within each step; 1 for none.
         sampling_steps: steps per noise level in sampling; None takes `steps`.
         kernel_at_top: keep the term N(u_T; alpha u_{T-1}, sigma^2) at t = T-1; the published code drops it.
     """
@@ -54,6 +60,7 @@ class LangevinConfig:
     start: Start = "next"
     step_rule: StepRule = "relative"
     drift_limit: float = 1.0
+    top_steps: int = 1
     sampling_steps: int | None = None
     kernel_at_top: bool = True
 
@@ -61,7 +68,8 @@ class LangevinConfig:
         for name, kind in (("integrator", Integrator), ("start", Start), ("step_rule", StepRule)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
-        for name, steps in (("steps", self.steps), ("sampling_steps", 1 if self.sampling_steps is None else self.sampling_steps)):
+        counts = {"steps": self.steps, "top_steps": self.top_steps, "sampling_steps": 1 if self.sampling_steps is None else self.sampling_steps}
+        for name, steps in counts.items():
             if not isinstance(steps, int) or steps < 1:
                 raise ValueError(f"{name} must be a positive integer, got {steps!r}")
         if not self.drift_limit > 0:
@@ -70,6 +78,8 @@ class LangevinConfig:
             raise ValueError(f"step_size must be positive and finite, got {self.step_size!r}")
         if self.integrator == "euler" and self.step_rule == "relative" and self.step_size >= 2:
             raise ValueError(f"euler is unstable at a relative step_size of 2 and above, got {self.step_size}; use exponential or a smaller step")
+        if self.step_rule == "published" and self.top_steps > 1:
+            raise ValueError("the published step rule has no top_steps; leave it at 1")
         if self.step_rule == "published" and self.integrator != "euler":
             raise ValueError(f"the published step rule belongs to the euler integrator, got {self.integrator}")
 
@@ -137,8 +147,27 @@ def langevin_update(u: Tensor, u_next: Tensor, gradient: Tensor, coefficients: T
     return (a * u).addcmul_(b, u_next).addcmul_(c, gradient).addcmul_(d, noise)
 
 
+def limited_update(u: Tensor, u_next: Tensor, gradient: Tensor, coefficients: Tensor, drift_limit: float, streams: SampleStreams) -> Tensor:
+    """`langevin_update` with a drift no longer than `drift_limit`, and noise from `streams`."""
+    dim = u.shape[1]
+    longest = drift_limit * dim**0.25 * coefficients[:, 3:4] / coefficients[:, 2:3]
+    gradient = gradient * (longest / gradient.norm(dim=1, keepdim=True)).clamp(max=1)
+    return langevin_update(u, u_next, gradient, coefficients, streams.normal(dim))
+
+
+def top_update(
+    own_gradient: Gradient, u: Tensor, u_next: Tensor, gradient: Tensor, coefficients: Tensor, config: LangevinConfig, streams: SampleStreams
+) -> Tensor:
+    """`top_steps` steps of the top layer: of its gradient `gradient` at the first one, the part `own_gradient` is renewed at every later one."""
+    at_start = own_gradient(u)
+    for step in range(config.top_steps):
+        now = gradient if step == 0 else gradient + (own_gradient(u) - at_start)
+        u = limited_update(u, u_next, now, coefficients, config.drift_limit, streams)
+    return u
+
+
 def langevin_chain(
-    gradient: Callable[[Tensor], Tensor],
+    gradient: Gradient,
     u_next: Tensor,
     t: Tensor,
     *,
@@ -146,6 +175,7 @@ def langevin_chain(
     config: LangevinConfig,
     streams: SampleStreams,
     hold: tuple[Tensor, Tensor] | None = None,
+    top: tuple[int, Gradient] | None = None,
 ) -> Tensor:
     """Draw u_t given u_{t+1} by K Langevin steps.
 
@@ -157,6 +187,7 @@ def langevin_chain(
         config: steps, integrator and start.
         streams: the samples' noise.
         hold: mask (D,) of dimensions to hold, and the states (N, D) to hold them at.
+        top: number of dimensions of the top layer, the first of D, and the gradient of its own energy as a function of them; for `top_steps`.
 
     Returns:
         States (N, D), finite.
@@ -175,11 +206,14 @@ def langevin_chain(
         weight, precision = gaussian_part(t, schedule, config, u_next.dtype)
         u = weight[:, None] * u_next + streams.normal(dim) / precision.sqrt()[:, None]
     u = held(u)
-    longest = config.drift_limit * dim**0.25 * coefficients[:, 3:4] / coefficients[:, 2:3]
+    limit, split = config.drift_limit, (top[0] if top is not None and config.top_steps > 1 else 0)
+    fine = langevin_coefficients(t, schedule, replace(config, step_size=config.step_size / config.top_steps), u_next.dtype)
     for _ in range(config.steps):
         g = gradient(u)
-        g = g * (longest / g.norm(dim=1, keepdim=True)).clamp(max=1)
-        u = held(langevin_update(u, u_next, g, coefficients, streams.normal(dim)))
+        moved = [limited_update(u[:, split:], u_next[:, split:], g[:, split:], coefficients, limit, streams)]
+        if top is not None and split:
+            moved.insert(0, top_update(top[1], u[:, :split], u_next[:, :split], g[:, :split], fine, config, streams))
+        u = held(torch.cat(moved, dim=1))
     finite = torch.isfinite(u).all(dim=1)
     if not bool(finite.all()):
         raise ChainDiverged(

@@ -51,6 +51,7 @@ def published(steps: int, step_size: float, width: int, batch_size: int, epoch_d
             clip_norm=math.inf,
             ema_decay=0.0,
             gap_limit=math.inf,
+            activity_images=0,
         ),
     )
 

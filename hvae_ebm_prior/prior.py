@@ -8,6 +8,7 @@ On top of a frozen hierarchical VAE, T conditional energy-based priors p(u_t | u
 
 import contextlib
 import copy
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset
 from .backbone import BackboneAdapter, NoiseTransform, freeze
 from .energy import EnergyConfig, build_energies
 from .langevin import ChainDiverged, LangevinConfig, langevin_chain, published_step
-from .sampling import held_states, sample_levels
+from .sampling import Held, held_states, sample_levels
 from .schedule import DiffusionSchedule
 from .streams import SampleStreams, draw_seeds, seeded
 from .validation import check_count, check_fixed, check_images, check_levels, check_noise, check_temperature
@@ -193,39 +194,32 @@ class DiffusionEBMPrior(nn.Module):
         return self._gradient(u, check_levels(t, len(u), self.schedule.steps, u.device)) - u
 
     def _corrections(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
-        """f_i(z_i, t), (N, L); the published step rule's networks stand for F = f / s_t."""
-        f = torch.stack([network(z_i.to(self.dtype), t) for network, z_i in zip(self.energies, z, strict=True)], dim=1)
+        """f_i(z_i, t), (N, L), of all layers or of the first ones; the published step rule's networks stand for F = f / s_t."""
+        f = torch.stack([network(z_i.to(self.dtype), t) for network, z_i in zip(self.energies[: len(z)], z, strict=True)], dim=1)
         if self.langevin.step_rule == "published":
             f = f / published_step(t, self.schedule, self.langevin, f.dtype)[:, None]
         return f
 
-    def _gradient(self, u: Tensor, t: Tensor) -> Tensor:
-        """grad_u F(T(u), t), (N, D)."""
+    def _gradient(self, u: Tensor, t: Tensor, layers: int | None = None) -> Tensor:
+        """grad_u F(T(u), t), (N, D); with `layers` that of the first layers' energies by their own noise."""
         # Inference tensors cannot take part in autograd; copies can.
         with torch.inference_mode(False), torch.enable_grad():
             u = u.detach().clone().requires_grad_()
-            total = self._corrections(self.transform.to_latents(u), t.clone()).sum()
+            total = self._corrections(self.transform.to_latents(u, layers), t.clone()).sum()
             return torch.autograd.grad(total, u)[0]
 
     def _chain(
-        self,
-        u_next: Tensor,
-        t: Tensor,
-        streams: SampleStreams,
-        *,
-        steps: int | None = None,
-        temperature: float = 1.0,
-        hold: tuple[Tensor, Tensor] | None = None,
+        self, u_next: Tensor, t: Tensor, streams: SampleStreams, *, steps: int | None = None, temperature: float = 1.0, hold: Held | None = None
     ) -> Tensor:
         """Draw u_t given u_next; at a temperature the chain runs in v = u / temperature, whose backbone has std_i * temperature."""
 
-        def gradient(v: Tensor) -> Tensor:
-            return self._gradient(v, t) if temperature == 1.0 else temperature * self._gradient(temperature * v, t)
+        def gradient(v: Tensor, layers: int | None = None) -> Tensor:
+            return temperature * self._gradient(temperature * v, t, layers)
 
+        config, top = replace(self.langevin, steps=steps or self.langevin.steps), (math.prod(self.latent_shapes[0]), partial(gradient, layers=1))
         # Spectrally normalised weights are worked out once, at the first step.
-        config = replace(self.langevin, steps=steps or self.langevin.steps)
         with torch.no_grad(), parametrize.cached():
-            return langevin_chain(gradient, u_next, t, schedule=self.schedule, config=config, streams=streams, hold=hold)
+            return langevin_chain(gradient, u_next, t, schedule=self.schedule, config=config, streams=streams, hold=hold, top=top)
 
     # Sampling (Alg. 2).
 
@@ -332,15 +326,14 @@ class DiffusionEBMPrior(nn.Module):
             TypeError, ValueError: images of a wrong type, shape or range.
             ChainDiverged: a chain left the finite numbers.
         """
-        u = self.encode(images, generator=generator)
-        return self.recovery_loss(u, SampleStreams(draw_seeds(len(u), generator), self.device, self.dtype))[0]
+        return self.recovery_loss(self.encode(images, generator=generator), generator)[0]
 
-    def recovery_loss(self, u: Tensor, streams: SampleStreams) -> tuple[Tensor, Tensor, Tensor]:
+    def recovery_loss(self, u: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss from posterior noise instead of images.
 
         Args:
             u: posterior noise of the data (N, D).
-            streams: the samples' noise.
+            generator: source of the levels and of all other noise.
 
         Returns:
             The loss (N,) in nats, F^2 (N,) as the mean over chain and data, and the level t (N,) at which each sample was taken.
@@ -348,10 +341,10 @@ class DiffusionEBMPrior(nn.Module):
         Raises:
             ChainDiverged: a chain left the finite numbers.
         """
-        t = streams.levels(self.schedule.steps)
-        alpha, sigma, alpha_bar, sigma_bar = (
-            level.to(u)[:, None] for level in (self.schedule.alpha, self.schedule.sigma, self.schedule.alpha_bar, self.schedule.sigma_bar)
-        )
+        streams, schedule = SampleStreams(draw_seeds(len(u), generator), u.device, u.dtype), self.schedule
+        t = streams.levels(schedule.steps)
+        levels = (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar)
+        alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in levels)
         u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(self.dim)
         u_next = alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(self.dim)
         negative = self._chain(u_next, t, streams)

@@ -14,11 +14,14 @@ from .backbone import NoiseTransform
 from .schedule import DiffusionSchedule
 from .streams import SampleStreams
 
+# Mask (D,) of held dimensions, and the states (N, D) that they are held at.
+Held = tuple[Tensor, Tensor]
+
 
 class Chain(Protocol):
     """Draws v_t given v_{t+1} at levels t (N,), some dimensions held."""
 
-    def __call__(self, v_next: Tensor, t: Tensor, /, *, hold: tuple[Tensor, Tensor] | None) -> Tensor: ...
+    def __call__(self, v_next: Tensor, t: Tensor, /, *, hold: Held | None) -> Tensor: ...
 
 
 def sample_levels(chain: Chain, steps: int, v: Tensor, *, held: tuple[Tensor, list[Tensor]] | None = None, temperature: float = 1.0) -> list[Tensor]:

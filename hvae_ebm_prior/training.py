@@ -17,8 +17,9 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .energy import LayerEnergy
 from .langevin import ChainDiverged
-from .streams import SampleStreams, draw_seeds
+from .streams import draw_seeds
 from .validation import check_images
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class TrainingConfig:
         ema_decay: decay rate of the moving average that the prior holds; 0 for none.
         gap_limit: largest energy gap, in units of sqrt(D) nats, averaged over levels and the last steps, that is healthy; 20 nats always are.
         restarts: how often the last good state is restored, at half the learning rate, before giving up.
+        activity_images: images on which a fresh prior measures the activity of every latent dimension; see `measure_activity`. 0 for none.
     """
 
     iterations: int = 1000
@@ -72,6 +74,7 @@ class TrainingConfig:
     ema_decay: float = 0.99
     gap_limit: float = 0.5
     restarts: int = 3
+    activity_images: int = 1024
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size"):
@@ -84,7 +87,7 @@ class TrainingConfig:
             raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
-        for name in ("energy_penalty", "weight_decay", "warmup", "restarts"):
+        for name in ("energy_penalty", "weight_decay", "warmup", "restarts", "activity_images"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
 
@@ -126,9 +129,11 @@ def fit(
     generator: torch.Generator | None = None,
 ) -> list[TrainingRecord]:
     """Learn the energies of `prior`; see `DiffusionEBMPrior.fit`."""
+    batches = endless_batches(data, config.batch_size, generator)
+    measure_activity(prior, batches, config.activity_images, generator)
     trainee = copy.deepcopy(prior).train()
     try:
-        return train(prior, trainee, endless_batches(data, config.batch_size, generator), config, callback, progress, generator)
+        return train(prior, trainee, batches, config, callback, progress, generator)
     finally:
         trainee.release()
 
@@ -154,10 +159,9 @@ def train(
         while (step := len(history)) < config.iterations:
             images, epoch = next(batches)
             u = prior.encode(images.to(prior.device), generator=generator)
-            streams = SampleStreams(draw_seeds(len(u), generator), u.device, u.dtype)
             optimizer.zero_grad()
             try:
-                losses, squares, t = trainee.recovery_loss(u, streams)
+                losses, squares, t = trainee.recovery_loss(u, generator)
                 (losses + config.energy_penalty / math.sqrt(prior.dim) * squares).mean().backward()
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
                 loss = losses.mean().item()
@@ -182,6 +186,34 @@ def train(
             if callback is not None:
                 callback(prior, history[-1])
     return history
+
+
+def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[tuple[Tensor, int]], count: int, generator: torch.Generator | None) -> None:
+    """Tell fresh default energies what part of each dimension's variance images determine: the correlation of two posterior draws of one image.
+
+    In a deep VAE most dimensions are inactive: their posterior is the prior whatever the image. Energies need not look at them.
+
+    Args:
+        prior: the prior; energies that know their activity already, and the user's own networks, are left alone.
+        batches: images.
+        count: how many images to take.
+        generator: source of the posterior draws.
+    """
+    fresh = [network for network in prior.energies if isinstance(network, LayerEnergy) and bool((network.activity == 1).all())]
+    if not fresh or count == 0:
+        return
+    pairs, seen = torch.zeros(5, prior.dim, dtype=torch.float64), 0
+    while seen < count:
+        images = next(batches)[0].to(prior.device)
+        a, b = (prior.encode(images, generator=generator).double().cpu() for _ in range(2))
+        pairs += torch.stack((a, b, a * b, a * a, b * b)).sum(1)
+        seen += len(images)
+    mean_a, mean_b, product, square_a, square_b = pairs / seen
+    correlation = (product - mean_a * mean_b) / ((square_a - mean_a**2) * (square_b - mean_b**2)).sqrt()
+    activity = correlation.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+    for network, part in zip(prior.energies, prior.split(activity[None]), strict=True):
+        if any(network is other for other in fresh):
+            network.set_activity(part[0])
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

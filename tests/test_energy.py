@@ -55,6 +55,36 @@ def test_spectral_norm_bounds_every_convolution_and_is_worked_out_once_per_chain
     assert all(p.grad is not None for p in prior.parameters())
 
 
+def test_channels_double_where_maps_are_halved():
+    widths = [
+        m.out_channels for m in LayerEnergy((3, 64, 40), 3, EnergyConfig(width=64)).modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)
+    ]
+    assert widths == [16, 16, 32, 64]
+
+
+def test_inactive_dimensions_are_not_looked_at():
+    network = LayerEnergy((3, 8, 8), 3, EnergyConfig(width=8))
+    nn.init.ones_(network.readout.weight)
+    activity = torch.ones(3, 8, 8)
+    activity[1] = 0
+    network.set_activity(activity)
+    z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (gradient,) = torch.autograd.grad(network(z, torch.tensor([0, 1])).sum(), z)
+    assert (gradient[:, 1] == 0).all()
+    assert (gradient[:, ::2] != 0).all()
+
+
+@pytest.mark.parametrize("shape", [(400,), (25, 4, 4)])
+def test_features_of_a_vector_vary_alike_whatever_part_of_it_is_active(shape):
+    torch.manual_seed(0)
+    network = LayerEnergy(shape, 3, EnergyConfig(vector_width=512))
+    activity = torch.zeros(400)
+    activity[:8] = 0.9
+    network.set_activity(activity.reshape(shape))
+    z = torch.randn(2000, 400, generator=torch.Generator().manual_seed(0))
+    assert network.features.inputs(z * activity).var(0).mean().item() == pytest.approx(1, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("energy", "error", "message"),
     [

@@ -168,6 +168,67 @@ def test_drift_limit_is_idle_below_the_limit():
         torch.testing.assert_close(u - still, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_top_steps_of_a_single_layer_are_shorter_steps():
+    """Where the top layer is all there is, K steps of n top steps are K n steps of h / n, with the same noise."""
+    t, schedule, start = torch.arange(3), DiffusionSchedule.cosine(3), streams(3, 1).normal(D)
+    coarse, fine = LangevinConfig(steps=3, step_size=0.4, top_steps=4), LangevinConfig(steps=12, step_size=0.1)
+    u = langevin_chain(torch.cos, start, t, schedule=schedule, config=coarse, streams=streams(3), top=(D, torch.cos))
+    expected = langevin_chain(torch.cos, start, t, schedule=schedule, config=fine, streams=streams(3))
+    torch.testing.assert_close(u, expected)
+
+
+def test_top_steps_sample_two_coupled_layers():
+    """F = -3 a^2 - a b, a the top layer: a Gaussian whose precision matrix is known. The term a b is renewed at whole steps only."""
+    h, t = 0.05, torch.zeros(4000, dtype=torch.long)
+    config = LangevinConfig(steps=80, step_size=h, top_steps=5, start="gaussian", drift_limit=math.inf)
+    u = langevin_chain(
+        lambda u: torch.stack((-6 * u[:, 0] - u[:, 1], -u[:, 0]), dim=1),
+        streams(4000, 1).normal(2),
+        t,
+        schedule=DiffusionSchedule.marginal(),
+        config=config,
+        streams=streams(4000),
+        top=(1, lambda a: -6 * a),
+    )
+    expected = torch.linalg.inv(torch.tensor([[7.0, 1.0], [1.0, 1.0]]))
+    torch.testing.assert_close(torch.cov(u.T), expected, atol=0.06, rtol=0.05)
+
+
+def test_top_steps_follow_a_top_layer_that_is_too_curved_for_whole_steps():
+    """F = -5 a^2 - b^2 / 2 at step .5: a whole step multiplies a by .6 - 10 * .4 and diverges; 5 top steps do not."""
+    t, start, curvature = torch.zeros(500, dtype=torch.long), streams(500, 1).normal(2), torch.tensor([10.0, 1.0])
+    settings = {"schedule": DiffusionSchedule.marginal(), "top": (1, lambda a: -10 * a)}
+    whole, split = (LangevinConfig(steps=40, step_size=0.5, top_steps=n, drift_limit=math.inf) for n in (1, 5))
+    with pytest.raises(ChainDiverged):
+        langevin_chain(lambda u: -curvature * u, start, t, config=whole, streams=streams(500), **settings)
+    u = langevin_chain(lambda u: -curvature * u, start, t, config=split, streams=streams(500), **settings)
+    # The law of the affine map v -> A v - 10 C v + D noise with a step of .1.
+    a = math.exp(-0.1)
+    assert u[:, 0].var().item() == pytest.approx((1 - a**2) / (1 - (a - 10 * (1 - a)) ** 2), rel=0.2)
+
+
+def test_only_the_top_layer_is_walked_in_top_steps():
+    class Counting(RandomBackbone):
+        drawn = 0
+
+        def top_down(self, batch_size):
+            coroutine = super().top_down(batch_size)
+            gaussian = next(coroutine)
+            for _ in self.shapes[1:]:
+                z = yield gaussian
+                self.drawn += 1
+                gaussian = coroutine.send(z)
+            yield gaussian
+
+    backbone = Counting([(2,), (3,), (1, 2, 2)])
+    langevin = LangevinConfig(steps=6, top_steps=4)
+    prior = DiffusionEBMPrior(backbone, langevin=langevin, energy=[Quadratic(2, 0.1), Quadratic(3), Quadratic(4)])
+    backbone.drawn = 0
+    prior._chain(torch.zeros(2, 9), torch.zeros(2, dtype=torch.long), streams(2))
+    # A walk of three layers sends two latents before it is closed, one of the top layer none.
+    assert backbone.drawn == 6 * 2
+
+
 def test_non_finite_chain_is_reported():
     with pytest.raises(ChainDiverged, match=r"1 of 3 Langevin chains .* at t = \[1\]; lower LangevinConfig.step_size"):
         langevin_chain(
@@ -187,6 +248,8 @@ def test_non_finite_chain_is_reported():
         ({"start": "zero"}, "start: expected one of next, gaussian"),
         ({"steps": 0}, "steps must be a positive integer, got 0"),
         ({"sampling_steps": 0}, "sampling_steps must be a positive integer, got 0"),
+        ({"top_steps": 0}, "top_steps must be a positive integer, got 0"),
+        ({"integrator": "euler", "step_rule": "published", "step_size": 1e-5, "top_steps": 2}, "the published step rule has no top_steps"),
         ({"drift_limit": 0.0}, r"drift_limit must be positive, got 0\.0"),
         ({"step_size": -0.1}, r"step_size must be positive and finite, got -0\.1"),
         ({"integrator": "euler", "step_size": 2.5}, "unstable"),

@@ -9,11 +9,7 @@ from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.langevin import ChainDiverged
-from hvae_ebm_prior.streams import SampleStreams
-
-
-def streams(n):
-    return SampleStreams(list(range(n)), torch.device("cpu"), torch.float32)
+from hvae_ebm_prior.streams import SampleStreams, draw_seeds
 
 
 def seed(value):
@@ -144,11 +140,11 @@ def test_learning_gradient_against_numerical_integration():
     prior = DiffusionEBMPrior(IdentityBackbone((1,)), energy=[Sine()], langevin=LangevinConfig(steps=120, step_size=0.05, start="gaussian"))
     data = 0.4 + 0.5 * torch.randn(n, 1, generator=seed(1))
     u = data
-    losses, _, t = prior.recovery_loss(u, streams(n))
+    losses, _, t = prior.recovery_loss(u, seed(0))
     (gradient,) = torch.autograd.grad(losses.mean(), prior.energies[0].w)
 
     # The same forward diffusion, replayed from the same streams.
-    replay, schedule = streams(n), prior.schedule
+    replay, schedule = SampleStreams(draw_seeds(n, seed(0)), torch.device("cpu"), torch.float32), prior.schedule
     assert torch.equal(replay.levels(3), t)
     u_t = schedule.alpha_bar[t, None] * u + schedule.sigma_bar[t, None] * replay.normal(1)
     u_next = schedule.alpha[t + 1, None] * u_t + schedule.sigma[t + 1, None] * replay.normal(1)
@@ -163,7 +159,7 @@ def test_learning_gradient_against_numerical_integration():
 def test_learning_gradient_vanishes_where_data_and_model_agree():
     """Data drawn from the model itself: u ~ N(0, 1) and zero energy, where every parameter's mean gradient is 0."""
     prior = DiffusionEBMPrior(IdentityBackbone((1,)), energy=[Quadratic(1)], langevin=LangevinConfig(steps=20, step_size=0.3))
-    losses, _, _ = prior.recovery_loss(torch.randn(5000, 1, generator=seed(0)), streams(5000))
+    losses, _, _ = prior.recovery_loss(torch.randn(5000, 1, generator=seed(0)), seed(1))
     w, v = torch.autograd.grad(losses.mean(), list(prior.parameters()))
     assert abs(w.item()) < 5 * (2 / 5000) ** 0.5
     assert abs(v.item()) < 5 * (4 / 5000) ** 0.5

@@ -49,6 +49,32 @@ class Mlp(nn.Module):
         return self.layers[2](nn.functional.silu(self.layers[1](h))).squeeze(1)
 
 
+def test_activity_is_the_part_of_the_variance_that_images_determine():
+    """Posteriors mean a_d x + sqrt(1 - a_d^2) noise with x ~ N(0, 1) from the image: the determined part is a_d^2."""
+    strength = torch.tensor([0.0, 0.3, 0.7, 0.95])
+
+    class Posterior(IdentityBackbone):
+        def infer(self, images):
+            x = 20 * images[:, 0, 0, :1] - 10
+            return [strength * x + (1 - strength**2).sqrt() * torch.randn(len(x), 4)]
+
+    images = (torch.randn(4000, 1, 1, 1, generator=seed(0)) + 10) / 20
+    prior = DiffusionEBMPrior(Posterior((4,)), langevin=LangevinConfig(steps=1))
+    prior.fit(images.expand(-1, 1, 1, 4), training=TrainingConfig(iterations=1, batch_size=100, activity_images=4000), generator=seed(1))
+    activity = prior.energies[0].activity.clone()
+    torch.testing.assert_close(activity, strength**2, atol=5 / 4000**0.5, rtol=0)
+    # It is part of the state, and measured once.
+    assert torch.equal(prior.state_dict()["energies.0.activity"], activity)
+    prior.fit(images[:1].expand(8, 1, 1, 4), training=TrainingConfig(iterations=1, activity_images=8), generator=seed(1))
+    assert torch.equal(prior.energies[0].activity, activity)
+
+
+def test_activity_can_be_left_unmeasured():
+    prior = tiny_prior()
+    prior.fit(IMAGES, training=TrainingConfig(iterations=1, activity_images=0), generator=seed(0))
+    assert all((network.activity == 1).all() for network in prior.energies)
+
+
 def test_a_two_layer_toy_of_known_density_is_recovered():
     """The truth is p(z) proportional to exp(g_1(z_1) + g_2(z_2)) N(z_1) N(z_2 | z_1), drawn by rejection; the Gaussian prior is far from it."""
     g = seed(0)
