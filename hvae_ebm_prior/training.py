@@ -212,7 +212,7 @@ def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[tuple[Tensor,
     correlation = (product - mean_a * mean_b) / ((square_a - mean_a**2) * (square_b - mean_b**2)).sqrt()
     activity = correlation.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
     for network, part in zip(prior.energies, prior.split(activity[None]), strict=True):
-        if any(network is other for other in fresh):
+        if isinstance(network, LayerEnergy) and network in fresh:
             network.set_activity(part[0])
 
 
