@@ -36,7 +36,8 @@ from hvae_ebm_prior.evaluation import EvaluationRow, evaluate
 HERE = Path(__file__).parent
 SCHEDULES = {
     # A little noise is left at level 0: active latents have posteriors so narrow (std .07 and more in u) that the density of noise-free data is
-    # very sharp, and learning it without end makes chains overshoot. Samples with this noise have a Fréchet distance about .02 larger.
+    # very sharp, and learning it without end makes chains overshoot. The Fréchet distance of
+    # reconstructions does not notice noise of SNR 300, and is .07 larger at SNR 100.
     "smooth": DiffusionSchedule.from_snr([200, 10, 1, 0]),
     "cosine": DiffusionSchedule.cosine(3),
     "ddpm": DiffusionSchedule.ddpm(3),
