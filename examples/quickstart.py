@@ -38,7 +38,7 @@ SCHEDULES = {
     # A little noise is left at level 0: active latents have posteriors so narrow (std .07 and more in u) that the density of noise-free data is
     # very sharp, and learning it without end makes chains overshoot. The Fréchet distance of
     # reconstructions does not notice noise of SNR 300, and is .07 larger at SNR 100.
-    "smooth": DiffusionSchedule.from_snr([200, 10, 1, 0]),
+    "smooth": DiffusionSchedule.from_snr([200, 15, 3, 0]),
     "cosine": DiffusionSchedule.cosine(3),
     "ddpm": DiffusionSchedule.ddpm(3),
     "marginal": DiffusionSchedule.marginal(),
@@ -105,7 +105,7 @@ def table(rows: list[EvaluationRow]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=1000, help="training steps")
+    parser.add_argument("--iterations", type=int, default=900, help="training steps")
     parser.add_argument("--learning-rate", type=float, default=3.5e-3)
     parser.add_argument("--images", type=int, default=2000, help="held-out images, and samples of each prior, for the table; at most 2000")
     parser.add_argument("--schedule", choices=SCHEDULES, default="smooth")

@@ -129,11 +129,10 @@ def fit(
     generator: torch.Generator | None = None,
 ) -> list[TrainingRecord]:
     """Learn the energies of `prior`; see `DiffusionEBMPrior.fit`."""
-    batches = endless_batches(data, config.batch_size, generator)
-    measure_activity(prior, batches, config.activity_images, generator)
+    measure_activity(prior, endless_batches(data, config.batch_size, generator), config.activity_images, generator)
     trainee = copy.deepcopy(prior).train()
     try:
-        return train(prior, trainee, batches, config, callback, progress, generator)
+        return train(prior, trainee, endless_batches(data, config.batch_size, generator), config, callback, progress, generator)
     finally:
         trainee.release()
 
