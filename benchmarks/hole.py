@@ -1,10 +1,11 @@
 """Where the prior hole of the example's HVAE is: in which layers, and between which noise levels.
 
-    .venv/bin/python benchmarks/hole.py
+    .venv/bin/python benchmarks/hole.py [--prior examples/output/prior.safetensors]
 
-prints two Markdown tables of Fréchet distances, mean and range over seeds. In the first, the noise of some layers comes from the posterior, the rest
+prints Markdown tables of Fréchet distances, mean and range over seeds. In the first, the noise of some layers comes from the posterior, the rest
 from N(0, I): a layer whose replacement costs much is where the prior has most to learn. In the second, posterior noise is diffused to a
-signal-to-noise ratio and drawn back by the Gaussian prior alone, u ~ p0(u | u_t): what is lost there is what the levels below must learn.
+signal-to-noise ratio and drawn back by the Gaussian prior alone, u ~ p0(u | u_t): what is lost there is what the levels below must learn. In the
+third, for a prior that the quickstart saved, some layers are held at posterior noise and the prior draws the others: what the layers below cost.
 """
 
 import argparse
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from classifier import load_classifier
 from fashion_mnist import load_subset
 from quickstart import make_prior
+from safetensors.torch import load_file
 
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
 
@@ -31,6 +33,7 @@ RATIOS = (200, 60, 30, 15, 10, 6, 3, 2, 1, 0.3)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--prior", type=Path, help="a trained prior, for the third table")
     args = parser.parse_args()
     prior, features = make_prior(), load_classifier().features
     images, layers = load_subset("test")[0], range(len(prior.latent_shapes))
@@ -62,6 +65,17 @@ def main() -> None:
             return signal * u_t + noise * torch.randn(u.shape, generator=g)
 
         row(f"{ratio:g}", diffused_and_back)
+
+    if args.prior is None:
+        return
+    prior.load_state_dict(load_file(args.prior))
+    print("\n| held at the posterior, the others from the trained prior | FD |\n|---|---|")
+    for held in ((), (0,), (0, 1)):
+
+        def completed(u: Tensor, g: torch.Generator, held: tuple[int, ...] = held) -> Tensor:
+            return prior.sample_noise(len(u), fixed={i: prior.split(u)[i] for i in held}, generator=g)
+
+        row(", ".join(map(str, held)) or "none", completed)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python3 examples/quickstart.py
 
-makes its own environment, trains the prior (about 8 minutes on 2 cores), prints a table and writes to examples/output: samples.png (real images,
+makes its own environment, trains the prior (7 1/2 minutes on 2 cores), prints a table and writes to examples/output: samples.png (real images,
 reconstructions, Gaussian samples, ours), training.png, prior.safetensors and results.json.
 """
 
@@ -36,8 +36,7 @@ from hvae_ebm_prior.evaluation import EvaluationRow, evaluate
 HERE = Path(__file__).parent
 SCHEDULES = {
     # A little noise is left at level 0: active latents have posteriors so narrow (std .07 and more in u) that the density of noise-free data is
-    # very sharp, and learning it without end makes chains overshoot. The Fréchet distance of
-    # reconstructions does not notice noise of SNR 300, and is .07 larger at SNR 100.
+    # very sharp, and learning it without end makes chains overshoot. benchmarks/hole.py tells what each level of noise costs.
     "smooth": DiffusionSchedule.from_snr([200, 15, 3, 0]),
     "cosine": DiffusionSchedule.cosine(3),
     "ddpm": DiffusionSchedule.ddpm(3),
