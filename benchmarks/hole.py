@@ -39,11 +39,16 @@ def main() -> None:
     images, layers = load_subset("test")[0], range(len(prior.latent_shapes))
     target = in_chunks(features, load_subset("train")[0])
 
+    # Posterior noise of every seed, and its generator as the encoder leaves it.
+    encoded = []
+    for seed in args.seeds:
+        g = torch.Generator().manual_seed(seed)
+        encoded.append((in_chunks(lambda x, g=g: prior.encode(x, generator=g), images), g.get_state()))
+
     def row(name: str, noise: Callable[[Tensor, torch.Generator], Tensor]) -> None:
         distances = []
-        for seed in args.seeds:
-            g = torch.Generator().manual_seed(seed)
-            u = noise(in_chunks(lambda x, g=g: prior.encode(x, generator=g), images), g)
+        for posterior, state in encoded:
+            u = noise(posterior, torch.Generator().set_state(state))
             distances.append(frechet_distance(in_chunks(features, in_chunks(prior.decode, u)), target))
         print(f"| {name} | {statistics.mean(distances):.2f} ({min(distances):.2f} to {max(distances):.2f}) |", flush=True)
 

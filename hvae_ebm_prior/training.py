@@ -194,7 +194,7 @@ def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[tuple[Tensor,
 
     Args:
         prior: the prior; energies that know their activity already, and the user's own networks, are left alone.
-        batches: images.
+        batches: images, each batch with the number of its pass, as from `endless_batches`.
         count: how many images to take.
         generator: source of the posterior draws.
     """
