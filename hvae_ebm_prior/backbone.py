@@ -247,7 +247,7 @@ def check_gaussian(i: int, mean: Tensor, std: Tensor) -> None:
 _held: dict[int, tuple[nn.Module | nn.Parameter, bool, int]] = {}
 
 
-def freeze(adapter: BackboneAdapter) -> Callable[[], None]:
+def lock(adapter: BackboneAdapter) -> Callable[[], None]:
     """Put the modules behind `adapter` in eval mode without parameter gradients.
 
     Args:

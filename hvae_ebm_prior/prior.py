@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
-from .backbone import BackboneAdapter, NoiseTransform, freeze
+from .backbone import BackboneAdapter, NoiseTransform, lock
 from .energy import EnergyConfig, build_energies
 from .langevin import ChainDiverged, LangevinConfig, langevin_chain, published_step
+from .registry import find_adapter
 from .sampling import Held, held_states, sample_levels
 from .schedule import DiffusionSchedule
 from .streams import SampleStreams, draw_seeds, seeded
@@ -40,20 +41,20 @@ class DiffusionEBMPrior(nn.Module):
     """A learned prior for a hierarchical VAE. Its parameters and state dict are the energies alone.
 
     Args:
-        backbone: the trained model's adapter; its modules are put in eval mode without gradients until `release` is called or the prior is
-            garbage collected.
+        backbone: the trained model's adapter, or a model of a family that `find_adapter` recognises; its modules are put in eval mode without
+            gradients until `release` is called or the prior is garbage collected.
         schedule: noise levels of the diffusion.
         langevin: how each conditional prior is sampled.
         energy: settings of the default energy networks, or the user's own, one per layer; see `build_energies`.
 
     Raises:
-        TypeError: `backbone` is not an adapter, or an argument is of the wrong type.
+        TypeError: `backbone` is no adapter and none fits it, or an argument is of the wrong type.
         ValueError: the backbone or an energy network breaks its contract, or the published step rule meets a noise-free first level.
     """
 
     def __init__(
         self,
-        backbone: BackboneAdapter,
+        backbone: BackboneAdapter | nn.Module,
         *,
         schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
         langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
@@ -65,9 +66,10 @@ class DiffusionEBMPrior(nn.Module):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
         if langevin.step_rule == "published" and schedule.sigma_bar[0] == 0:
             raise ValueError("the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm")
-        release = freeze(backbone)
+        adapter = find_adapter(backbone)
+        release = lock(adapter)
         try:
-            self._transform = NoiseTransform(backbone)
+            self._transform = NoiseTransform(adapter)
             self.energies = build_energies(energy, self._transform.latent_shapes, schedule.steps, self._transform.device)
         except BaseException:
             release()

@@ -5,7 +5,6 @@ import torch
 from backbones import IdentityBackbone, RandomBackbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.backbone import NoiseTransform
@@ -178,7 +177,7 @@ def normal(*shape):
 @pytest.mark.parametrize(
     ("adapter", "error", "message"),
     [
-        (nn.Linear(2, 2), TypeError, "no method top_down, infer, decode; wrap the model"),
+        (object(), TypeError, "no method top_down, infer, decode; wrap the model"),
         (Broken(), ValueError, "without yielding a layer"),
         (Broken(lambda n: torch.zeros(n, 2)), TypeError, r"tuple \(mean, std\) .* got one tensor of torch.float32"),
         (Broken(lambda n: (torch.zeros(n, 2).long(), torch.ones(n, 2))), TypeError, "got tuple of .one tensor of torch.int64"),

@@ -14,10 +14,10 @@ PACKAGE = Path(hvae_ebm_prior.__file__).parent
 # Each module may import those before it; modules of one rank do not know each other.
 RANKS = [
     ["schedule", "backbone", "streams", "validation"],
-    ["energy", "langevin", "sampling"],
+    ["energy", "langevin", "sampling", "registry"],
     ["prior"],
-    ["training", "evaluation"],
-    ["presets"],
+    ["training", "evaluation", "diagnosis"],
+    ["presets", "testing", "cli"],
     ["__init__", "adapters"],
 ]
 
@@ -52,7 +52,7 @@ def test_core_never_imports_adapters():
 
 def test_only_required_packages_are_imported():
     code = (
-        "import sys, hvae_ebm_prior, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets\n"
+        "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing, hvae_ebm_prior.cli\n"
         "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate'} & set(sys.modules)\n"
         "sys.exit(', '.join(bad) or 0)"
     )

@@ -189,6 +189,8 @@ class HVAEAdapter:
         model: the trained model.
     """
 
+    needs = ("start", "blocks", "bottom_up", "posterior_walk", "image_mean")
+
     def __init__(self, model: HVAE) -> None:
         self.model = model
 

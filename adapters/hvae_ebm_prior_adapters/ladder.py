@@ -1,0 +1,69 @@
+"""VAE, LVAE and BIVA of github.com/JakobHavtorn/hvae-oodd (Havtorn et al. 2021): deep VAEs of stages, with vector and spatial latents mixed.
+
+Skip connections hand every stage the features of the one above, so that a layer depends on all latents above it. A stage of BIVA below the top has
+two latents, first the top-down one, then the bottom-up one. The model lists its stages bottom to top; layers here go top to bottom.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .walk import run
+
+
+class LadderAdapter:
+    """Adapter of hvae-oodd's `VAE`, `LVAE` and `BIVA`.
+
+    Args:
+        model: the trained `DeepVAE`.
+        checkpoint: keep no activations inside stages for the backward pass: less memory, more time.
+    """
+
+    needs = ("stages", "likelihood", "n_latents", "skip_stochastic", "infer", "generate")
+
+    def __init__(self, model: nn.Module, *, checkpoint: bool = False) -> None:
+        self.model: Any = model
+        self.checkpoint = checkpoint
+
+    def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
+        d, skips = None, None
+        for stage in reversed(self.model.stages):
+            if hasattr(stage, "td_stochastic"):
+                top_down = yield prior_of(stage.td_stochastic, d, batch_size)
+                condition = d if stage.bu_condition is None else stage.bu_condition(top_down, aux=d)
+                bottom_up = yield prior_of(stage.bu_stochastic, condition, batch_size)
+                z = stage.z_proj(torch.cat((top_down, bottom_up), dim=1))
+            else:
+                z = yield prior_of(stage.stochastic, d, batch_size)
+                z = stage.p_projection(z) if hasattr(stage, "p_projection") else stage.z_proj(z)
+            d, skips = run(below, stage, z, skips if self.model.skip_stochastic else None, checkpoint=self.checkpoint)
+        return d
+
+    def infer(self, images: Tensor) -> list[Tensor]:
+        # As the model's forward does, but for the images' likelihood, which is not defined for every image in [0, 1].
+        images = images if self.model.lambda_init is None else self.model.lambda_init(images)
+        _, stages = self.model.generate(self.model.infer(images), n_prior_samples=len(images))
+        return [stage.q.z for stage in reversed(stages)]
+
+    def decode(self, features: Tensor) -> Tensor:
+        if self.model.pad is not None:
+            features = F.pad(features, self.model.unpad)
+        # The likelihood draws a sample beside its mean, and has nothing but a sample for mixtures: under a seed of its own.
+        devices = [features.device] if features.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            return self.model.likelihood(x_p=features, x=None)[1].mean.clamp(0, 1)
+
+
+def below(stage: Any, z: Tensor, skips: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    """A stage's features and skip outputs; the published module takes its skip inputs off the list, so it gets one of its own."""
+    return stage.p_deterministic(z, None if skips is None else list(skips))
+
+
+def prior_of(stochastic: Any, condition: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and std of a stochastic module given the features above; without any, of the top prior."""
+    _, data = stochastic(condition, inference=False, sample=False, n_prior_samples=batch_size)
+    return data.dist.mean, data.dist.stddev

@@ -1,0 +1,83 @@
+"""Mixture of discretised logistics over RGB pixels (PixelCNN++, Salimans et al. 2017), as NVAE and VDVAE end in: its mean and its samples.
+
+Of the 10 M channels of its parameters, M are the mixture's logits; for each of the three colours M means, M log-scales and M coefficients follow.
+Green depends on red, and blue on both, by the coefficients' tanh. Values live in [-1, 1]; images here are in [0, 1].
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Uniform noise stays this far from 0 and 1, as in the published samplers.
+MARGIN = 1e-5
+
+
+def mixture_mean(parameters: Tensor) -> Tensor:
+    """Image of the mixture's mean means and coefficients, differentiable; the estimate of NVAE's `DiscMixLogistic.mean`.
+
+    Args:
+        parameters: (N, 10 M, H, W).
+
+    Returns:
+        Images (N, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: the number of channels is no multiple of 10.
+    """
+    logits, means, _, coefficients = unpack(parameters)
+    weights = logits.softmax(1).unsqueeze(1)
+    return assemble((means * weights).sum(2), (coefficients * weights).sum(2))
+
+
+def mixture_sample(parameters: Tensor, choice: Tensor, noise: Tensor) -> Tensor:
+    """Image drawn from the mixture, not rounded to 8 bits.
+
+    Args:
+        parameters: (N, 10 M, H, W).
+        choice: uniform numbers (N, M, H, W) that choose each pixel's component.
+        noise: uniform numbers (N, 3, H, W) for its values.
+
+    Returns:
+        Images (N, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: the number of channels is no multiple of 10.
+    """
+    logits, means, log_scales, coefficients = unpack(parameters)
+    gumbel = -torch.log(-torch.log(choice.clamp(MARGIN, 1 - MARGIN)))
+    component = (logits + gumbel).argmax(1, keepdim=True).unsqueeze(1).expand(-1, 3, -1, -1, -1)
+    mean, log_scale, coefficient = (part.gather(2, component).squeeze(2) for part in (means, log_scales, coefficients))
+    return assemble(mean + log_scale.exp() * torch.logit(noise, eps=MARGIN), coefficient)
+
+
+def unpack(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits (N, M, H, W), and means, log-scales and coefficients (N, 3, M, H, W) each."""
+    n, channels, height, width = parameters.shape
+    if channels % 10:
+        raise ValueError(f"logistic mixture: expected 10 channels per component, got {channels} channels")
+    mixtures = channels // 10
+    logits, rest = parameters[:, :mixtures], parameters[:, mixtures:].reshape(n, 3, 3 * mixtures, height, width)
+    means, log_scales, coefficients = rest.chunk(3, dim=2)
+    return logits, means, log_scales.clamp(min=-7), torch.tanh(coefficients)
+
+
+def assemble(values: Tensor, coefficients: Tensor) -> Tensor:
+    """Images in [0, 1] from independent values (N, 3, H, W) and the colours' coefficients (green on red, blue on red, blue on green)."""
+    red = values[:, 0].clamp(-1, 1)
+    green = (values[:, 1] + coefficients[:, 0] * red).clamp(-1, 1)
+    blue = (values[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green).clamp(-1, 1)
+    return (torch.stack((red, green, blue), dim=1) + 1) / 2
+
+
+def image_noise(draw: Callable[..., Tensor], n: int, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """Noise (n, *shape) by `draw` (torch.rand or torch.randn), image by image, so that it does not depend on how images are split into batches."""
+    device = like.device if generator is None else generator.device
+    return torch.stack([draw(shape, generator=generator, device=device) for _ in range(n)]).to(like)
+
+
+def draw_mixture(parameters: Tensor, generator: torch.Generator | None) -> Tensor:
+    """`mixture_sample` with noise from `generator`."""
+    mixtures, size = parameters.shape[1] // 10, tuple(parameters.shape[2:])
+    choice, noise = image_noise(torch.rand, len(parameters), (mixtures + 3, *size), generator, parameters).split([mixtures, 3], dim=1)
+    return mixture_sample(parameters, choice, noise)

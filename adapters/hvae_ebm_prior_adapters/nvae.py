@@ -1,0 +1,176 @@
+"""NVAE (Vahdat & Kautz 2020; the attributes of github.com/NVlabs/NVAE's `AutoEncoder`): residual cells with latent groups at several scales.
+
+    z_0 ~ N(0, 1.01^2),    z_k ~ N(5 tanh(mean_k / 5), (exp(5 tanh(log_std_k / 5)) + .01)^2),    (mean_k, log_std_k) = dec_sampler[k - 1](s_k)
+
+with s_k the features above group k. Posteriors are residual (mean and log-std added to the prior's before the clamp) or not, and may end in
+normalising flows: the latent is what the flows return.
+"""
+
+import types
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .hvae import soft_clamp
+from .logistic_mixture import draw_mixture, image_noise, mixture_mean
+from .walk import Walk, posterior_draws, priors, run
+
+
+class Group(NamedTuple):
+    """What a latent group is conditioned on: the features above it, and its prior's mean and log-std before the clamp."""
+
+    features: Tensor
+    mean: Tensor
+    log_std: Tensor
+
+
+class NVAEAdapter:
+    """Adapter of an NVAE, any number of scales and groups, on CPU and CUDA.
+
+    The model is used as it is, but for three things mended in place that change no result in eval mode: fused batch norm and swish also
+    works off CUDA, masks of autoregressive convolutions follow their weights' device, and convolutions that initialise themselves from their
+    first batch count as initialised.
+
+    Args:
+        model: the trained `AutoEncoder`, or a fork with its attributes.
+        output: "mean" or "sample" of p(x | z) as the image.
+        checkpoint: keep no activations inside cells for the backward pass: less memory, more time.
+        generator: source of the noise of samples; None takes torch's global generators.
+
+    Raises:
+        ValueError: `output` is neither "mean" nor "sample".
+    """
+
+    needs = ("dec_tower", "enc_tower", "dec_sampler", "enc_sampler", "prior_ftr0", "z0_size", "image_conditional", "decoder_output")
+
+    def __init__(self, model: nn.Module, *, output: str = "mean", checkpoint: bool = False, generator: torch.Generator | None = None) -> None:
+        if output not in ("mean", "sample"):
+            raise ValueError(f'output: expected "mean" or "sample", got {output!r}')
+        self.model: Any = make_portable(model)
+        self.output, self.checkpoint, self.generator = output, checkpoint, generator
+
+    def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Tensor]:
+        return priors(self._walk(batch_size), lambda group: gaussian(group.mean, group.log_std))
+
+    def infer(self, images: Tensor) -> list[Tensor]:
+        model = self.model
+        place_masks(model)
+        features, sides = self._encode(images)
+
+        def draw(k: int, group: Group) -> Tensor:
+            # The top group's posterior sees the image alone; the others see the features above them too.
+            seen = model.enc0(features) if k == 0 else sides[k - 1][0](sides[k - 1][1], group.features)
+            mean, log_std = model.enc_sampler[k](seen).chunk(2, dim=1)
+            if k > 0 and model.res_dist:
+                mean, log_std = group.mean + mean, group.log_std + log_std
+            mean, std = gaussian(mean, log_std)
+            z = mean + std * torch.randn_like(mean)
+            for flow in model.nf_cells[k * model.num_flows : (k + 1) * model.num_flows]:
+                z, _ = flow(z, seen)
+            return z
+
+        return posterior_draws(self._walk(len(images)), draw)
+
+    def decode(self, features: Tensor) -> Tensor:
+        model = self.model
+        for cell in model.post_process:
+            features = cell(features)
+        logits = model.image_conditional(features).float()
+        images = self._observe(logits, model.decoder_output(logits))
+        return images[..., 2:30, 2:30] if crops(model) else images
+
+    def _observe(self, logits: Tensor, distribution: Any) -> Tensor:
+        """Mean or sample of p(x | z), by the kind of the model's output distribution."""
+        draw = self.output == "sample"
+        if hasattr(distribution, "logit_probs"):
+            return draw_mixture(logits, self.generator) if draw else mixture_mean(logits)
+        if isinstance(distribution, torch.distributions.Bernoulli):
+            return (self._noise(torch.rand, logits) < distribution.mean).to(logits) if draw else distribution.mean
+        values = distribution.dist.mu
+        if draw:
+            values = values + distribution.dist.sigma * self._noise(torch.randn, values)
+        return (values.clamp(-1, 1) + 1) / 2
+
+    def _noise(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
+        return image_noise(draw, len(like), tuple(like.shape[1:]), self.generator, like)
+
+    def _walk(self, batch_size: int) -> Walk[Group]:
+        """The decoder's tower; a tower without cells is the vanilla VAE, with one group and a stem of its own."""
+        model = self.model
+        features = model.prior_ftr0.unsqueeze(0).expand(batch_size, -1, -1, -1)
+        zeros = features.new_zeros(batch_size, *model.z0_size)
+        group = 0
+        for cell in model.dec_tower:
+            if cell.cell_type == "combiner_dec":
+                mean, log_std = (zeros, zeros) if group == 0 else model.dec_sampler[group - 1](features).chunk(2, dim=1)
+                z = yield Group(features, mean, log_std)
+                features = run(cell, features, z, checkpoint=self.checkpoint)
+                group += 1
+            else:
+                features = run(cell, features, checkpoint=self.checkpoint)
+        if model.vanilla_vae:
+            z = yield Group(features, zeros, zeros)
+            features = model.stem_decoder(z)
+        return features
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, list[tuple[nn.Module, Tensor]]]:
+        """Features of the images at the top, and each lower group's combiner with its side input, top to bottom."""
+        model = self.model
+        if crops(model) and images.shape[-1] == 28:
+            images = F.pad(images, (2, 2, 2, 2))
+        features = model.stem(2 * images - 1)
+        for cell in model.pre_process:
+            features = cell(features)
+        sides: list[tuple[nn.Module, Tensor]] = []
+        for cell in model.enc_tower:
+            if cell.cell_type == "combiner_enc":
+                sides.insert(0, (cell, features))
+            else:
+                features = cell(features)
+        return features, sides
+
+
+def gaussian(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """NVAE's clamped mean and std, in float32."""
+    return soft_clamp(mean.float()), soft_clamp(log_std.float()).exp() + 1e-2
+
+
+def crops(model: Any) -> bool:
+    """Whether the model works on 28-pixel images padded to 32."""
+    return bool(getattr(model, "crop_output", False))
+
+
+def make_portable(model: nn.Module) -> nn.Module:
+    """Mend in place what keeps an NVAE from running off CUDA or would change its trained weights; see `NVAEAdapter`."""
+    parts: list[Any] = list(model.modules())
+    for module in parts:
+        if is_fused_batch_norm(module):
+            module.forward = types.MethodType(batch_norm_swish, module)
+        if getattr(module, "data_init", False):
+            module.init_done = True
+    place_masks(model)
+    return model
+
+
+def place_masks(model: nn.Module) -> None:
+    """Move the masks of autoregressive convolutions, which are no buffers, beside their weights."""
+    for module in model.modules():
+        mask = getattr(module, "mask", None)
+        if isinstance(mask, Tensor) and isinstance(module, nn.Conv2d) and mask.device != module.weight.device:
+            module.mask = mask.to(module.weight.device)
+
+
+def is_fused_batch_norm(module: nn.Module) -> bool:
+    """Whether `module` is NVAE's batch norm with swish, whose published forward works on CUDA alone."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).__name__ == "SyncBatchNormSwish"
+
+
+def batch_norm_swish(module: Any, x: Tensor) -> Tensor:
+    """Batch norm and swish on any device; several processes that train together keep the published, synchronised forward."""
+    if module.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return type(module).forward(module, x)
+    # Batch norm as PyTorch does it, with its rule for the running statistics.
+    return F.silu(nn.BatchNorm2d.forward(module, x))

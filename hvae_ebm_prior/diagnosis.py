@@ -1,0 +1,188 @@
+"""Is there a prior hole, and in which layers?
+
+Encode images and map them to noise: if the prior were right, u would be standard normal. Per layer this measures, from several posterior draws of
+every image,
+
+- the mean KL divergence of q(u_i | x) from N(0, 1), summed over dimensions, by a Gaussian fit over an image's draws:
+  KL = (m^2 + v - 1 - log v) / 2, each term corrected for the number of draws;
+- inactive units: dimensions whose KL is not distinguishable from zero, which carry nothing of the image;
+- moments of u over all images: E u^2 is 1 and E|u| is .798 for standard normal noise;
+- the hole: how often a small classifier, trained on other images, tells u_i from standard normal noise. Half of the time means no hole.
+
+A layer is judged by itself: a hole in how layers depend on each other does not show.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbone import BackboneAdapter, NoiseTransform, lock
+from .streams import draw_seeds, seeded
+from .validation import check_images
+
+# A dimension is inactive if its mean KL does not exceed this, in nats, by two standard errors.
+INACTIVE = 0.01
+# Standard errors by which the classifier must beat chance for a hole.
+SIGNIFICANT = 3.0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What the posterior does in one layer.
+
+    Attributes:
+        shape: shape of the latent without batch.
+        dimensions: its size.
+        divergence: mean KL divergence of the posterior from the prior, in nats.
+        second_moment: mean of u^2; 1 under the prior.
+        absolute_moment: mean of |u|; .798 under the prior.
+        inactive: number of dimensions that carry nothing of the image.
+        accuracy: share of posterior noise and standard normal noise that a classifier tells apart on held-out images; .5 without a hole.
+        error: standard error of `accuracy`.
+    """
+
+    shape: tuple[int, ...]
+    dimensions: int
+    divergence: float
+    second_moment: float
+    absolute_moment: float
+    inactive: int
+    accuracy: float
+    error: float
+
+    @property
+    def has_hole(self) -> bool:
+        """Whether the classifier does better than chance."""
+        return self.accuracy > 0.5 + SIGNIFICANT * self.error
+
+
+def describe_layers(adapter: BackboneAdapter, images: Tensor, *, draws: int = 8, generator: torch.Generator | None = None) -> list[LayerReport]:
+    """Measure every layer's posterior noise.
+
+    Args:
+        adapter: the backbone.
+        images: (N, C, H, W) in [0, 1], not those it was trained on; some hundreds give useful figures.
+        draws: posterior draws per image.
+        generator: source of all randomness; None takes torch's default generator.
+
+    Returns:
+        One report per layer, top to bottom.
+
+    Raises:
+        ValueError: fewer than 8 images or 4 draws, or images out of range.
+    """
+    check_images(images)
+    if len(images) < 8 or draws < 4:
+        raise ValueError(f"expected at least 8 images and 4 draws, got {len(images)} and {draws}")
+    release = lock(adapter)
+    try:
+        transform = NoiseTransform(adapter)
+        noise = posterior_noise(transform, images, draws, generator)
+        return [describe_layer(part, generator) for part in zip_layers(transform, noise)]
+    finally:
+        release()
+
+
+@torch.no_grad()
+def posterior_noise(transform: NoiseTransform, images: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """Posterior noise (draws, N, D) of `images`, a few at a time."""
+    rows = []
+    for seed in draw_seeds(draws, generator):
+        with seeded(seed, transform.device):
+            chunks = [transform.to_noise(transform.adapter.infer(chunk)) for chunk in images.to(transform.device, transform.dtype).split(50)]
+        rows.append(torch.cat(chunks).float())
+    return torch.stack(rows)
+
+
+def zip_layers(transform: NoiseTransform, noise: Tensor) -> list[Tensor]:
+    """Per-layer noise (draws, N, *shape) of `noise` (draws, N, D)."""
+    parts = transform.split(noise.flatten(0, 1))
+    return [part.unflatten(0, noise.shape[:2]) for part in parts]
+
+
+def describe_layer(noise: Tensor, generator: torch.Generator | None) -> LayerReport:
+    """The report of one layer from its posterior noise (draws, N, *shape)."""
+    shape, u = tuple(noise.shape[2:]), noise.flatten(2)
+    divergence = posterior_divergence(u)
+    error = divergence.std(0) / math.sqrt(len(divergence))
+    accuracy, tested = tell_apart(u, generator)
+    return LayerReport(
+        shape=shape,
+        dimensions=u.shape[2],
+        divergence=divergence.mean(0).sum().item(),
+        second_moment=u.square().mean().item(),
+        absolute_moment=u.abs().mean().item(),
+        inactive=int((divergence.mean(0) <= INACTIVE + 2 * error).sum()),
+        accuracy=accuracy,
+        error=math.sqrt(0.25 / tested),
+    )
+
+
+def posterior_divergence(u: Tensor) -> Tensor:
+    """KL divergence of q(u | x) from N(0, 1), in nats, from k draws of every image; unbiased where q is Gaussian.
+
+    Args:
+        u: (k, N, d).
+
+    Returns:
+        (N, d). Over k draws the squared mean is too large by v / k, and log v too small by log((k-1)/2) - digamma((k-1)/2).
+    """
+    k = len(u)
+    mean, variance = u.mean(0), u.var(0)
+    half = torch.tensor((k - 1) / 2, device=u.device)
+    log_variance = variance.clamp(min=1e-12).log() + half.log() - torch.digamma(half)
+    return (mean.square() - variance / k + variance - 1 - log_variance) / 2
+
+
+def tell_apart(u: Tensor, generator: torch.Generator | None, steps: int = 150, width: int = 64) -> tuple[float, int]:
+    """How well a small network tells posterior noise from standard normal noise.
+
+    Args:
+        u: posterior noise (draws, N, d); the network is trained on the first half of the images and tested on one draw of the others.
+        generator: source of the network's weights and of all noise.
+        steps: steps of Adam.
+        width: hidden features.
+
+    Returns:
+        The share told apart of an equal number of both, and how many that were.
+    """
+    seed, dim, half = draw_seeds(1, generator)[0], u.shape[2], u.shape[1] // 2
+    with seeded(seed, u.device), torch.enable_grad(), torch.inference_mode(False):
+        train, test = u[:, :half].flatten(0, 1).clone(), u[0, half:].clone()
+        network = nn.Sequential(nn.Linear(2 * dim, width), nn.SiLU(), nn.Linear(width, 1)).to(u.device)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
+
+        def logits(x: Tensor) -> Tensor:
+            return network(torch.cat((x, (x.square() - 1) / math.sqrt(2)), dim=1) / math.sqrt(2 * dim / width)).squeeze(1)
+
+        for _ in range(steps):
+            real = train[torch.randint(len(train), (128,), device=u.device)]
+            loss = F.softplus(-logits(real)) + F.softplus(logits(torch.randn_like(real)))
+            optimizer.zero_grad()
+            loss.mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            normal = torch.randn_like(test)
+            right = (logits(test) > 0).sum() + (logits(normal) <= 0).sum()
+    return right.item() / (2 * len(test)), 2 * len(test)
+
+
+def table(reports: Sequence[LayerReport]) -> str:
+    """The reports as text, one line per layer, with the verdict below."""
+    lines = ["layer  shape             dims    KL, nats   E u^2   E|u|   inactive   told apart"]
+    for i, report in enumerate(reports):
+        shape = "x".join(map(str, report.shape))
+        accuracy = f"{report.accuracy:.0%} +- {report.error:.0%}{'  hole' if report.has_hole else ''}"
+        lines.append(
+            f"{i:5}  {shape:14} {report.dimensions:7} {report.divergence:11.2f} {report.second_moment:7.3f} {report.absolute_moment:6.3f} "
+            f"{report.inactive:10}   {accuracy}"
+        )
+    holes = [str(i) for i, report in enumerate(reports) if report.has_hole]
+    verdict = (
+        f"Prior hole in {'layer' if len(holes) == 1 else 'layers'} {', '.join(holes)}" if holes else "No prior hole found in any layer by itself"
+    )
+    return "\n".join([*lines, f"{verdict}. (Under the prior: E u^2 = 1, E|u| = 0.798, told apart 50 %.)"])

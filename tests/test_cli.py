@@ -1,0 +1,82 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvae_ebm_prior.cli import load_images, main
+
+LOADER = """
+import torch
+from hvae_ebm_prior.adapters import HVAE, HVAEConfig
+
+def load(checkpoint=None):
+    torch.manual_seed(0)
+    model = HVAE(HVAEConfig(image_size=8, widths=(8, 8), latent_channels=(2, 1)))
+    return model if checkpoint is None else HVAE.load(checkpoint)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "mine.py").write_text(LOADER)
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    return tmp_path
+
+
+def test_diagnose_prints_the_table(files, capsys):
+    assert main(["diagnose", f"{files / 'mine.py'}:load", "--images", str(files / "images.npy")]) == 0
+    printed = capsys.readouterr().out
+    assert "2x2x2" in printed
+    assert "1x4x4" in printed
+    assert "rior hole" in printed
+
+
+def test_diagnose_hands_on_the_checkpoint(files, capsys):
+    from hvae_ebm_prior.adapters import HVAE, HVAEConfig
+
+    HVAE(HVAEConfig(image_size=8, widths=(8,), latent_channels=(3,))).save(files / "model.safetensors")
+    arguments = ["diagnose", f"{files / 'mine.py'}:load", str(files / "model.safetensors"), "--images", str(files / "images.npy"), "--limit", "10"]
+    assert main(arguments) == 0
+    assert "3x4x4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ("mine", "expected package.module:function"),
+        ("nowhere.py:load", "there is no file nowhere.py"),
+        ("no_such_module:load", "No module named 'no_such_module'"),
+        ("{}/mine.py:number", "has no function number"),
+        ("json:JSONDecoder", "is not a backbone adapter"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(files, capsys, loader, message):
+    assert main(["diagnose", loader.format(files), "--images", str(files / "images.npy")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_images_of_every_form(tmp_path):
+    path = str(tmp_path / "images.npy")
+    for array, shape in (
+        (np.full((4, 8, 8), 255, np.uint8), (4, 1, 8, 8)),
+        (np.full((4, 8, 8, 3), 255, np.uint8), (4, 3, 8, 8)),
+        (np.full((4, 3, 8, 8), 1.0), (4, 3, 8, 8)),
+    ):
+        np.save(path, array)
+        images = load_images(path)
+        assert tuple(images.shape) == shape
+        assert images.min() == images.max() == 1
+    np.save(path, np.zeros((4, 8, 8), np.int64))
+    with pytest.raises(ValueError, match=r"got int64 \(4, 8, 8\)"):
+        load_images(path)
+
+
+def test_the_command_is_installed(files):
+    command = Path(sys.executable).parent / "hvae-ebm-prior"
+    done = subprocess.run([command, "diagnose", "--help"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "prior hole" in subprocess.run([command, "--help"], check=False, capture_output=True, text=True).stdout
