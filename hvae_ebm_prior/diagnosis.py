@@ -7,13 +7,14 @@ every image,
   KL = (m^2 + v - 1 - log v) / 2, each term corrected for the number of draws;
 - inactive units: dimensions whose KL is not distinguishable from zero, which carry nothing of the image;
 - moments of u over all images: E u^2 is 1 and E|u| is .798 for standard normal noise;
-- the hole: how often a small classifier, trained on other images, tells u_i from standard normal noise. Half of the time means no hole.
+- the hole: how often a small classifier, trained on other images, tells the active dimensions of u_i from standard normal noise. Half of the time
+  means no hole.
 
 A layer is judged by itself: a hole in how layers depend on each other does not show.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,17 +109,17 @@ def describe_layer(noise: Tensor, generator: torch.Generator | None) -> LayerRep
     """The report of one layer from its posterior noise (draws, N, *shape)."""
     shape, u = tuple(noise.shape[2:]), noise.flatten(2)
     divergence = posterior_divergence(u)
-    error = divergence.std(0) / math.sqrt(len(divergence))
-    accuracy, tested = tell_apart(u, generator)
+    active = divergence.mean(0) > INACTIVE + 2 * divergence.std(0) / math.sqrt(len(divergence))
     return LayerReport(
         shape=shape,
         dimensions=u.shape[2],
         divergence=divergence.mean(0).sum().item(),
         second_moment=u.square().mean().item(),
         absolute_moment=u.abs().mean().item(),
-        inactive=int((divergence.mean(0) <= INACTIVE + 2 * error).sum()),
-        accuracy=accuracy,
-        error=math.sqrt(0.25 / tested),
+        inactive=int((~active).sum()),
+        # Inactive dimensions are as the prior says; among them the others would be lost.
+        accuracy=tell_apart(u[..., active], generator) if bool(active.any()) else 0.5,
+        error=math.sqrt(0.25 / (2 * u.shape[1])),
     )
 
 
@@ -138,37 +139,41 @@ def posterior_divergence(u: Tensor) -> Tensor:
     return (mean.square() - variance / k + variance - 1 - log_variance) / 2
 
 
-def tell_apart(u: Tensor, generator: torch.Generator | None, steps: int = 150, width: int = 64) -> tuple[float, int]:
+def tell_apart(u: Tensor, generator: torch.Generator | None) -> float:
     """How well a small network tells posterior noise from standard normal noise.
 
     Args:
-        u: posterior noise (draws, N, d); the network is trained on the first half of the images and tested on one draw of the others.
-        generator: source of the network's weights and of all noise.
-        steps: steps of Adam.
-        width: hidden features.
+        u: posterior noise (draws, N, d); networks are trained on each half of the images and tested on one draw of the other half.
+        generator: source of the networks' weights and of all noise.
 
     Returns:
-        The share told apart of an equal number of both, and how many that were.
+        The share told apart among N posterior and N normal ones.
     """
-    seed, dim, half = draw_seeds(1, generator)[0], u.shape[2], u.shape[1] // 2
+    seed, half, right = draw_seeds(1, generator)[0], u.shape[1] // 2, 0
     with seeded(seed, u.device), torch.enable_grad(), torch.inference_mode(False):
-        train, test = u[:, :half].flatten(0, 1).clone(), u[0, half:].clone()
-        network = nn.Sequential(nn.Linear(2 * dim, width), nn.SiLU(), nn.Linear(width, 1)).to(u.device)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
+        for train, test in ((u[:, :half], u[0, half:]), (u[:, half:], u[0, :half])):
+            logits = train_classifier(train.flatten(0, 1).clone())
+            with torch.no_grad():
+                right += int((logits(test) > 0).sum() + (logits(torch.randn_like(test)) <= 0).sum())
+    return right / (2 * u.shape[1])
 
-        def logits(x: Tensor) -> Tensor:
-            return network(torch.cat((x, (x.square() - 1) / math.sqrt(2)), dim=1) / math.sqrt(2 * dim / width)).squeeze(1)
 
-        for _ in range(steps):
-            real = train[torch.randint(len(train), (128,), device=u.device)]
-            loss = F.softplus(-logits(real)) + F.softplus(logits(torch.randn_like(real)))
-            optimizer.zero_grad()
-            loss.mean().backward()
-            optimizer.step()
-        with torch.no_grad():
-            normal = torch.randn_like(test)
-            right = (logits(test) > 0).sum() + (logits(normal) <= 0).sum()
-    return right.item() / (2 * len(test)), 2 * len(test)
+def train_classifier(real: Tensor, steps: int = 200, width: int = 64) -> Callable[[Tensor], Tensor]:
+    """Logits (n,), positive for rows like those of `real` (n, d) and negative for standard normal ones, of a network trained on both."""
+    scale = math.sqrt(width / (2 * real.shape[1]))
+    network = nn.Sequential(nn.Linear(2 * real.shape[1], width), nn.SiLU(), nn.Linear(width, 1)).to(real.device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
+
+    def logits(x: Tensor) -> Tensor:
+        return network(scale * torch.cat((x, (x.square() - 1) / math.sqrt(2)), dim=1)).squeeze(1)
+
+    for _ in range(steps):
+        batch = real[torch.randint(len(real), (128,), device=real.device)]
+        loss = F.softplus(-logits(batch)) + F.softplus(logits(torch.randn_like(batch)))
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    return logits
 
 
 def table(reports: Sequence[LayerReport]) -> str:

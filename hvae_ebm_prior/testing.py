@@ -128,11 +128,12 @@ def reconstruction(transform: NoiseTransform, images: Tensor, infer: Infer, seed
     """Posterior draws, decoded, are closer to their images than samples of the prior are."""
     with seeded(seed, images.device):
         noise = torch.randn(len(images), transform.dim, device=images.device, dtype=images.dtype)
-    errors = [(transform.decode(u) - images).square().mean().item() for u in (transform.to_noise(infer(images)), noise)]
-    if not errors[0] < errors[1]:
+    posterior, prior = ((transform.decode(u) - images).square().flatten(1).mean(1) for u in (transform.to_noise(infer(images)), noise))
+    gain = prior - posterior
+    if not gain.mean() > 2 * gain.std() / len(gain) ** 0.5:
         yield (
-            f"infer and decode: reconstructions are no closer to their images (mean squared error {errors[0]:.3g}) than samples of the prior are "
-            f"({errors[1]:.3g}): is the model trained, and are images normalised as in its training?"
+            f"infer and decode: reconstructions are no closer to their images (mean squared error {posterior.mean():.3g}) than samples of the prior "
+            f"are ({prior.mean():.3g}): is the model trained, and are images normalised as in its training?"
         )
 
 
