@@ -25,10 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="is there a prior hole, and in which layers?",
         description="Encode images with your model and print, layer by layer, whether its prior matches where they come to lie.",
     )
-    diagnose.add_argument("loader", help="function that returns your model or an adapter of it: package.module:function or path/to/file.py:function")
+    diagnose.add_argument(
+        "loader", help="function that returns your model or an adapter of it, as package.module:function or path/to/file.py:function"
+    )
     diagnose.add_argument("checkpoint", nargs="?", help="handed to the function, if given")
     diagnose.add_argument(
-        "--images", required=True, help=".npy file of images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C]); held-out ones"
+        "--images", required=True, help="file.npy or file.npz:name of held-out images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
     )
     diagnose.add_argument("--limit", type=int, default=500, help="use so many images from the start of the file (%(default)s)")
     diagnose.add_argument("--draws", type=int, default=8, help="posterior draws per image (%(default)s)")
@@ -76,17 +78,19 @@ def load_function(name: str) -> Callable[..., Any]:
     else:
         sys.path.insert(0, "")
         module = importlib.import_module(where)
-    found = getattr(module, function, None)
+    found: Any = module
+    for part in function.split("."):
+        found = getattr(found, part, None)
     if not callable(found):
         raise ValueError(f"loader: {where} has no function {function}")
     return found
 
 
 def load_images(path: str) -> Tensor:
-    """Images from a .npy file.
+    """Images from a .npy file, or from an array of a .npz file.
 
     Args:
-        path: the file: uint8 or floating-point pixels (N, C, H, W), (N, H, W, C) or (N, H, W).
+        path: `file.npy` or `file.npz:name`; uint8 or floating-point pixels (N, C, H, W), (N, H, W, C) or (N, H, W).
 
     Returns:
         Images (N, C, H, W) in [0, 1].
@@ -95,10 +99,14 @@ def load_images(path: str) -> Tensor:
         ValueError: the array is no batch of images.
         OSError: the file cannot be read.
     """
-    array = np.load(path, allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.ndim not in (3, 4) or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
-        what = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive"
-        raise ValueError(f"{path}: expected one array of uint8 or floating-point images (N, C, H, W) or (N, H, W[, C]), got {what}")
+    file, archive, name = path.partition(".npz:")
+    array = np.load(file + archive.rstrip(":"), allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        if name not in array.files:
+            raise ValueError(f"{path}: expected file.npz:name with a name out of {', '.join(array.files)}")
+        array = array[name]
+    if array.ndim not in (3, 4) or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
+        raise ValueError(f"{path}: expected uint8 or floating-point images (N, C, H, W) or (N, H, W[, C]), got {array.dtype} {array.shape}")
     if array.ndim == 3:
         array = array[:, None]
     elif array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):

@@ -4,7 +4,7 @@ Encode images and map them to noise: if the prior were right, u would be standar
 every image,
 
 - the mean KL divergence of q(u_i | x) from N(0, 1), summed over dimensions, by a Gaussian fit over an image's draws:
-  KL = (m^2 + v - 1 - log v) / 2, each term corrected for the number of draws;
+  KL = (m^2 + v - 1 - log v) / 2, each term corrected for the number of draws. Below the top it is a lower bound, as the layers above vary too;
 - inactive units: dimensions whose KL is not distinguishable from zero, which carry nothing of the image;
 - moments of u over all images: E u^2 is 1 and E|u| is .798 for standard normal noise;
 - the hole: how often a small classifier, trained on other images, tells the active dimensions of u_i from standard normal noise. Half of the time
@@ -38,7 +38,7 @@ class LayerReport:
     Attributes:
         shape: shape of the latent without batch.
         dimensions: its size.
-        divergence: mean KL divergence of the posterior from the prior, in nats.
+        divergence: mean KL divergence of the posterior from the prior, in nats; below the top layer a lower bound.
         second_moment: mean of u^2; 1 under the prior.
         absolute_moment: mean of |u|; .798 under the prior.
         inactive: number of dimensions that carry nothing of the image.

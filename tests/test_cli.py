@@ -11,10 +11,9 @@ LOADER = """
 import torch
 from hvae_ebm_prior.adapters import HVAE, HVAEConfig
 
-def load(checkpoint=None):
+def load():
     torch.manual_seed(0)
-    model = HVAE(HVAEConfig(image_size=8, widths=(8, 8), latent_channels=(2, 1)))
-    return model if checkpoint is None else HVAE.load(checkpoint)
+    return HVAE(HVAEConfig(image_size=8, widths=(8, 8), latent_channels=(2, 1)))
 
 number = 3
 """
@@ -39,7 +38,15 @@ def test_diagnose_hands_on_the_checkpoint(files, capsys):
     from hvae_ebm_prior.adapters import HVAE, HVAEConfig
 
     HVAE(HVAEConfig(image_size=8, widths=(8,), latent_channels=(3,))).save(files / "model.safetensors")
-    arguments = ["diagnose", f"{files / 'mine.py'}:load", str(files / "model.safetensors"), "--images", str(files / "images.npy"), "--limit", "10"]
+    arguments = [
+        "diagnose",
+        "hvae_ebm_prior.adapters:HVAE.load",
+        str(files / "model.safetensors"),
+        "--images",
+        str(files / "images.npy"),
+        "--limit",
+        "10",
+    ]
     assert main(arguments) == 0
     assert "3x4x4" in capsys.readouterr().out
 
@@ -73,6 +80,10 @@ def test_images_of_every_form(tmp_path):
     np.save(path, np.zeros((4, 8, 8), np.int64))
     with pytest.raises(ValueError, match=r"got int64 \(4, 8, 8\)"):
         load_images(path)
+    np.savez(tmp_path / "images.npz", train=np.zeros((4, 8, 8), np.uint8), test=np.zeros((2, 8, 8), np.uint8))
+    assert tuple(load_images(str(tmp_path / "images.npz") + ":test").shape) == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match="a name out of train, test"):
+        load_images(str(tmp_path / "images.npz"))
 
 
 def test_the_command_is_installed(files):
