@@ -94,7 +94,7 @@ def posterior_noise(transform: NoiseTransform, images: Tensor, draws: int, gener
     rows = []
     for seed in draw_seeds(draws, generator):
         with seeded(seed, transform.device):
-            chunks = [transform.to_noise(transform.adapter.infer(chunk)) for chunk in images.to(transform.device, transform.dtype).split(50)]
+            chunks = [transform.to_noise(transform.adapter.infer(chunk)) for chunk in images.to(transform.device, transform.dtype).split(16)]
         rows.append(torch.cat(chunks).float())
     return torch.stack(rows)
 

@@ -89,6 +89,9 @@ class NVAEAdapter:
             return draw_mixture(logits, self.generator) if draw else mixture_mean(logits)
         if isinstance(distribution, torch.distributions.Bernoulli):
             return (self._noise(torch.rand, logits) < distribution.mean).to(logits) if draw else distribution.mean
+        if not hasattr(distribution, "dist"):
+            kind = type(distribution).__name__
+            raise TypeError(f"expected the model's output as Bernoulli, NormalDecoder or DiscMixLogistic, got {kind}; override `_observe` for it")
         values = distribution.dist.mu
         if draw:
             values = values + distribution.dist.sigma * self._noise(torch.randn, values)
