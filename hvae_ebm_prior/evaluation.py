@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .prior import DiffusionEBMPrior
-from .streams import SampleStreams, draw_seeds
+from .streams import draw_key, open_streams
 
 Features = Callable[[Tensor], Tensor]
 
@@ -118,7 +118,7 @@ def evaluate(
     """
     images = images.to(prior.device)
     target = in_chunks(lambda x: features(x.to(prior.device)), reference)
-    noise = SampleStreams(draw_seeds(len(images), generator), prior.device, prior.dtype).normal(prior.dim)
+    noise = open_streams(draw_key(generator), range(len(images)), prior.device, prior.dtype).normal(prior.dim)
 
     def measure(make: Callable[[], Tensor]) -> tuple[float, float]:
         start = time.monotonic()

@@ -26,7 +26,7 @@ from .langevin import ChainDiverged, LangevinConfig, langevin_chain, published_s
 from .registry import find_adapter
 from .sampling import Held, held_states, sample_levels
 from .schedule import DiffusionSchedule
-from .streams import SampleStreams, draw_seeds, seeded
+from .streams import Streams, draw_key, draw_seeds, open_streams, seeded
 from .validation import check_count, check_fixed, check_images, check_levels, check_noise, check_temperature
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class DiffusionEBMPrior(nn.Module):
             return torch.autograd.grad(total, u)[0]
 
     def _chain(
-        self, u_next: Tensor, t: Tensor, streams: SampleStreams, *, steps: int | None = None, temperature: float = 1.0, hold: Held | None = None
+        self, u_next: Tensor, t: Tensor, streams: Streams, *, steps: int | None = None, temperature: float = 1.0, hold: Held | None = None
     ) -> Tensor:
         """Draw u_t given u_next; at a temperature the chain runs in v = u / temperature, whose backbone has std_i * temperature."""
 
@@ -253,7 +253,7 @@ class DiffusionEBMPrior(nn.Module):
             ChainDiverged: a chain left the finite numbers.
         """
         self._check_request(n, fixed or {}, labels, temperature)
-        states = self._sample_levels(draw_seeds(n, generator), fixed or {}, temperature)
+        states = self._sample_levels(draw_key(generator), range(n), fixed or {}, temperature)
         return torch.stack(states) if trajectory else states[0]
 
     def sample(
@@ -286,11 +286,11 @@ class DiffusionEBMPrior(nn.Module):
         self._check_request(n, fixed or {}, labels, temperature)
         chunk_size = max(1, CHUNK_DIMENSIONS // self.dim) if chunk_size is None else chunk_size
         check_count(chunk_size, "chunk_size")
-        seeds, images = draw_seeds(n, generator), []
+        key, images = draw_key(generator), []
         for first in range(0, n, chunk_size):
             chunk = slice(first, first + chunk_size)
             held = {i: part if len(part) == 1 else part[chunk] for i, part in (fixed or {}).items()}
-            u = self._sample_levels(seeds[chunk], held, temperature)[0]
+            u = self._sample_levels(key, range(n)[chunk], held, temperature)[0]
             with torch.no_grad():
                 images.append(self.transform.decode(u))
         result = torch.cat(images)
@@ -305,9 +305,9 @@ class DiffusionEBMPrior(nn.Module):
         if labels is not None:
             raise ValueError(f"labels: this prior was not coupled to labels, so it cannot be asked for {labels!r}")
 
-    def _sample_levels(self, seeds: list[int], fixed: Mapping[int, Tensor], temperature: float) -> list[Tensor]:
-        """States u_0..u_T of Alg. 2, one sample per seed."""
-        streams = SampleStreams(seeds, self.device, self.dtype)
+    def _sample_levels(self, key: int, samples: range, fixed: Mapping[int, Tensor], temperature: float) -> list[Tensor]:
+        """States u_0..u_T of Alg. 2 of the given samples of a call."""
+        streams = open_streams(key, samples, self.device, self.dtype, self.langevin.backend)
         chain = partial(self._chain, streams=streams, steps=self.langevin.sampling_steps, temperature=temperature)
         held = held_states(fixed, self.transform, self.schedule, streams, temperature) if fixed else None
         return sample_levels(chain, self.schedule.steps, streams.normal(self.dim), held=held, temperature=temperature)
@@ -343,7 +343,7 @@ class DiffusionEBMPrior(nn.Module):
         Raises:
             ChainDiverged: a chain left the finite numbers.
         """
-        streams, schedule = SampleStreams(draw_seeds(len(u), generator), u.device, u.dtype), self.schedule
+        streams, schedule = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, self.langevin.backend), self.schedule
         t = streams.levels(schedule.steps)
         levels = (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar)
         alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in levels)

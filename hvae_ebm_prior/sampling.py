@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backbone import NoiseTransform
 from .schedule import DiffusionSchedule
-from .streams import SampleStreams
+from .streams import Streams
 
 # Mask (D,) of held dimensions, and the states (N, D) that they are held at.
 Held = tuple[Tensor, Tensor]
@@ -50,7 +50,7 @@ def sample_levels(chain: Chain, steps: int, v: Tensor, *, held: tuple[Tensor, li
 
 
 def held_states(
-    fixed: Mapping[int, Tensor], transform: NoiseTransform, schedule: DiffusionSchedule, streams: SampleStreams, temperature: float
+    fixed: Mapping[int, Tensor], transform: NoiseTransform, schedule: DiffusionSchedule, streams: Streams, temperature: float
 ) -> tuple[Tensor, list[Tensor]]:
     """The diffusion of held layers.
 

@@ -1,6 +1,8 @@
 """The chain against closed forms. Moments of N x D independent draws are compared within five standard errors."""
 
 import math
+import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig, langevin_update
 from hvae_ebm_prior.langevin import ChainDiverged, gaussian_part, langevin_chain, langevin_coefficients
-from hvae_ebm_prior.streams import SampleStreams, draw_seeds
+from hvae_ebm_prior.streams import SampleStreams, draw_seeds, open_streams
 
 N, D = 500, 40
 
@@ -32,14 +34,16 @@ def check_moments(draws, mean, variance):
 @pytest.mark.parametrize("t", [0, 1, 2])
 @pytest.mark.parametrize("step_size", [0.05, 1.0, 20.0])
 @pytest.mark.parametrize("start", ["next", "gaussian"])
-def test_exponential_is_the_exact_gaussian_at_any_step_size(t, step_size, start):
+@pytest.mark.parametrize("integrator", ["exponential", "strang"])
+def test_splittings_are_the_exact_gaussian_at_any_step_size(t, step_size, start, integrator):
     schedule, u_next, steps = DiffusionSchedule.ddpm(3), 1.7, 3
     alpha, sigma = schedule.alpha[t + 1].item(), schedule.sigma[t + 1].item()
-    config = LangevinConfig(steps=steps, step_size=step_size, start=start)
+    config = LangevinConfig(steps=steps, step_size=step_size, start=start, integrator=integrator)
     u = langevin_chain(torch.zeros_like, torch.full((N, D), u_next), torch.full((N,), t), schedule=schedule, config=config, streams=streams(N))
     # Bayes' rule for u ~ N(0, 1), u_next ~ N(alpha u, sigma^2); then the Ornstein-Uhlenbeck law after a time of `steps * step_size`.
     precision = 1 + alpha**2 / sigma**2
-    mean, left = alpha * u_next / sigma**2 / precision, math.exp(-steps * step_size)
+    time = (steps if integrator == "exponential" else steps - 0.5) * step_size  # Strang's last step is half a one
+    mean, left = alpha * u_next / sigma**2 / precision, math.exp(-time)
     if start == "gaussian":
         check_moments(u, mean, 1 / precision)
     else:
@@ -55,6 +59,157 @@ def test_eulers_stationary_variance_on_a_standard_normal(eta):
     assert d**2 / (1 - a**2) == pytest.approx(1 / (1 - eta / 2), rel=1e-12)
     u = langevin_chain(torch.zeros_like, streams(N, 1).normal(D), t, schedule=schedule, config=config, streams=streams(N))
     check_moments(u, 0.0, 1 / (1 - eta / 2))
+
+
+def variance_of(integrator, h, v, steps, lam):
+    """Variance of the chain on exp(v u^2) N(u; 0, 1/lam) after `steps` steps from the Gaussian part, by the recursion of a linear map."""
+    s, e = h / lam, math.exp(-h)
+    variance = 1 / lam
+    if integrator == "leimkuhler-matthews":
+        # Joint second moments of (u, last noise): u' = a u + d (new + last).
+        a, d, cross = 1 - s * (lam - 2 * v), math.sqrt(s / 2), 0.0
+        for _ in range(steps):
+            variance, cross = a * a * variance + 2 * a * d * cross + 2 * d * d, d
+        return variance
+    for step in range(steps):
+        if integrator == "euler":
+            factor, noise = 1 - s * (lam - 2 * v), 2 * s
+        elif integrator == "exponential":
+            factor, noise = e + (1 - e) / lam * 2 * v, (1 - e * e) / lam
+        else:
+            time = h / 2 if step == steps - 1 else h
+            factor, noise = math.exp(-time) * (1 + 2 * v * s), (1 - math.exp(-2 * time)) / lam
+        variance = factor**2 * variance + noise
+    return variance
+
+
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+@pytest.mark.parametrize("integrator", ["exponential", "strang", "euler", "leimkuhler-matthews"])
+def test_variance_on_a_quadratic_energy(integrator, backend):
+    """A large step, so that a wrong coefficient shows: the chain's variance against the recursion of its own definition."""
+    h, v, t, steps, schedule = 0.5, -0.6, 1, 6, DiffusionSchedule.ddpm(3)
+    lam = 1 + (schedule.alpha[t + 1] / schedule.sigma[t + 1]).item() ** 2
+    config = LangevinConfig(steps=steps, step_size=h, integrator=integrator, start="gaussian", drift_limit=100.0, backend=backend)
+    source = open_streams(3, range(N), torch.device("cpu"), torch.float32, backend)
+    u = langevin_chain(lambda u: 2 * v * u, torch.zeros(N, D), torch.full((N,), t), schedule=schedule, config=config, streams=source)
+    check_moments(u, 0.0, variance_of(integrator, h, v, steps, lam))
+
+
+def test_orders_of_the_integrators():
+    """Error of the stationary variance on a quadratic energy as the step is halved: of order 1, of order 2, and none."""
+    v, lam = -0.6, 1.7
+    errors = {
+        name: [abs(variance_of(name, h, v, 400, lam) - 1 / (lam - 2 * v)) for h in (0.1, 0.05)]
+        for name in ("exponential", "euler", "strang", "leimkuhler-matthews")
+    }
+    assert errors["exponential"][0] / errors["exponential"][1] == pytest.approx(2, rel=0.1)
+    assert errors["euler"][0] / errors["euler"][1] == pytest.approx(2, rel=0.15)
+    assert errors["strang"][0] / errors["strang"][1] == pytest.approx(4, rel=0.1)
+    assert errors["leimkuhler-matthews"][0] < 1e-12
+
+
+def test_curvature_limit_slows_a_chain_that_would_overshoot():
+    """F = -50 u^2 at step .5, where C kappa = 40: without a limit a step multiplies u by -40; with one the variance stays near the true 1/101."""
+    settings = {"schedule": DiffusionSchedule.marginal(), "streams": streams(200)}
+    steep = {"steps": 200, "step_size": 0.5, "drift_limit": 1e35, "start": "gaussian"}
+    u_next, t = torch.zeros(200, 10), torch.zeros(200, dtype=torch.long)
+    with pytest.raises(ChainDiverged):
+        langevin_chain(lambda u: -100 * u, u_next, t, config=LangevinConfig(**steep), **settings)
+    slow = langevin_chain(lambda u: -100 * u, u_next, t, config=LangevinConfig(**steep, curvature_limit=0.5), **settings)
+    assert slow.var().item() == pytest.approx(1 / 101, rel=0.5)
+    # Where C kappa stays below the limit, nothing changes.
+    same = [
+        langevin_chain(
+            lambda u: -0.5 * u,
+            u_next,
+            t,
+            config=LangevinConfig(steps=5, curvature_limit=limit),
+            schedule=DiffusionSchedule.marginal(),
+            streams=streams(200),
+        )
+        for limit in (None, 2.0)
+    ]
+    torch.testing.assert_close(*same)
+
+
+def test_leimkuhler_matthews_adds_the_noise_of_the_step_before():
+    """Zero energy, counted noise: by hand from the numbers of the counters, and no chain shares its first noise with the chain before."""
+    from hvae_ebm_prior.kernels.noise import philox_normal
+
+    schedule, t = DiffusionSchedule.marginal(), torch.zeros(2, dtype=torch.long)
+    config = LangevinConfig(steps=3, step_size=0.4, integrator="leimkuhler-matthews", backend="naive")
+    source = open_streams(9, range(2), torch.device("cpu"), torch.float32, "naive")
+    key, used = torch.tensor([9, 0]), []
+    for first in (1, 5):
+        u = expected = torch.ones(2, 5)
+        u = langevin_chain(torch.zeros_like, u, t, schedule=schedule, config=config, streams=source)
+        noise = [philox_normal(key, torch.tensor([first + k]), 0, 2, 5) for k in range(4)]
+        for before, now in pairwise(noise):
+            expected = (1 - 0.4) * expected + math.sqrt(0.4 / 2) * (now + before)
+        torch.testing.assert_close(u, expected)
+        used += range(first, first + 4)
+    assert len(set(used)) == len(used)
+
+
+@pytest.mark.parametrize("integrator", ["exponential", "leimkuhler-matthews"])
+def test_no_noise_is_used_twice(integrator, monkeypatch):
+    """Over chains, levels, parts, chunks and the loss: every (first sample, step, stream) at most once per call."""
+    import hvae_ebm_prior.streams as module
+
+    seen = []
+    update, normal, levels = module.langevin_update, module.philox_normal, module.philox_levels
+
+    def record(key, step, stream, previous=False):
+        steps = [int(step) - 1, int(step)] if previous else [int(step)]
+        seen.append([(*key.tolist(), number, stream) for number in steps])
+
+    def updating(*tensors, **arguments):
+        record(arguments["key"], arguments["step"], arguments["stream"], arguments["previous"])
+        return update(*tensors, **arguments)
+
+    monkeypatch.setattr(module, "langevin_update", updating)
+    monkeypatch.setattr(module, "philox_normal", lambda key, step, stream, n, dim: (record(key, step, stream), normal(key, step, stream, n, dim))[1])
+    monkeypatch.setattr(module, "philox_levels", lambda key, step, stream, n, top: (record(key, step, stream), levels(key, step, stream, n, top))[1])
+    langevin = LangevinConfig(steps=3, top_steps=2, start="gaussian", integrator=integrator, backend="naive")
+    prior = DiffusionEBMPrior(RandomBackbone([(2,), (3,)]), langevin=langevin, energy=[Quadratic(2, 0.1), Quadratic(3)])
+    prior.sample(4, chunk_size=3, generator=torch.Generator().manual_seed(0))
+    prior.loss(torch.rand(2, 1, 2, 2), generator=torch.Generator().manual_seed(1))
+    fresh = [numbers[-1] for numbers in seen]
+    assert len(set(fresh)) == len(fresh) > 40
+    # What a step takes from the one before is that step's own noise, or, at a chain's first step, noise that nothing else used.
+    for numbers in seen:
+        if len(numbers) == 2:
+            assert sum(numbers[0] == other[-1] for other in seen) <= 1
+            assert sum(numbers[0] == other[0] for other in seen if len(other) == 2) == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+def test_samples_do_not_depend_on_chunks_with_any_backend(backend):
+    langevin = LangevinConfig(steps=3, backend=backend, integrator="leimkuhler-matthews", step_size=0.1)
+    prior = DiffusionEBMPrior(RandomBackbone([(2,), (3,)]), langevin=langevin, energy=[Quadratic(2, 0.1), Quadratic(3, 0.3)])
+    whole = prior.sample(5, generator=torch.Generator().manual_seed(0))
+    for size in (1, 2):
+        torch.testing.assert_close(prior.sample(5, chunk_size=size, generator=torch.Generator().manual_seed(0)), whole, atol=1e-6, rtol=0)
+    held = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    u = prior.sample_noise(5, fixed={0: held}, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(prior.split(u)[0], held)
+
+
+def test_memory_does_not_grow_with_the_length_of_the_chain():
+    """Of the states handed to the gradient, as many are alive at the end of 10 steps as of 1,000."""
+    alive = []
+    for steps in (10, 1000):
+        seen = []
+
+        def gradient(u, seen=seen):
+            seen.append(weakref.ref(u))
+            return -0.1 * u
+
+        config = LangevinConfig(steps=steps, step_size=0.01, integrator="leimkuhler-matthews", curvature_limit=1.0)
+        settings = {"schedule": DiffusionSchedule.cosine(3), "config": config, "streams": streams(2)}
+        langevin_chain(gradient, torch.zeros(2, 3), torch.tensor([0, 1]), **settings)
+        alive.append(sum(reference() is not None for reference in seen))
+    assert alive[0] == alive[1] <= 2
 
 
 @pytest.mark.parametrize("config", [LangevinConfig(), LangevinConfig(integrator="euler"), LangevinConfig(step_size=0.7)])
@@ -76,7 +231,7 @@ def test_drift_is_autograds_gradient_of_the_log_density(config):
     log_density = -prior.energy(u, t).sum() + log_p0 + log_kernel
     gradient = torch.autograd.grad(log_density, u)[0]
     coefficients = langevin_coefficients(t, schedule, config, torch.float64)
-    moved = langevin_update(u.detach(), u_next, prior._gradient(u, t), coefficients, torch.zeros_like(u)) - u.detach()
+    moved = langevin_update(u.detach(), u_next, prior._gradient(u, t), coefficients, noise=torch.zeros_like(u)) - u.detach()
     # C is the step that multiplies grad F; the Gaussian terms must come with the same one.
     torch.testing.assert_close(moved, coefficients[:, 2:3] * gradient, atol=1e-8, rtol=1e-6)
     # And the noise is that of a Langevin step: D^2 = 2 C to first order in the step.
@@ -132,7 +287,7 @@ def test_published_rule_is_the_published_update():
     kernel = torch.where(t[:, None] < 2, -alpha * (alpha * u - u_next) / sigma**2, 0.0)
     by_hand = u + s / 2 * (kernel - u) + 0.5 * (network.w + 2 * network.v * u).detach() + s.sqrt() * noise
     coefficients = langevin_coefficients(t, schedule, config, torch.float32)
-    torch.testing.assert_close(langevin_update(u, u_next, prior._gradient(u, t), coefficients, noise), by_hand)
+    torch.testing.assert_close(langevin_update(u, u_next, prior._gradient(u, t), coefficients, noise=noise), by_hand)
     # The loss is divided by s_t as well: energies are f / s_t.
     torch.testing.assert_close(prior.energy(u, t), -network(u, t) / s[:, 0])
 
@@ -244,13 +399,17 @@ def test_non_finite_chain_is_reported():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"integrator": "heun"}, "integrator: expected one of exponential, euler, got 'heun'"),
+        ({"integrator": "heun"}, "integrator: expected one of exponential, strang, euler, leimkuhler-matthews, got 'heun'"),
         ({"start": "zero"}, "start: expected one of next, gaussian"),
         ({"steps": 0}, "steps must be a positive integer, got 0"),
         ({"sampling_steps": 0}, "sampling_steps must be a positive integer, got 0"),
         ({"top_steps": 0}, "top_steps must be a positive integer, got 0"),
         ({"integrator": "euler", "step_rule": "published", "step_size": 1e-5, "top_steps": 2}, "the published step rule has no top_steps"),
+        ({"integrator": "euler", "step_rule": "published", "step_size": 1e-5, "curvature_limit": 1.0}, "no curvature_limit"),
         ({"drift_limit": 0.0}, r"drift_limit must be positive, got 0\.0"),
+        ({"curvature_limit": -1.0}, r"curvature_limit must be positive, got -1\.0"),
+        ({"backend": "cuda"}, "backend: expected one of auto, torch, naive, triton"),
+        ({"integrator": "leimkuhler-matthews", "step_size": 2.5}, "leimkuhler-matthews is unstable"),
         ({"step_size": -0.1}, r"step_size must be positive and finite, got -0\.1"),
         ({"integrator": "euler", "step_size": 2.5}, "unstable"),
         ({"step_rule": "published"}, "belongs to the euler integrator"),

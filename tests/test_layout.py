@@ -13,6 +13,7 @@ import hvae_ebm_prior.adapters
 PACKAGE = Path(hvae_ebm_prior.__file__).parent
 # Each module may import those before it; modules of one rank do not know each other.
 RANKS = [
+    ["kernels"],
     ["schedule", "backbone", "streams", "validation"],
     ["energy", "langevin", "sampling", "registry"],
     ["prior"],
@@ -29,7 +30,7 @@ def imports(path: Path) -> set[str]:
     while pending:
         node = pending.pop()
         if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom | ast.Import):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             found |= {name.split(".")[1] for name in names if name.startswith("hvae_ebm_prior.")}

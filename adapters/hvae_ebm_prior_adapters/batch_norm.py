@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvae_ebm_prior.backbone import BackboneAdapter, NoiseTransform, backbone_modules
-from hvae_ebm_prior.streams import SampleStreams, draw_seeds
+from hvae_ebm_prior.streams import draw_key, open_streams
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def recalibrate_batch_norm(
             restore(norm, former[norm][2])
 
     transform = NoiseTransform(adapter)
-    streams = SampleStreams(draw_seeds(batch_size, generator), transform.device, transform.dtype)
+    streams = open_streams(draw_key(generator), range(batch_size), transform.device, transform.dtype)
     try:
         for norm in norms:
             norm.reset_running_stats()
