@@ -2,6 +2,7 @@
 
 from .backbone import BackboneAdapter
 from .energy import EnergyConfig
+from .execution import ExecutionConfig
 from .langevin import ChainDiverged, LangevinConfig, langevin_update
 from .prior import DiffusionEBMPrior
 from .schedule import DiffusionSchedule
@@ -14,6 +15,7 @@ __all__ = [
     "DiffusionEBMPrior",
     "DiffusionSchedule",
     "EnergyConfig",
+    "ExecutionConfig",
     "LangevinConfig",
     "TrainingConfig",
     "TrainingDiverged",

@@ -3,8 +3,10 @@
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import torch
 from torch import Tensor
 
 from .diagnosis import describe_layers, table
+from .kernels import VARIABLE, choose_backend
 from .registry import find_adapter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status, 2 with a message on stderr for what the user can mend."""
     parser = argparse.ArgumentParser(prog="hvae-ebm-prior", description="Better samples from a trained hierarchical VAE.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     diagnose = commands.add_parser(
         "diagnose",
         help="is there a prior hole, and in which layers?",
@@ -36,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diagnose.add_argument("--draws", type=int, default=8, help="posterior draws per image (%(default)s)")
     diagnose.add_argument("--device", default="cpu", help="where to put the model, if the function returns one (%(default)s)")
     diagnose.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
+    commands.add_parser("info", help="versions, devices, and the code that computes Langevin steps on each")
     options = parser.parse_args(arguments)
+    if options.command == "info":
+        print(describe_installation())
+        return 0
     try:
         model = load_function(options.loader)(*([options.checkpoint] if options.checkpoint else []))
         if isinstance(model, torch.nn.Module):
@@ -48,6 +55,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hvae-ebm-prior: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def describe_installation() -> str:
+    """Versions, and the backend of every device, one per line."""
+    packages = ("hvae-ebm-prior", "torch", "numpy", "triton")
+    lines = [f"{name:16}{version(name) if is_installed(name) else 'not installed'}" for name in packages]
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    devices += [torch.device("mps")] if torch.backends.mps.is_available() else []
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        lines.append(f"{name:16}Langevin steps by {choose_backend('auto', device)}")
+    if os.environ.get(VARIABLE):
+        lines.append(f"{VARIABLE} is set to {os.environ[VARIABLE]}")
+    return "\n".join(lines)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a distribution of this name is installed."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def load_function(name: str) -> Callable[..., Any]:

@@ -30,7 +30,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .kernels import Backend
 from .kernels import langevin_update as langevin_update
 from .schedule import DiffusionSchedule
 from .streams import Streams
@@ -64,7 +63,6 @@ class LangevinConfig:
         top_steps: shorter steps of the top layer within each step; 1 for none.
         sampling_steps: steps per noise level in sampling; None takes `steps`.
         kernel_at_top: keep the term N(u_T; alpha u_{T-1}, sigma^2) at t = T-1; the published code drops it.
-        backend: what computes noise and steps, "auto", "torch", "naive" or "triton"; see `hvae_ebm_prior.kernels`.
     """
 
     steps: int = 15
@@ -77,10 +75,9 @@ class LangevinConfig:
     top_steps: int = 1
     sampling_steps: int | None = None
     kernel_at_top: bool = True
-    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        for name, kind in (("integrator", Integrator), ("start", Start), ("step_rule", StepRule), ("backend", Backend)):
+        for name, kind in (("integrator", Integrator), ("start", Start), ("step_rule", StepRule)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         counts = {"steps": self.steps, "top_steps": self.top_steps, "sampling_steps": 1 if self.sampling_steps is None else self.sampling_steps}
@@ -236,6 +233,7 @@ def langevin_chain(
     streams: Streams,
     hold: tuple[Tensor, Tensor] | None = None,
     top: tuple[int, Gradient] | None = None,
+    repeat: Callable[[Gradient, Tensor, int], Tensor] | None = None,
 ) -> Tensor:
     """Draw u_t given u_{t+1} by K Langevin steps.
 
@@ -248,6 +246,7 @@ def langevin_chain(
         streams: the samples' noise.
         hold: mask (D,) of dimensions to hold, and the states (N, D) to hold them at.
         top: number of dimensions of the top layer, the first of D, and the gradient of its own energy as a function of them; for `top_steps`.
+        repeat: applies a step to a state so many times, from a recording; None for a plain loop. Not used with `curvature_limit`.
 
     Returns:
         States (N, D), finite.
@@ -264,8 +263,10 @@ def langevin_chain(
     fixed = functools.cache(partial(langevin_coefficients, t, schedule, config, u.dtype))
     coefficients: Callable[..., Tensor] = fixed
     before = None
-    for step in range(config.steps):
-        g, last = gradient(u), step == config.steps - 1
+
+    def advance(u: Tensor, last: bool = False) -> Tensor:
+        nonlocal coefficients, before
+        g = gradient(u)
         if config.curvature_limit is not None:
             slowdown = curvature_slowdown(config.curvature_limit, fixed()[:, 2], before, u, g)
             coefficients, before = partial(langevin_coefficients, t, schedule, config, u.dtype, slowdown=slowdown), (u, g)
@@ -277,7 +278,16 @@ def langevin_chain(
             first = None if held is None else held[:split]
             fine = [coefficients(share=config.top_steps, last=last and i == config.top_steps - 1) for i in range(config.top_steps)]
             parts.insert(0, top_moves(top[1], u[:, :split], u_next[:, :split], g[:, :split], fine, config, streams, first))
-        u = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    # All steps but the last are alike; from a recording, the first one still runs by itself and leaves everything ready.
+    alike = config.steps - 1
+    if repeat is not None and alike > 1 and config.curvature_limit is None:
+        u = repeat(advance, advance(u), alike - 1)
+    else:
+        for _ in range(alike):
+            u = advance(u)
+    u = advance(u, last=True)
     finite = torch.isfinite(u).all(dim=1)
     if not bool(finite.all()):
         raise ChainDiverged(

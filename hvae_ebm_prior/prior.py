@@ -12,7 +12,7 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from .backbone import BackboneAdapter, NoiseTransform, lock
 from .energy import EnergyConfig, build_energies
+from .execution import CompiledTotal, Corrections, ExecutionConfig, batched_energies, chain_gradient, one_by_one, repeat, walk_gradient
 from .langevin import ChainDiverged, LangevinConfig, langevin_chain, published_step
 from .registry import find_adapter
 from .sampling import Held, held_states, sample_levels
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 DEFAULT_SCHEDULE = DiffusionSchedule.cosine(3)
 # Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded.
 CHUNK_DIMENSIONS = 2**18
+KINDS = (DiffusionSchedule, LangevinConfig, ExecutionConfig)
 
 
 class DiffusionEBMPrior(nn.Module):
@@ -46,6 +48,7 @@ class DiffusionEBMPrior(nn.Module):
         schedule: noise levels of the diffusion.
         langevin: how each conditional prior is sampled.
         energy: settings of the default energy networks, or the user's own, one per layer; see `build_energies`.
+        execution: how chains are computed: choices of speed.
 
     Raises:
         TypeError: `backbone` is no adapter and none fits it, or an argument is of the wrong type.
@@ -59,9 +62,10 @@ class DiffusionEBMPrior(nn.Module):
         schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
         langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
         energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
-        for name, value, kind in (("schedule", schedule, DiffusionSchedule), ("langevin", langevin, LangevinConfig)):
+        for name, value, kind in zip(("schedule", "langevin", "execution"), (schedule, langevin, execution), KINDS, strict=True):
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
         if langevin.step_rule == "published" and schedule.sigma_bar[0] == 0:
@@ -76,6 +80,7 @@ class DiffusionEBMPrior(nn.Module):
             raise
         self.schedule = schedule
         self.langevin = langevin
+        self.execution = execution
         self._release = weakref.finalize(self, release)
         self._release.atexit = False
         self.eval()
@@ -83,7 +88,7 @@ class DiffusionEBMPrior(nn.Module):
     @property
     def transform(self) -> NoiseTransform:
         """T: u -> z of the backbone."""
-        if not self._release.alive:
+        if not torch.compiler.is_compiling() and not self._release.alive:
             raise RuntimeError("this prior has released its backbone; make a new DiffusionEBMPrior and load the state dict into it")
         return self._transform
 
@@ -95,7 +100,9 @@ class DiffusionEBMPrior(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "DiffusionEBMPrior":
         """A prior with its own copy of the energies over the same backbone."""
         energies = list(copy.deepcopy(self.energies, memo))
-        return DiffusionEBMPrior(self.backbone, schedule=self.schedule, langevin=self.langevin, energy=energies).train(self.training)
+        return DiffusionEBMPrior(self.backbone, schedule=self.schedule, langevin=self.langevin, energy=energies, execution=self.execution).train(
+            self.training
+        )
 
     def __reduce__(self) -> str:
         raise TypeError("a prior cannot be pickled, as it does not own its backbone; save prior.state_dict()")
@@ -123,8 +130,6 @@ class DiffusionEBMPrior(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the energies, in which u is kept; the backbone's own where they have no parameters."""
         return next((parameter.dtype for parameter in self.parameters()), self._transform.dtype)
-
-    # Transforms.
 
     def to_latents(self, u: Tensor) -> tuple[Tensor, ...]:
         """T: latents z, one tensor (N, *latent_shapes[i]) per layer, of noise `u` (N, D)."""
@@ -179,8 +184,6 @@ class DiffusionEBMPrior(nn.Module):
         check_noise(u, self.dim, self.device)
         return self.transform.decode(u)
 
-    # Energies.
-
     def layer_energies(self, u: Tensor, t: int | Tensor) -> Tensor:
         """Energies -f_i(z_i, t) in nats, (N, L), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1. Low where the data are."""
         check_noise(u, self.dim, self.device)
@@ -193,37 +196,35 @@ class DiffusionEBMPrior(nn.Module):
     def score(self, u: Tensor, t: int | Tensor) -> Tensor:
         """grad_u [F(T(u), t) - |u|^2 / 2], (N, D), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1."""
         check_noise(u, self.dim, self.device)
-        return self._gradient(u, check_levels(t, len(u), self.schedule.steps, u.device)) - u
+        return walk_gradient(self._total, u, check_levels(t, len(u), self.schedule.steps, u.device)) - u
 
-    def _corrections(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
+    def _corrections(self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None) -> Tensor:
         """f_i(z_i, t), (N, L), of all layers or of the first ones; the published step rule's networks stand for F = f / s_t."""
-        f = torch.stack([network(z_i.to(self.dtype), t) for network, z_i in zip(self.energies[: len(z)], z, strict=True)], dim=1)
+        f = (energies or partial(one_by_one, list(self.energies)))([z_i.to(self.dtype) for z_i in z], t)
         if self.langevin.step_rule == "published":
             f = f / published_step(t, self.schedule, self.langevin, f.dtype)[:, None]
         return f
 
-    def _gradient(self, u: Tensor, t: Tensor, layers: int | None = None) -> Tensor:
-        """grad_u F(T(u), t), (N, D); with `layers` that of the first layers' energies by their own noise."""
-        # Inference tensors cannot take part in autograd; copies can.
-        with torch.inference_mode(False), torch.enable_grad():
-            u = u.detach().clone().requires_grad_()
-            total = self._corrections(self.transform.to_latents(u, layers), t.clone()).sum()
-            return torch.autograd.grad(total, u)[0]
+    def _total(self, u: Tensor, t: Tensor, layers: int | None = None, energies: Corrections | None = None) -> Tensor:
+        """Sum of F(T(u), t) over samples; with `layers` that of the first layers' energies by their own noise."""
+        return self._corrections(self.transform.to_latents(u, layers), t, energies).sum()
+
+    @cached_property
+    def _compiled_total(self) -> CompiledTotal:
+        return CompiledTotal(self._total, self.device)
 
     def _chain(
         self, u_next: Tensor, t: Tensor, streams: Streams, *, steps: int | None = None, temperature: float = 1.0, hold: Held | None = None
     ) -> Tensor:
         """Draw u_t given u_next; at a temperature the chain runs in v = u / temperature, whose backbone has std_i * temperature."""
-
-        def gradient(v: Tensor, layers: int | None = None) -> Tensor:
-            return temperature * self._gradient(temperature * v, t, layers)
-
-        config, top = replace(self.langevin, steps=steps or self.langevin.steps), (math.prod(self.latent_shapes[0]), partial(gradient, layers=1))
+        energies = batched_energies(list(self.energies), self.latent_shapes, len(u_next), u_next.device)
+        total = self._compiled_total if self.execution.compile else partial(self._total, energies=energies)
+        whole, own = (chain_gradient(part, t, temperature, self.execution) for part in (total, partial(self._total, layers=1)))
+        config, top = replace(self.langevin, steps=steps or self.langevin.steps), (math.prod(self.latent_shapes[0]), own)
+        chain = partial(langevin_chain, schedule=self.schedule, config=config, streams=streams, hold=hold, top=top)
         # Spectrally normalised weights are worked out once, at the first step.
         with torch.no_grad(), parametrize.cached():
-            return langevin_chain(gradient, u_next, t, schedule=self.schedule, config=config, streams=streams, hold=hold, top=top)
-
-    # Sampling (Alg. 2).
+            return chain(whole, u_next, t, repeat=repeat if self.execution.graph else None)
 
     def sample_noise(
         self,
@@ -307,12 +308,10 @@ class DiffusionEBMPrior(nn.Module):
 
     def _sample_levels(self, key: int, samples: range, fixed: Mapping[int, Tensor], temperature: float) -> list[Tensor]:
         """States u_0..u_T of Alg. 2 of the given samples of a call."""
-        streams = open_streams(key, samples, self.device, self.dtype, self.langevin.backend)
+        streams = open_streams(key, samples, self.device, self.dtype, self.execution.backend)
         chain = partial(self._chain, streams=streams, steps=self.langevin.sampling_steps, temperature=temperature)
         held = held_states(fixed, self.transform, self.schedule, streams, temperature) if fixed else None
         return sample_levels(chain, self.schedule.steps, streams.normal(self.dim), held=held, temperature=temperature)
-
-    # Learning (Alg. 1).
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Recovery-likelihood loss of every image at a random level (Alg. 1, Eq. 11-12); its gradient is the learning gradient.
@@ -343,7 +342,7 @@ class DiffusionEBMPrior(nn.Module):
         Raises:
             ChainDiverged: a chain left the finite numbers.
         """
-        streams, schedule = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, self.langevin.backend), self.schedule
+        streams, schedule = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, self.execution.backend), self.schedule
         t = streams.levels(schedule.steps)
         levels = (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar)
         alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in levels)

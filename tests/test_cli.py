@@ -91,3 +91,18 @@ def test_the_command_is_installed(files):
     done = subprocess.run([command, "diagnose", "--help"], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "prior hole" in subprocess.run([command, "--help"], check=False, capture_output=True, text=True).stdout
+
+
+def test_info_names_versions_and_backends(capsys, monkeypatch):
+    import torch
+
+    monkeypatch.delenv("HVAE_EBM_PRIOR_BACKEND", raising=False)
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "cpu             Langevin steps by torch" in printed
+    monkeypatch.setenv("HVAE_EBM_PRIOR_BACKEND", "naive")
+    main(["info"])
+    printed = capsys.readouterr().out
+    assert "Langevin steps by naive" in printed
+    assert "HVAE_EBM_PRIOR_BACKEND is set to naive" in printed

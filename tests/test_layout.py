@@ -16,6 +16,7 @@ RANKS = [
     ["kernels"],
     ["schedule", "backbone", "streams", "validation"],
     ["energy", "langevin", "sampling", "registry"],
+    ["execution"],
     ["prior"],
     ["training", "evaluation", "diagnosis"],
     ["presets", "testing", "cli"],

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_weight_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from hvae_ebm_prior.execution import replace_parametrizations
+
 from .nvae import is_fused_batch_norm, make_portable
 
 
@@ -75,13 +77,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def plain_weights(module: nn.Module) -> None:
     """Replace PyTorch's parametrised and weight-normalised parameters by their values."""
     if parametrize.is_parametrized(module):
-        values = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
-        # Not `remove_parametrizations`, which changes the class that the copy shares with the original.
-        plain = parametrize.type_before_parametrizations(module)
-        del module.parametrizations
-        module.__class__ = plain
-        for name, value in values.items():
-            module.register_parameter(name, nn.Parameter(value.detach().clone()))
+        replace_parametrizations(module, {name: getattr(module, name) for name in module.parametrizations})  # type: ignore[union-attr]
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, WeightNorm):
             remove_weight_norm(module, hook.name)

@@ -1,0 +1,223 @@
+"""What a Langevin chain costs beyond its gradients, and beside the published loop.
+
+    [NVAE_REPO=.../NVAE] .venv/bin/python benchmarks/chain.py [--rounds 15] [--device cpu] [--threads 1]
+
+prints a Markdown table and writes benchmarks/chain.json. In every round, in rotating order, run
+
+- the bare gradients: K times the gradient of F through the frozen backbone, with the energies' weights fixed: the floor;
+- ours: a chain of K steps as training and sampling run it, through the public settings;
+- published: the same chain as the published code has it, restated here in plain PyTorch: one tensor per layer, the Gaussian terms by autograd in a
+  second backward pass, step sizes read back as Python numbers, live spectral normalisation, the backbone as it is, and its decoder run to the image.
+
+rho is ours over the bare gradients, gain is published over ours: medians and quartiles of the ratio within each round. Launches are PyTorch's
+operations per step that compute something (views are not counted), exactly. If torchebm is installed, the time of one update alone is compared with
+its sampler's.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from quickstart import HERE as EXAMPLES
+from walk import build
+
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
+from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, NVAEAdapter, freeze
+from hvae_ebm_prior.backbone import drive
+from hvae_ebm_prior.execution import batched_energies, walk_gradient
+from hvae_ebm_prior.kernels import langevin_update
+from hvae_ebm_prior.langevin import langevin_coefficients
+from hvae_ebm_prior.streams import open_streams
+
+SCHEDULE = DiffusionSchedule.ddpm(3)
+LANGEVIN = LangevinConfig(steps=10, step_size=3e-5, integrator="euler", step_rule="published", kernel_at_top=False)
+
+
+def published_chain(adapter: Any, energies: list[torch.nn.Module], u_next: list[Tensor], t: Tensor, steps: int) -> list[Tensor]:
+    """The published loop: u + s/2 grad (log p0 + log kernel) + grad f / 2 + sqrt(s) noise, s = b^2 sigma_bar_t / sigma_bar_0 sigma_{t+1}^2."""
+    u = [part.clone() for part in u_next]
+    for _ in range(steps):
+        size = [
+            LANGEVIN.step_size * SCHEDULE.sigma_bar[i].item() / SCHEDULE.sigma_bar[0].item() * SCHEDULE.sigma[i + 1].item() ** 2 for i in t.tolist()
+        ]
+        s = torch.tensor(size, device=t.device)
+        alpha, sigma = SCHEDULE.alpha.to(t.device)[t + 1], SCHEDULE.sigma.to(t.device)[t + 1]
+        with torch.enable_grad():
+            u = [part.detach().requires_grad_() for part in u]
+            latents: list[Tensor] = []
+
+            def draw(i: int, mean: Tensor, std: Tensor, latents: list[Tensor] = latents, u: list[Tensor] = u) -> Tensor:
+                latents.append(mean + std * u[i])
+                return latents[-1]
+
+            _, features = drive(adapter, len(t), draw)
+            adapter.decode(features)
+            f = sum(network(z, t).sum() for network, z in zip(energies, latents, strict=True))
+            first = torch.autograd.grad(f, u)
+            quadratic = sum(
+                (-(part**2).flatten(1).sum(1) / 2 - ((alpha[:, None] * part.flatten(1) - below.flatten(1)) ** 2).sum(1) / (2 * sigma**2)).sum()
+                for part, below in zip(u, u_next, strict=True)
+            )
+            second = torch.autograd.grad(quadratic, u)
+        shape = [(len(t), *[1] * (part.ndim - 1)) for part in u]
+        u = [
+            part.detach() + 0.5 * a + 0.5 * s.view(size) * b + s.sqrt().view(size) * torch.randn_like(part)
+            for part, a, b, size in zip(u, first, second, shape, strict=True)
+        ]
+    return u
+
+
+class Count(TorchDispatchMode):
+    """Counts operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = any(returned.alias_info is not None and not returned.alias_info.is_write for returned in function._schema.returns)
+        if not views and "detach" not in str(function):
+            self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+def per_step(chain: Callable[[int], Any]) -> int:
+    """Operations of one step: those of a chain of three less those of a chain of two."""
+    counts = []
+    for steps in (2, 3):
+        with Count() as count:
+            chain(steps)
+        counts.append(count.calls)
+    return counts[1] - counts[0]
+
+
+def prepare(name: str, device: torch.device) -> tuple[dict[str, Callable[[int], Any]], int]:
+    """The three ways to run a chain of so many steps, and the number of samples."""
+    torch.manual_seed(0)
+    if name.startswith("HVAE"):
+        model, adapter, n = HVAE.load(EXAMPLES / "data" / "hvae.safetensors").to(device), HVAEAdapter, 32
+        fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    else:
+        model, adapter, n = build("NVAE").to(device).eval(), NVAEAdapter, 2
+        fast = freeze(model)
+    original = DiffusionEBMPrior(adapter(model), schedule=SCHEDULE, langevin=LANGEVIN, energy=EnergyConfig(spectral_norm=True)).to(device)
+    prior = DiffusionEBMPrior(adapter(fast), schedule=SCHEDULE, langevin=LANGEVIN, energy=EnergyConfig(spectral_norm=True)).to(device)
+    g = torch.Generator().manual_seed(0)
+    u_next, t = torch.randn(n, prior.dim, generator=g).to(device), (torch.arange(n) % 3).to(device)
+    parts, energies = list(prior.split(u_next)), list(original.energies.train())
+    batched = batched_energies(list(prior.energies), prior.latent_shapes, n, device)
+
+    def bare(steps: int) -> None:
+        with parametrize.cached():
+            for _ in range(steps):
+                walk_gradient(lambda u, t: prior._total(u, t, energies=batched), u_next, t)
+
+    def ours(steps: int) -> None:
+        prior._chain(u_next, t, open_streams(0, range(n), device, torch.float32), steps=steps)
+
+    return {"bare": bare, "ours": ours, "published": lambda steps: published_chain(original.backbone, energies, parts, t, steps)}, n
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def quartiles(values: list[float]) -> str:
+    """Median, and the quartiles about it."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def compare(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> list[dict[str, float]]:
+    """Seconds of every way in every round, in rotating order, after one round that is not counted."""
+    names, results = list(ways), []
+    for i in range(rounds + 1):
+        order = names[i % len(names) :] + names[: i % len(names)]
+        results.append({name: seconds(ways[name], device) for name in order})
+    return results[1:]
+
+
+def updates(rounds: int, device: torch.device) -> dict[str, Any] | None:
+    """One update of (64, 16,384) alone, ours and torchebm's, where it is installed."""
+    try:
+        from torchebm.core import BaseModel
+        from torchebm.samplers import LangevinDynamics
+    except ImportError:
+        return None
+    n, dim, steps = 64, 2**14, 20
+    g = torch.Generator().manual_seed(0)
+    u, u_next, gradient = (torch.randn(n, dim, generator=g).to(device) for _ in range(3))
+    coefficients = langevin_coefficients(
+        torch.zeros(n, dtype=torch.long, device=device), DiffusionSchedule.cosine(3), LangevinConfig(), torch.float32
+    )
+
+    class Linear(BaseModel):
+        """Its gradient is at hand, as ours is."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * gradient).sum(1)
+
+        def gradient(self, x: Tensor, **_: Any) -> Tensor:
+            return gradient
+
+    sampler = LangevinDynamics(Linear(), step_size=0.01)
+
+    def ours() -> None:
+        x = u
+        for _ in range(steps):
+            x = langevin_update(x, u_next, gradient, coefficients, noise=torch.randn_like(x))
+
+    results = compare({"ours": ours, "torchebm": lambda: sampler.sample(x=u, n_steps=steps)}, rounds, device)
+    return {"size": [n, dim], "rounds": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", nargs="+", default=["HVAE", "NVAE"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    report: dict[str, Any] = {"torch": torch.__version__, "device": str(device), "threads": args.threads, "steps": LANGEVIN.steps}
+    print("| model | rho | gain | launches per step, ours | published |\n|---|---|---|---|---|")
+    for name in args.models:
+        chains, n = prepare(name, device)
+        launches = {way: per_step(chains[way]) for way in ("ours", "published")}
+        steps = LANGEVIN.steps if name == "HVAE" else 3
+        rounds = compare({way: partial(chain, steps) for way, chain in chains.items()}, args.rounds, device)
+        rho = [result["ours"] / result["bare"] for result in rounds]
+        gain = [result["published"] / result["ours"] for result in rounds]
+        report[name] = {"samples": n, "launches": launches, "rounds": rounds, "rho": statistics.median(rho), "gain": statistics.median(gain)}
+        print(f"| {name}, N = {n} | {quartiles(rho)} | {quartiles(gain)} | {launches['ours']:,} | {launches['published']:,} |", flush=True)
+    update = updates(args.rounds, device)
+    if update is not None:
+        report["update"] = update
+        ratio = [result["torchebm"] / result["ours"] for result in update["rounds"]]
+        print(f"\ntorchebm's step over ours, (64, 16384): {quartiles(ratio)}")
+    else:
+        print("\ntorchebm is not installed; its step is not compared", file=sys.stderr)
+    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Which integrator, step and start learn the best prior at an equal number of gradients, training included.
+
+    .venv/bin/python benchmarks/integrators.py [--gradients 2400] [--seeds 0 1 2]
+
+trains priors for the example's HVAE, as the quickstart does but for the Langevin settings below, until their chains have taken so many gradients of
+the whole walk (steps per chain times iterations), and prints a Markdown table of Fréchet distances of 1,000 samples, mean and range over seeds. A run
+that diverged is counted by the distance of its last good state. Runs that stand in benchmarks/integrators.json are not repeated.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from classifier import load_classifier
+from fashion_mnist import load_subset
+from quickstart import make_prior
+
+from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
+from hvae_ebm_prior.training import TrainingConfig, TrainingDiverged
+
+RESULTS = Path(__file__).with_suffix(".json")
+# Changes to the quickstart's LangevinConfig.
+VARIANTS = {
+    "exponential, K = 8, h = .25": {},
+    "strang, K = 8, h = .25": {"integrator": "strang"},
+    "leimkuhler-matthews, K = 8, h = .25": {"integrator": "leimkuhler-matthews"},
+    "strang, K = 5, h = .4": {"integrator": "strang", "steps": 5, "step_size": 0.4},
+    "leimkuhler-matthews, K = 5, h = .4": {"integrator": "leimkuhler-matthews", "steps": 5, "step_size": 0.4},
+    "euler, K = 8, h = .25": {"integrator": "euler"},
+    "exponential, K = 8, h = .25, from u_{t+1}": {"start": "next"},
+    "exponential, K = 8, h = .25, curvature limit .5": {"curvature_limit": 0.5},
+}
+
+
+def run(variant: str, seed: int, gradients: int) -> dict[str, float | bool]:
+    """Train one prior and measure it."""
+    prior = make_prior(seed=seed)
+    prior.langevin = dataclasses.replace(prior.langevin, **VARIANTS[variant])
+    iterations, generator = gradients // prior.langevin.steps, torch.Generator().manual_seed(seed)
+    start, diverged = time.monotonic(), False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # restarts of the guard
+        try:
+            training = TrainingConfig(iterations, learning_rate=3.5e-3, ema_decay=0.995)  # the quickstart's
+            prior.fit(load_subset("train")[0], training=training, generator=generator, progress=False)
+        except TrainingDiverged:
+            diverged = True
+    seconds = time.monotonic() - start
+    features = load_classifier().features
+    target = in_chunks(features, load_subset("train")[0])
+    distance = frechet_distance(in_chunks(features, prior.sample(1000, generator=generator)), target)
+    return {"distance": distance, "seconds": seconds, "iterations": iterations, "diverged": diverged}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gradients", type=int, default=2400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for seed in args.seeds:
+        for variant in VARIANTS:
+            name = f"{variant} | {args.gradients} gradients | seed {seed}"
+            if name not in results:
+                results[name] = run(variant, seed, args.gradients)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                print(name, results[name], file=sys.stderr, flush=True)
+    print("| integrator | iterations | FD | diverged |\n|---|---|---|---|")
+    for variant in VARIANTS:
+        found = [results[name] for seed in args.seeds if (name := f"{variant} | {args.gradients} gradients | seed {seed}") in results]
+        values = [result["distance"] for result in found]
+        spread = f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+        print(f"| {variant} | {found[0]['iterations']} | {spread} | {sum(result['diverged'] for result in found)} of {len(found)} |")
+
+
+if __name__ == "__main__":
+    main()
