@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -106,14 +107,16 @@ def batched_energies(energies: Sequence[nn.Module], shapes: Sequence[Sequence[in
             plain = [plain_copy(energies[i]) for i in members]
             parameters, buffers = stack_module_state(plain)
             stacked[members[0]] = (members, plain[0].to("meta"), {name: value.detach() for name, value in parameters.items()}, buffers)
+    # Without weights that ask for gradients, the backward pass keeps and computes nothing for them.
+    single = [partial(functional_call, network, {name: value.detach() for name, value in network.named_parameters()}) for network in energies]
     alone = [members[0] for members in groups.values() if len(members) == 1]
 
     def corrections(z: Sequence[Tensor], t: Tensor) -> Tensor:
-        values: list[Tensor] = [t] * len(z)
         if len(z) < len(energies):
-            return one_by_one(energies, z, t)
+            return torch.stack([network((z_i, t)) for network, z_i in zip(single, z, strict=False)], dim=1)
+        values: list[Tensor] = [t] * len(z)
         for i in alone:
-            values[i] = energies[i](z[i], t)
+            values[i] = single[i]((z[i], t))
         for members, network, parameters, buffers in stacked.values():
 
             def call(weights: Any, state: Any, x: Tensor, network: nn.Module = network) -> Tensor:

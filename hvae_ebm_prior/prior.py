@@ -219,7 +219,7 @@ class DiffusionEBMPrior(nn.Module):
         """Draw u_t given u_next; at a temperature the chain runs in v = u / temperature, whose backbone has std_i * temperature."""
         energies = batched_energies(list(self.energies), self.latent_shapes, len(u_next), u_next.device)
         total = self._compiled_total if self.execution.compile else partial(self._total, energies=energies)
-        whole, own = (chain_gradient(part, t, temperature, self.execution) for part in (total, partial(self._total, layers=1)))
+        whole, own = (chain_gradient(part, t, temperature, self.execution) for part in (total, partial(self._total, layers=1, energies=energies)))
         config, top = replace(self.langevin, steps=steps or self.langevin.steps), (math.prod(self.latent_shapes[0]), own)
         chain = partial(langevin_chain, schedule=self.schedule, config=config, streams=streams, hold=hold, top=top)
         # Spectrally normalised weights are worked out once, at the first step.

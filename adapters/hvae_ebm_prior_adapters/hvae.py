@@ -139,15 +139,16 @@ class HVAE(nn.Module):
         return torch.sigmoid(single(features))[..., inside, inside]
 
     def posterior_walk(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Draw every latent from the posterior; yields its shift, its log-ratio, the latent z and the features below it, layer by layer."""
+        """Draw every latent from the posterior; yields its shift, its log-ratio, the latent z and the features above it, layer by layer."""
         h = self.start.expand(len(images), -1, -1, -1)
         for block, features in zip(self.blocks, self.bottom_up(images), strict=True):
             mean, std = block.prior(h)
             shift, log_ratio = block.posterior(h, features)
             noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
             z = mean + std * (shift + torch.exp(log_ratio) * noise)
-            h = block(h, z)
             yield shift, log_ratio, z, h
+            if block is not self.blocks[-1]:  # what is below the last latent is no business of the posterior
+                h = block(h, z)
 
     def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Negative ELBO in its two parts, for training.
@@ -161,7 +162,7 @@ class HVAE(nn.Module):
         """
         layers = list(self.posterior_walk(images, generator))
         divergences = [(0.5 * (d**2 + torch.exp(2 * r) - 1) - r).flatten(1).sum(1) for d, r, _, _ in layers]
-        residual = (images - self.image_mean(layers[-1][3])) * torch.exp(-self.log_scale)
+        residual = (images - self.image_mean(self.blocks[-1](layers[-1][3], layers[-1][2]))) * torch.exp(-self.log_scale)
         negative_log_likelihood = 0.5 * residual**2 + self.log_scale + 0.5 * math.log(2 * math.pi)
         return negative_log_likelihood.flatten(1).sum(1), torch.stack(divergences, dim=1)
 
