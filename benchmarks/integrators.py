@@ -24,7 +24,9 @@ from classifier import load_classifier
 from fashion_mnist import load_subset
 from quickstart import make_prior
 
+from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
+from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.training import TrainingConfig, TrainingDiverged
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -41,16 +43,30 @@ VARIANTS = {
 }
 
 
+# The published settings, given three times as many gradients.
+PUBLISHED = "published preset, 3 times the gradients"
+
+
+def prepare(variant: str, seed: int, gradients: int) -> tuple[DiffusionEBMPrior, TrainingConfig]:
+    """The prior, and its training for so many gradients."""
+    prior = make_prior(seed=seed)
+    if variant == PUBLISHED:
+        preset = PRESETS["paper-cifar10"]
+        torch.manual_seed(seed)
+        prior = DiffusionEBMPrior(prior.backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
+        return prior, dataclasses.replace(preset.training, iterations=3 * gradients // preset.langevin.steps)
+    prior.langevin = dataclasses.replace(prior.langevin, **VARIANTS[variant])
+    iterations = gradients // prior.langevin.steps
+    return prior, TrainingConfig(iterations, learning_rate=3.5e-3, ema_decay=0.995)  # the quickstart's
+
+
 def run(variant: str, seed: int, gradients: int) -> dict[str, float | bool]:
     """Train one prior and measure it."""
-    prior = make_prior(seed=seed)
-    prior.langevin = dataclasses.replace(prior.langevin, **VARIANTS[variant])
-    iterations, generator = gradients // prior.langevin.steps, torch.Generator().manual_seed(seed)
-    start, diverged = time.monotonic(), False
+    prior, training = prepare(variant, seed, gradients)
+    generator, start, diverged = torch.Generator().manual_seed(seed), time.monotonic(), False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # restarts of the guard
         try:
-            training = TrainingConfig(iterations, learning_rate=3.5e-3, ema_decay=0.995)  # the quickstart's
             prior.fit(load_subset("train")[0], training=training, generator=generator, progress=False)
         except TrainingDiverged:
             diverged = True
@@ -58,7 +74,7 @@ def run(variant: str, seed: int, gradients: int) -> dict[str, float | bool]:
     features = load_classifier().features
     target = in_chunks(features, load_subset("train")[0])
     distance = frechet_distance(in_chunks(features, prior.sample(1000, generator=generator)), target)
-    return {"distance": distance, "seconds": seconds, "iterations": iterations, "diverged": diverged}
+    return {"distance": distance, "seconds": seconds, "iterations": training.iterations, "diverged": diverged}
 
 
 def main() -> None:
@@ -68,15 +84,17 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for seed in args.seeds:
-        for variant in VARIANTS:
+        for variant in (*VARIANTS, PUBLISHED):
             name = f"{variant} | {args.gradients} gradients | seed {seed}"
             if name not in results:
                 results[name] = run(variant, seed, args.gradients)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
                 print(name, results[name], file=sys.stderr, flush=True)
     print("| integrator | iterations | FD | diverged |\n|---|---|---|---|")
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, PUBLISHED):
         found = [results[name] for seed in args.seeds if (name := f"{variant} | {args.gradients} gradients | seed {seed}") in results]
+        if not found:
+            continue
         values = [result["distance"] for result in found]
         spread = f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
         print(f"| {variant} | {found[0]['iterations']} | {spread} | {sum(result['diverged'] for result in found)} of {len(found)} |")
