@@ -35,14 +35,14 @@ VARIANTS = {
     "exponential, K = 8, h = .25": {},
     "strang, K = 8, h = .25": {"integrator": "strang"},
     "leimkuhler-matthews, K = 8, h = .25": {"integrator": "leimkuhler-matthews"},
+    "exponential, K = 5, h = .4": {"steps": 5, "step_size": 0.4},
     "strang, K = 5, h = .4": {"integrator": "strang", "steps": 5, "step_size": 0.4},
     "leimkuhler-matthews, K = 5, h = .4": {"integrator": "leimkuhler-matthews", "steps": 5, "step_size": 0.4},
-    "euler, K = 8, h = .25": {"integrator": "euler"},
-    "exponential, K = 8, h = .25, from u_{t+1}": {"start": "next"},
-    "exponential, K = 8, h = .25, curvature limit .5": {"curvature_limit": 0.5},
+    "euler, K = 5, h = .4": {"integrator": "euler", "steps": 5, "step_size": 0.4},
+    "strang, K = 3, h = .65": {"integrator": "strang", "steps": 3, "step_size": 0.65},
+    "strang, K = 5, h = .4, from u_{t+1}": {"integrator": "strang", "steps": 5, "step_size": 0.4, "start": "next"},
+    "strang, K = 5, h = .4, curvature limit 1": {"integrator": "strang", "steps": 5, "step_size": 0.4, "curvature_limit": 1.0},
 }
-
-
 # The published settings, given three times as many gradients.
 PUBLISHED = "published preset, 3 times the gradients"
 
@@ -81,10 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gradients", type=int, default=2400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, PUBLISHED], help="run these alone")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for seed in args.seeds:
-        for variant in (*VARIANTS, PUBLISHED):
+        for variant in args.variants:
             name = f"{variant} | {args.gradients} gradients | seed {seed}"
             if name not in results:
                 results[name] = run(variant, seed, args.gradients)

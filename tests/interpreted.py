@@ -60,7 +60,12 @@ def main():
     for strided in ((wide[:, 100:800], u_next, gradient), (u, u_next, transposed), (u, u_next, channels_last)):
         assert torch.equal(langevin_update(*strided, coefficients, key=key, step=step, backend="triton"), whole)
         cases += 1
-    print(f"{cases + 1} cases are equal")
+
+    # As many dimensions as the largest VDVAE has; large blocks, as the interpreter runs programs one after the other.
+    u, u_next, gradient, coefficients = inputs(1, 4_500_001, torch.bfloat16)
+    expected = langevin_update(u, u_next, gradient, coefficients, key=key, step=step, backend="naive")
+    assert torch.equal(fused_update(u, u_next, gradient, coefficients, key, step, 0, False, None, False, None, 2**20), expected)
+    print(f"{cases + 2} cases are equal")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 - Batch norm in eval mode is the affine map y = scale x + shift. It goes into the convolution before it, or into one without padding after it (padding
   pads with zeros, not with shifts); elsewhere it stays an affine map.
 - NVAE's swish becomes PyTorch's fused SiLU.
+- Weights are laid out channels last, which convolutions prefer on most devices.
 """
 
 import copy
@@ -45,7 +46,7 @@ def freeze(model: nn.Module) -> nn.Module:
     for name in ("all_log_norm", "all_conv_layers", "all_bn_layers"):  # what NVAE's training regularises, unfolded
         if isinstance(getattr(model, name, None), list):
             setattr(model, name, [])
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class Affine(nn.Module):

@@ -196,9 +196,11 @@ class HVAEAdapter:
         self.model = model
 
     def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Tensor]:
-        h = self.model.start.expand(batch_size, -1, -1, -1)
+        h = self.model.start
         for block in self.model.blocks:
-            z = yield block.prior(h)
+            # Above the first latent all samples are alike: its prior is worked out once.
+            mean, std = (part.expand(batch_size, -1, -1, -1) for part in block.prior(h))
+            z = yield mean, std
             h = block(h, z)
         return h
 
