@@ -46,7 +46,7 @@ def freeze(model: nn.Module) -> nn.Module:
     for name in ("all_log_norm", "all_conv_layers", "all_bn_layers"):  # what NVAE's training regularises, unfolded
         if isinstance(getattr(model, name, None), list):
             setattr(model, name, [])
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Affine(nn.Module):

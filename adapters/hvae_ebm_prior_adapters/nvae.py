@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .hvae import soft_clamp
 from .logistic_mixture import draw_mixture, image_noise, mixture_mean
-from .walk import Walk, posterior_draws, priors, run
+from .walk import Walk, posterior_draws, priors, run, standard_normal
 
 
 class Group(NamedTuple):
@@ -67,7 +67,7 @@ class NVAEAdapter:
             if k > 0 and model.res_dist:
                 mean, log_std = group.mean + mean, group.log_std + log_std
             mean, std = gaussian(mean, log_std)
-            z = mean + std * torch.randn_like(mean)
+            z = mean + std * standard_normal(mean)
             for flow in model.nf_cells[k * model.num_flows : (k + 1) * model.num_flows]:
                 z, _ = flow(z, seen)
             return z

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .logistic_mixture import draw_mixture, mixture_mean
-from .walk import Walk, posterior_draws, priors, run
+from .walk import Walk, posterior_draws, priors, run, standard_normal
 
 # Shift and scale of pixels 0..255 by dataset, (x + shift) * scale, as in the published data.py; that of ffhq_1024 is given there for [0, 1].
 NORMALISATIONS = {
@@ -85,7 +85,7 @@ class VDVAEAdapter:
         def draw(_: int, state: BlockState) -> Tensor:
             merged = torch.cat((state.features, activations[state.block.base]), dim=1)
             mean, log_std = state.block.enc(merged).float().chunk(2, dim=1)
-            return mean + log_std.exp() * torch.randn_like(mean)
+            return mean + log_std.exp() * standard_normal(mean)
 
         return posterior_draws(self._walk(len(images)), draw)
 

@@ -43,3 +43,8 @@ def run(module: Callable[..., Any], *inputs: Any, checkpoint: bool) -> Any:
     if checkpoint and torch.is_grad_enabled():
         return checkpointed(module, *inputs, use_reentrant=False, preserve_rng_state=False)
     return module(*inputs)
+
+
+def standard_normal(like: Tensor) -> Tensor:
+    """Noise of the shape of `like`, the same for a seed whatever the memory format (that of `randn_like` is not)."""
+    return torch.randn(like.shape, device=like.device, dtype=like.dtype)
