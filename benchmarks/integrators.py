@@ -32,16 +32,16 @@ from hvae_ebm_prior.training import TrainingConfig, TrainingDiverged
 RESULTS = Path(__file__).with_suffix(".json")
 # Changes to the quickstart's LangevinConfig.
 VARIANTS = {
-    "exponential, K = 8, h = .25": {},
-    "strang, K = 8, h = .25": {"integrator": "strang"},
-    "leimkuhler-matthews, K = 8, h = .25": {"integrator": "leimkuhler-matthews"},
+    "exponential, K = 8, h = .25": {"steps": 8, "step_size": 0.25},
+    "strang, K = 8, h = .25": {"steps": 8, "step_size": 0.25, "integrator": "strang"},
+    "leimkuhler-matthews, K = 8, h = .25": {"steps": 8, "step_size": 0.25, "integrator": "leimkuhler-matthews"},
     "exponential, K = 5, h = .4": {"steps": 5, "step_size": 0.4},
-    "strang, K = 5, h = .4": {"integrator": "strang", "steps": 5, "step_size": 0.4},
-    "leimkuhler-matthews, K = 5, h = .4": {"integrator": "leimkuhler-matthews", "steps": 5, "step_size": 0.4},
-    "euler, K = 5, h = .4": {"integrator": "euler", "steps": 5, "step_size": 0.4},
-    "strang, K = 3, h = .65": {"integrator": "strang", "steps": 3, "step_size": 0.65},
-    "strang, K = 5, h = .4, from u_{t+1}": {"integrator": "strang", "steps": 5, "step_size": 0.4, "start": "next"},
-    "strang, K = 5, h = .4, curvature limit 1": {"integrator": "strang", "steps": 5, "step_size": 0.4, "curvature_limit": 1.0},
+    "strang, K = 5, h = .4": {"steps": 5, "step_size": 0.4, "integrator": "strang"},
+    "leimkuhler-matthews, K = 5, h = .4": {"steps": 5, "step_size": 0.4, "integrator": "leimkuhler-matthews"},
+    "euler, K = 5, h = .4": {"steps": 5, "step_size": 0.4, "integrator": "euler"},
+    "exponential, K = 5, h = .4, from u_{t+1}": {"steps": 5, "step_size": 0.4, "start": "next"},
+    "exponential, K = 5, h = .4, curvature limit 1": {"steps": 5, "step_size": 0.4, "curvature_limit": 1.0},
+    "strang, K = 3, h = .65": {"steps": 3, "step_size": 0.65, "integrator": "strang"},
 }
 # The published settings, given three times as many gradients.
 PUBLISHED = "published preset, 3 times the gradients"
@@ -57,7 +57,7 @@ def prepare(variant: str, seed: int, gradients: int) -> tuple[DiffusionEBMPrior,
         return prior, dataclasses.replace(preset.training, iterations=3 * gradients // preset.langevin.steps)
     prior.langevin = dataclasses.replace(prior.langevin, **VARIANTS[variant])
     iterations = gradients // prior.langevin.steps
-    return prior, TrainingConfig(iterations, learning_rate=3.5e-3, ema_decay=0.995)  # the quickstart's
+    return prior, dataclasses.replace(PRESETS["fast"].training, iterations=iterations)
 
 
 def run(variant: str, seed: int, gradients: int) -> dict[str, float | bool]:

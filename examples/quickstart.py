@@ -29,15 +29,17 @@ from fashion_mnist import load_subset
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig, TrainingConfig, TrainingRecord
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
 from hvae_ebm_prior.evaluation import EvaluationRow, evaluate
+from hvae_ebm_prior.presets import PRESETS
 
 HERE = Path(__file__).parent
+FAST = PRESETS["fast"]
 SCHEDULES = {
     # A little noise is left at level 0: active latents have posteriors so narrow (std .07 and more in u) that the density of noise-free data is
     # very sharp, and learning it without end makes chains overshoot. benchmarks/hole.py tells what each level of noise costs.
-    "smooth": DiffusionSchedule.from_snr([200, 15, 3, 0]),
+    "smooth": FAST.schedule,
     "cosine": DiffusionSchedule.cosine(3),
     "ddpm": DiffusionSchedule.ddpm(3),
     "marginal": DiffusionSchedule.marginal(),
@@ -48,8 +50,7 @@ def make_prior(schedule: str = "smooth", seed: int = 0) -> DiffusionEBMPrior:
     """An untrained prior over the committed HVAE."""
     model = HVAE.load(HERE / "data" / "hvae.safetensors").to(memory_format=torch.channels_last)
     torch.manual_seed(seed)  # initial weights of the energies
-    langevin = LangevinConfig(steps=8, step_size=0.25, start="gaussian", top_steps=6)
-    return DiffusionEBMPrior(HVAEAdapter(model), schedule=SCHEDULES[schedule], langevin=langevin)
+    return DiffusionEBMPrior(HVAEAdapter(model), schedule=SCHEDULES[schedule], langevin=FAST.langevin)
 
 
 def save_samples(path: Path, prior: DiffusionEBMPrior, images: Tensor, generator: torch.Generator, columns: int = 12) -> None:
@@ -104,8 +105,8 @@ def table(rows: list[EvaluationRow]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=950, help="training steps")
-    parser.add_argument("--learning-rate", type=float, default=3.5e-3)
+    parser.add_argument("--iterations", type=int, default=FAST.training.iterations, help="training steps")
+    parser.add_argument("--learning-rate", type=float, default=FAST.training.learning_rate)
     parser.add_argument("--images", type=int, default=2000, help="held-out images, and samples of each prior, for the table; at most 2000")
     parser.add_argument("--schedule", choices=SCHEDULES, default="smooth")
     parser.add_argument("--seed", type=int, default=0)
@@ -119,7 +120,7 @@ def main() -> None:
     prior = make_prior(args.schedule, args.seed)
 
     start = time.monotonic()
-    training = TrainingConfig(args.iterations, learning_rate=args.learning_rate, ema_decay=0.995)
+    training = dataclasses.replace(FAST.training, iterations=args.iterations, learning_rate=args.learning_rate)
     history = prior.fit(train_images, training=training, generator=generator, progress=True)
     seconds = time.monotonic() - start
     save_file(prior.state_dict(), args.out / "prior.safetensors")
