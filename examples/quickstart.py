@@ -2,7 +2,7 @@
 
     python3 examples/quickstart.py
 
-makes its own environment, trains the prior (7 1/2 minutes on 2 cores), prints a table and writes to examples/output: samples.png (real images,
+makes its own environment, trains the prior (6 1/2 minutes on 2 cores), prints a table and writes to examples/output: samples.png (real images,
 reconstructions, Gaussian samples, ours), training.png, prior.safetensors and results.json.
 """
 

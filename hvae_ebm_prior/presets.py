@@ -58,13 +58,13 @@ def published(steps: int, step_size: float, width: int, batch_size: int, epoch_d
 
 PRESETS = {
     "default": Preset(DiffusionSchedule.cosine(3), LangevinConfig(), EnergyConfig(), TrainingConfig()),
-    # What gave the best samples at equal gradients on the example's HVAE (benchmarks/integrators.py). A little noise is left at level 0, as
+    # Few steps, which learn the most per gradient on the example's HVAE (docs/benchmarks.md, "Integrators"). A little noise is left at level 0, as
     # noise-free posteriors can be too sharp to follow; the top layer, whose energy is the most curved, takes shorter steps.
     "fast": Preset(
         DiffusionSchedule.from_snr([200, 15, 3, 0]),
-        LangevinConfig(steps=5, step_size=0.4, start="gaussian", top_steps=6),
+        LangevinConfig(steps=5, step_size=0.3, start="gaussian", top_steps=6),
         EnergyConfig(),
-        TrainingConfig(iterations=1100, learning_rate=3.5e-3, ema_decay=0.995),
+        TrainingConfig(iterations=1150, learning_rate=3.5e-3, ema_decay=0.995),
     ),
     "paper-cifar10": published(steps=50, step_size=3e-5, width=128, batch_size=50, epoch_decay=0.9),
     "paper-celebahq256": published(steps=30, step_size=2e-5, width=64, batch_size=4, epoch_decay=0.98),
