@@ -104,9 +104,11 @@ def batched_energies(energies: Sequence[nn.Module], shapes: Sequence[Sequence[in
     stacked = {}
     for members in groups.values():
         if len(members) > 1:
-            plain = [plain_copy(energies[i]) for i in members]
+            # Stacking copies already; another copy is needed only where weights are to be worked out first.
+            plain = [plain_copy(energies[i]) if is_parametrized(energies[i]) else energies[i] for i in members]
             parameters, buffers = stack_module_state(plain)
-            stacked[members[0]] = (members, plain[0].to("meta"), {name: value.detach() for name, value in parameters.items()}, buffers)
+            weightless = copy.deepcopy(plain[0]).to("meta")
+            stacked[members[0]] = (members, weightless, {name: value.detach() for name, value in parameters.items()}, buffers)
     # Without weights that ask for gradients, the backward pass keeps and computes nothing for them.
     single = [partial(functional_call, network, {name: value.detach() for name, value in network.named_parameters()}) for network in energies]
     alone = [members[0] for members in groups.values() if len(members) == 1]
@@ -127,6 +129,11 @@ def batched_energies(energies: Sequence[nn.Module], shapes: Sequence[Sequence[in
         return torch.stack(values, dim=1)
 
     return corrections
+
+
+def is_parametrized(network: nn.Module) -> bool:
+    """Whether any weight of `network` is under a parametrisation."""
+    return any(parametrize.is_parametrized(module) for module in network.modules())
 
 
 def plain_copy(network: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ def draw_seeds(n: int, generator: torch.Generator | None) -> list[int]:
 
 def sample_seeds(key: int, samples: range) -> list[int]:
     """Seeds of the given samples; they do not depend on which others there are."""
-    return torch.randint(2**62, (samples.stop,), generator=torch.Generator().manual_seed(key)).tolist()[samples.start :]
+    return torch.randint(2**62, (samples.stop,), generator=torch.Generator().manual_seed(key))[samples.start :].tolist()
 
 
 def open_streams(key: int, samples: range, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> "Streams":
