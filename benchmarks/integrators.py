@@ -36,6 +36,7 @@ VARIANTS = {
     "strang, K = 8, h = .25": {"steps": 8, "step_size": 0.25, "integrator": "strang"},
     "leimkuhler-matthews, K = 8, h = .25": {"steps": 8, "step_size": 0.25, "integrator": "leimkuhler-matthews"},
     "exponential, K = 5, h = .4": {"steps": 5, "step_size": 0.4},
+    "exponential, K = 5, h = .3": {"steps": 5, "step_size": 0.3},
     "strang, K = 5, h = .4": {"steps": 5, "step_size": 0.4, "integrator": "strang"},
     "leimkuhler-matthews, K = 5, h = .4": {"steps": 5, "step_size": 0.4, "integrator": "leimkuhler-matthews"},
     "euler, K = 5, h = .4": {"steps": 5, "step_size": 0.4, "integrator": "euler"},

@@ -3,6 +3,7 @@ import torch
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig
+from hvae_ebm_prior.backbone import DensityAdapter
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +91,25 @@ def test_other_dtypes(dtype):
 def test_wrong_config_is_refused():
     with pytest.raises(ValueError, match=r"one entry per layer, got \(1, 2\) and \(8,\)"):
         HVAEConfig(latent_channels=(1, 2), widths=(8,))
+
+
+def test_densities_of_the_adapter_against_torch_distributions(model):
+    adapter, images = HVAEAdapter(model), torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert isinstance(adapter, DensityAdapter)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        drawn = adapter.infer_with_density(images)
+        walk = adapter.top_down(3)
+        mean, std = next(walk)
+        h = model.start.expand(3, -1, -1, -1)
+        for i, ((z, log_density), block, features) in enumerate(zip(drawn, model.blocks, model.bottom_up(images), strict=True)):
+            shift, log_ratio = block.posterior(h, features)
+            expected = torch.distributions.Normal(mean + std * shift, std * log_ratio.exp()).log_prob(z).flatten(1).sum(1)
+            torch.testing.assert_close(log_density, expected)
+            h = block(h, z)
+            if i < 2:
+                mean, std = walk.send(z)
+        with pytest.raises(StopIteration) as stop:
+            walk.send(drawn[-1][0])
+        expected = torch.distributions.Normal(adapter.decode(stop.value.value), model.log_scale.exp()).log_prob(images).flatten(1).sum(1)
+        torch.testing.assert_close(adapter.log_likelihood(stop.value.value, images), expected)

@@ -138,15 +138,21 @@ class HVAE(nn.Module):
         inside = slice(self.before, self.before + self.config.image_size)
         return torch.sigmoid(single(features))[..., inside, inside]
 
-    def posterior_walk(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Draw every latent from the posterior; yields its shift, its log-ratio, the latent z and the features above it, layer by layer."""
+    def log_likelihood(self, features: Tensor, images: Tensor) -> Tensor:
+        """log p(x | z) in nats, (N,), of `images` (N, C, H, W), from what the last block returns."""
+        residual = (images - self.image_mean(features)) * torch.exp(-self.log_scale)
+        return -(0.5 * residual**2 + self.log_scale + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+    def posterior_walk(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """Draw every latent from the posterior; yields its shift, its log-ratio, the latent z, log q(z | z above, x) in nats and the features above."""
         h = self.start.expand(len(images), -1, -1, -1)
         for block, features in zip(self.blocks, self.bottom_up(images), strict=True):
             mean, std = block.prior(h)
             shift, log_ratio = block.posterior(h, features)
             noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
             z = mean + std * (shift + torch.exp(log_ratio) * noise)
-            yield shift, log_ratio, z, h
+            log_density = -(0.5 * noise**2 + log_ratio + std.log() + 0.5 * math.log(2 * math.pi))
+            yield shift, log_ratio, z, log_density.flatten(1).sum(1), h
             if block is not self.blocks[-1]:  # what is below the last latent is no business of the posterior
                 h = block(h, z)
 
@@ -161,10 +167,9 @@ class HVAE(nn.Module):
             -log p(x | z) of shape (N,), and the KL divergence of every layer (N, L); both in nats.
         """
         layers = list(self.posterior_walk(images, generator))
-        divergences = [(0.5 * (d**2 + torch.exp(2 * r) - 1) - r).flatten(1).sum(1) for d, r, _, _ in layers]
-        residual = (images - self.image_mean(self.blocks[-1](layers[-1][3], layers[-1][2]))) * torch.exp(-self.log_scale)
-        negative_log_likelihood = 0.5 * residual**2 + self.log_scale + 0.5 * math.log(2 * math.pi)
-        return negative_log_likelihood.flatten(1).sum(1), torch.stack(divergences, dim=1)
+        divergences = [(0.5 * (d**2 + torch.exp(2 * r) - 1) - r).flatten(1).sum(1) for d, r, _, _, _ in layers]
+        features = self.blocks[-1](layers[-1][4], layers[-1][2])
+        return -self.log_likelihood(features, images), torch.stack(divergences, dim=1)
 
     def save(self, path: str | Path) -> None:
         """Write weights and config to one safetensors file."""
@@ -205,7 +210,13 @@ class HVAEAdapter:
         return h
 
     def infer(self, images: Tensor) -> list[Tensor]:
-        return [z for _, _, z, _ in self.model.posterior_walk(images, None)]
+        return [z for z, _ in self.infer_with_density(images)]
+
+    def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(z, log_density) for _, _, z, log_density, _ in self.model.posterior_walk(images, None)]
+
+    def log_likelihood(self, features: Tensor, images: Tensor) -> Tensor:
+        return self.model.log_likelihood(features, images)
 
     def decode(self, features: Tensor) -> Tensor:
         return self.model.image_mean(features)
