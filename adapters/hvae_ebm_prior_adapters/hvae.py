@@ -144,7 +144,7 @@ class HVAE(nn.Module):
         return -(0.5 * residual**2 + self.log_scale + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
     def posterior_walk(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """Draw every latent from the posterior; yields shift, log-ratio, latent z, log q(z | z above, x) in nats and the features above, layer by layer."""
+        """Draw every latent from the posterior; yields shift, log-ratio, latent z, log q(z | z above, x) in nats and features above, per layer."""
         h = self.start.expand(len(images), -1, -1, -1)
         for block, features in zip(self.blocks, self.bottom_up(images), strict=True):
             mean, std = block.prior(h)
