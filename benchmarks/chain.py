@@ -38,7 +38,7 @@ from walk import build
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, NVAEAdapter, freeze
 from hvae_ebm_prior.backbone import drive
-from hvae_ebm_prior.execution import batched_energies, walk_gradient
+from hvae_ebm_prior.execution import walk_gradient
 from hvae_ebm_prior.kernels import langevin_update
 from hvae_ebm_prior.langevin import langevin_coefficients
 from hvae_ebm_prior.streams import open_streams
@@ -119,15 +119,15 @@ def prepare(name: str, device: torch.device) -> tuple[dict[str, Callable[[int], 
     g = torch.Generator().manual_seed(0)
     u_next, t = torch.randn(n, prior.dim, generator=g).to(device), (torch.arange(n) % 3).to(device)
     parts, energies = list(prior.split(u_next)), list(original.energies.train())
-    batched = batched_energies(list(prior.energies), prior.latent_shapes, n, device)
+    believe = prior.believer(t)
 
     def bare(steps: int) -> None:
         with parametrize.cached():
             for _ in range(steps):
-                walk_gradient(lambda u, t: prior._total(u, t, energies=batched), u_next, t)
+                walk_gradient(lambda u, t: believe(prior.transform.to_latents(u), t)[0].sum(), u_next, t)
 
     def ours(steps: int) -> None:
-        prior._chain(u_next, t, open_streams(0, range(n), device, torch.float32), steps=steps)
+        prior.draw_conditional(u_next, t, open_streams(0, range(n), device, torch.float32), steps=steps)
 
     return {"bare": bare, "ours": ours, "published": lambda steps: published_chain(original.backbone, energies, parts, t, steps)}, n
 

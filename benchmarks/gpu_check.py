@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from quickstart import make_prior
 
 from hvae_ebm_prior import ExecutionConfig
-from hvae_ebm_prior.execution import batched_energies, walk_gradient
+from hvae_ebm_prior.execution import walk_gradient
 from hvae_ebm_prior.kernels import langevin_update
 from hvae_ebm_prior.streams import open_streams
 
@@ -86,15 +86,17 @@ def chains(device: torch.device) -> tuple[float, float]:
     n = 64
     u_next, t = torch.randn(n, prior.dim, generator=g).to(device), (torch.arange(n) % 3).to(device)
     prior.langevin = dataclasses.replace(prior.langevin, top_steps=1, steps=20)
-    batched = batched_energies(list(prior.energies), prior.latent_shapes, n, device)
+    believe = prior.believer(t)
 
     def run(graph: bool) -> Tensor:
         prior.execution = ExecutionConfig(graph=graph)
-        return prior._chain(u_next, t, open_streams(1, range(n), device, torch.float32))
+        return prior.draw_conditional(u_next, t, open_streams(1, range(n), device, torch.float32))
 
     if not torch.equal(run(False), run(True)):
         raise SystemExit("a chain from a graph differs from the eager one")
-    bare = milliseconds(lambda: [walk_gradient(lambda u, t: prior._total(u, t, energies=batched), u_next, t) for _ in range(20)], rounds=10)
+    bare = milliseconds(
+        lambda: [walk_gradient(lambda u, t: believe(prior.transform.to_latents(u), t)[0].sum(), u_next, t) for _ in range(20)], rounds=10
+    )
     return milliseconds(lambda: run(False), rounds=10) / bare, milliseconds(lambda: run(True), rounds=10) / bare
 
 

@@ -157,9 +157,18 @@ class NoiseTransform:
 
     def decode(self, u: Tensor) -> Tensor:
         """The backbone's images (N, C, H, W) for noise `u` (N, D)."""
-        parts = self.split(u)
-        features = self._walk(u, lambda i, mean, std: mean + std * parts[i], to_end=True)
-        return self.adapter.decode(features)
+        return self.to_latents_and_images(u)[1]
+
+    def to_latents_and_images(self, u: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Latents, as in `to_latents`, and images, as in `decode`, of one walk."""
+        parts, latents = self.split(u), []
+
+        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            latents.append(mean + std * parts[i])
+            return latents[-1]
+
+        features = self._walk(u, draw, to_end=True)
+        return tuple(latents), self.adapter.decode(features)
 
     def check_layers(self, parts: Sequence[Tensor], what: str) -> None:
         """Raise TypeError or ValueError unless `parts` holds one tensor (N, *latent_shapes[i]) per layer, with one N."""

@@ -109,6 +109,7 @@ class LayerEnergy(nn.Module):
         shape: shape of the latent without batch; (C, H, W) with a side above 4 is treated as a map, everything else as a vector.
         steps: number of conditional priors T.
         config: the network's size.
+        categories: numbers per sample; None for one, without a dimension of its own.
 
     Attributes:
         activity: factor on every input, `shape`; see `set_activity`. Ones at first.
@@ -116,11 +117,12 @@ class LayerEnergy(nn.Module):
 
     activity: Tensor
 
-    def __init__(self, shape: Sequence[int], steps: int, config: EnergyConfig) -> None:
+    def __init__(self, shape: Sequence[int], steps: int, config: EnergyConfig, categories: int | None = None) -> None:
         super().__init__()
+        self.categories = categories
         is_map = len(shape) == 3 and max(shape[1:]) > READOUT_SIZE
         self.features = MapFeatures((shape[0], shape[1], shape[2]), steps, config) if is_map else VectorFeatures(math.prod(shape), steps, config)
-        self.readout = nn.Linear(self.features.size, steps)
+        self.readout = nn.Linear(self.features.size, steps * (categories or 1))
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
         self.register_buffer("activity", torch.ones(*shape))
@@ -142,9 +144,11 @@ class LayerEnergy(nn.Module):
             self.features.inputs.weight.mul_((activity.square().mean().clamp(min=1e-4)) ** -0.5)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """f_i(z, t) in nats, (N,), for latents `z` (N, *shape) at levels `t` (N,) long."""
-        h = self.features(z * self.activity, t)
-        return self.readout(F.silu(h)).gather(1, t[:, None]).squeeze(1)
+        """f_i(z, t) in nats, (N,) or (N, categories), for latents `z` (N, *shape) at levels `t` (N,) long."""
+        h = self.readout(F.silu(self.features(z * self.activity, t)))
+        if self.categories is None:
+            return h.gather(1, t[:, None]).squeeze(1)
+        return h.unflatten(1, (-1, self.categories)).gather(1, t[:, None, None].expand(-1, 1, self.categories)).squeeze(1)
 
 
 def build_energies(energy: EnergyConfig | Sequence[nn.Module], shapes: Sequence[Sequence[int]], steps: int, device: torch.device) -> nn.ModuleList:

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -109,16 +108,15 @@ def batched_energies(energies: Sequence[nn.Module], shapes: Sequence[Sequence[in
             parameters, buffers = stack_module_state(plain)
             weightless = copy.deepcopy(plain[0]).to("meta")
             stacked[members[0]] = (members, weightless, {name: value.detach() for name, value in parameters.items()}, buffers)
-    # Without weights that ask for gradients, the backward pass keeps and computes nothing for them.
-    single = [partial(functional_call, network, {name: value.detach() for name, value in network.named_parameters()}) for network in energies]
+    single = [frozen(network) for network in energies]
     alone = [members[0] for members in groups.values() if len(members) == 1]
 
     def corrections(z: Sequence[Tensor], t: Tensor) -> Tensor:
         if len(z) < len(energies):
-            return torch.stack([network((z_i, t)) for network, z_i in zip(single, z, strict=False)], dim=1)
+            return torch.stack([network(z_i, t) for network, z_i in zip(single, z, strict=False)], dim=1)
         values: list[Tensor] = [t] * len(z)
         for i in alone:
-            values[i] = single[i]((z[i], t))
+            values[i] = single[i](z[i], t)
         for members, network, parameters, buffers in stacked.values():
 
             def call(weights: Any, state: Any, x: Tensor, network: nn.Module = network) -> Tensor:
@@ -129,6 +127,12 @@ def batched_energies(energies: Sequence[nn.Module], shapes: Sequence[Sequence[in
         return torch.stack(values, dim=1)
 
     return corrections
+
+
+def frozen(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """`network` with weights that ask for no gradients, so that a backward pass keeps and computes nothing for them."""
+    weights = {name: value.detach() for name, value in network.named_parameters()}
+    return lambda z, t: functional_call(network, weights, (z, t))
 
 
 def is_parametrized(network: nn.Module) -> bool:

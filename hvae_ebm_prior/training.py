@@ -17,8 +17,10 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .coupling import Labels, check_labels
 from .energy import LayerEnergy
 from .langevin import ChainDiverged
+from .recovery import recovery_loss
 from .streams import draw_seeds
 from .validation import check_images
 
@@ -103,6 +105,7 @@ class TrainingRecord:
         gradient_norm: norm of the gradient before clipping.
         learning_rate: learning rate of the step.
         seconds: time since the start.
+        cross_entropy: mean of -log p(y | u_t) in nats over the labels that were known; NaN where none was.
     """
 
     iteration: int
@@ -111,9 +114,12 @@ class TrainingRecord:
     gradient_norm: float
     learning_rate: float
     seconds: float
+    cross_entropy: float = math.nan
 
 
 Callback = Callable[["DiffusionEBMPrior", TrainingRecord], object]
+# Images (N, C, H, W), their labels if any, and the number of the pass over the data.
+Batch = tuple[Tensor, Tensor | Labels | None, int]
 # Steps between two snapshots of a healthy state, and the memory of the smoothed energy gap in steps.
 SNAPSHOT_EVERY = 25
 GAP_MEMORY = 10
@@ -122,6 +128,7 @@ GAP_MEMORY = 10
 def fit(
     prior: "DiffusionEBMPrior",
     data: Tensor | Dataset[Any] | Iterable[Any],
+    labels: Tensor | Labels | None,
     config: TrainingConfig,
     *,
     callback: Callback | None = None,
@@ -129,10 +136,15 @@ def fit(
     generator: torch.Generator | None = None,
 ) -> list[TrainingRecord]:
     """Learn the energies of `prior`; see `DiffusionEBMPrior.fit`."""
+    if labels is not None:
+        if prior.coupling is None:
+            raise ValueError("labels: this prior is not coupled to labels; see DiffusionEBMPrior.couple")
+        labels = check_labels(labels, prior.coupling, len(data), prior.device)  # type: ignore[arg-type]
     measure_activity(prior, endless_batches(data, config.batch_size, generator), config.activity_images, generator)
     trainee = copy.deepcopy(prior).train()
     try:
-        return train(prior, trainee, endless_batches(data, config.batch_size, generator), config, callback, progress, generator)
+        batches = endless_batches(data, config.batch_size, generator, labels)
+        return train(prior, trainee, batches, config, callback, progress, generator)
     finally:
         trainee.release()
 
@@ -140,7 +152,7 @@ def fit(
 def train(
     prior: "DiffusionEBMPrior",
     trainee: "DiffusionEBMPrior",
-    batches: Iterator[tuple[Tensor, int]],
+    batches: Iterator[Batch],
     config: TrainingConfig,
     callback: Callback | None,
     progress: bool | None,
@@ -156,14 +168,14 @@ def train(
     begin, lr_scale, first = time.monotonic(), 1.0, 0
     with tqdm(total=config.iterations, desc="prior", disable=None if progress is None else not progress) as bar:
         while (step := len(history)) < config.iterations:
-            images, epoch = next(batches)
+            images, labels, epoch = next(batches)
             u = prior.encode(images.to(prior.device), generator=generator)
             optimizer.zero_grad()
             try:
-                losses, squares, t = trainee.recovery_loss(u, generator)
-                (losses + config.energy_penalty / math.sqrt(prior.dim) * squares).mean().backward()
+                losses = recovery_loss(trainee, u, labels if prior.coupling is not None else None, generator)
+                (losses.total + config.energy_penalty / math.sqrt(prior.dim) * losses.squares).mean().backward()
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
-                loss = losses.mean().item()
+                loss = losses.recovery.mean().item()
                 trouble = guard.trouble(loss, norm)
             except ChainDiverged as error:
                 trouble = str(error)
@@ -172,33 +184,36 @@ def train(
                 guard.restore(trouble, history, lr_scale * config.learning_rate)
                 optimizer = make_optimizer(parameters, config)
                 continue
-            follow(prior.energies, trainee.energies, min(config.ema_decay, (1 + step) / (10 + step)))
+            follow(prior, trainee, min(config.ema_decay, (1 + step) / (10 + step)))
             guard.keep(step)
             rate = lr_scale * learning_rate(config, step, epoch, first)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            gaps = tuple(-losses.detach()[t == level].mean().item() for level in range(prior.schedule.steps))
-            history.append(TrainingRecord(step + 1, loss, gaps, norm, rate, time.monotonic() - begin))
-            bar.set_postfix_str(f"loss {loss:.2f}, gap per t {' '.join(f'{gap:.1f}' for gap in gaps)}", refresh=False)
+            gaps = tuple(-losses.recovery.detach()[losses.levels == level].mean().item() for level in range(prior.schedule.steps))
+            entropy = losses.cross_entropy.sum().item() / losses.labelled if losses.labelled else math.nan
+            history.append(TrainingRecord(step + 1, loss, gaps, norm, rate, time.monotonic() - begin, entropy))
+            labelled = f", labels {entropy:.2f}" if losses.labelled else ""
+            bar.set_postfix_str(f"loss {loss:.2f}, gap per t {' '.join(f'{gap:.1f}' for gap in gaps)}{labelled}", refresh=False)
             bar.update()
             if callback is not None:
                 callback(prior, history[-1])
     return history
 
 
-def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[tuple[Tensor, int]], count: int, generator: torch.Generator | None) -> None:
+def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[Batch], count: int, generator: torch.Generator | None) -> None:
     """Tell fresh default energies what part of each dimension's variance images determine: the correlation of two posterior draws of one image.
 
     In a deep VAE most dimensions are inactive: their posterior is the prior whatever the image. Energies need not look at them.
 
     Args:
-        prior: the prior; energies that know their activity already, and the user's own networks, are left alone.
+        prior: the prior; energies and label networks that know their activity already, and the user's own, are left alone.
         batches: images, each batch with the number of its pass, as from `endless_batches`.
         count: how many images to take.
         generator: source of the posterior draws.
     """
-    fresh = [network for network in prior.energies if isinstance(network, LayerEnergy) and bool((network.activity == 1).all())]
+    layers = [*enumerate(prior.energies), *((int(i), network) for networks in prior.heads.values() for i, network in networks.items())]  # type: ignore[operator]
+    fresh = [(i, network) for i, network in layers if isinstance(network, LayerEnergy) and bool((network.activity == 1).all())]
     if not fresh or count == 0:
         return
     pairs, seen = torch.zeros(5, prior.dim, dtype=torch.float64), 0
@@ -210,9 +225,9 @@ def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[tuple[Tensor,
     mean_a, mean_b, product, square_a, square_b = pairs / seen
     correlation = (product - mean_a * mean_b) / ((square_a - mean_a**2) * (square_b - mean_b**2)).sqrt()
     activity = correlation.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
-    for network, part in zip(prior.energies, prior.split(activity[None]), strict=True):
-        if isinstance(network, LayerEnergy) and network in fresh:
-            network.set_activity(part[0])
+    parts = prior.split(activity[None])
+    for i, network in fresh:
+        network.set_activity(parts[i][0])
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -250,7 +265,7 @@ class Guard:
         self.limit = max(20.0, config.gap_limit * math.sqrt(prior.dim))
         self.restarts_left = self.restarts = config.restarts
         self.smoothed = 0.0
-        self.good = self.candidate = copy.deepcopy(prior.energies.state_dict())
+        self.good = self.candidate = copy.deepcopy(prior.state_dict())
 
     def trouble(self, loss: float, gradient_norm: float) -> str:
         """What is wrong with a step, or an empty string."""
@@ -266,7 +281,7 @@ class Guard:
     def keep(self, step: int) -> None:
         """Every `SNAPSHOT_EVERY` steps, the last snapshot counts as good and a new one is taken."""
         if step % SNAPSHOT_EVERY == 0:
-            self.good, self.candidate = self.candidate, copy.deepcopy(self.prior.energies.state_dict())
+            self.good, self.candidate = self.candidate, copy.deepcopy(self.prior.state_dict())
 
     def restore(self, trouble: str, history: list[TrainingRecord], learning_rate: float) -> None:
         """Put prior and trainee back to the last good state and say so.
@@ -279,8 +294,8 @@ class Guard:
         Raises:
             TrainingDiverged: this happened more often than allowed.
         """
-        self.prior.energies.load_state_dict(self.good)
-        self.trainee.energies.load_state_dict(self.good)
+        self.prior.load_state_dict(self.good)
+        self.trainee.load_state_dict(self.good)
         self.candidate, self.smoothed = self.good, 0.0
         if self.restarts_left == 0:
             raise TrainingDiverged(
@@ -296,16 +311,19 @@ class Guard:
         )
 
 
-def endless_batches(data: Tensor | Dataset[Any] | Iterable[Any], batch_size: int, generator: torch.Generator | None) -> Iterator[tuple[Tensor, int]]:
-    """Batches of images for ever, each with the number of the pass over the data.
+def endless_batches(
+    data: Tensor | Dataset[Any] | Iterable[Any], batch_size: int, generator: torch.Generator | None, labels: Labels | None = None
+) -> Iterator[Batch]:
+    """Batches of images for ever.
 
     Args:
         data: images (N, C, H, W), a dataset, or an iterable of batches that can be started again.
         batch_size: images per batch of a tensor or dataset.
         generator: order of the images of a tensor or dataset.
+        labels: of the images of a tensor.
 
     Yields:
-        Images (N, C, H, W), and the pass from 0.
+        Images (N, C, H, W), labels, and the pass from 0. Of a batch that is a tuple the second entry is its labels.
 
     Raises:
         TypeError: `data` is none of these.
@@ -328,13 +346,18 @@ def endless_batches(data: Tensor | Dataset[Any] | Iterable[Any], batch_size: int
         if isinstance(data, Tensor):
             order_of_images = torch.randperm(len(data), generator=generator, device=generator.device if generator else None)
             whole = max(1, len(data) // batch_size)
-            batches = (data[chosen.to(data.device)] for chosen in order_of_images.split(batch_size)[:whole])
+            batches = (take(data, labels, chosen) for chosen in order_of_images.split(batch_size)[:whole])
         empty = True
         for batch in batches:
             empty = False
-            images = batch[0] if isinstance(batch, tuple | list) else batch
+            images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
             check_images(images)
-            yield images, epoch
+            yield images, rest[0] if rest else None, epoch
         if empty:
             raise ValueError(f"data: the {type(data).__name__} gave no batch in pass {epoch + 1}; it must hold images and allow several passes")
         epoch += 1
+
+
+def take(images: Tensor, labels: Labels | None, chosen: Tensor) -> tuple[Tensor, Labels | None]:
+    """Images and labels of the given indices."""
+    return images[chosen.to(images.device)], labels and {name: values[chosen.to(values.device)] for name, values in labels.items()}

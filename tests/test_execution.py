@@ -107,7 +107,7 @@ def test_repeated_steps_are_the_loop_with_fresh_noise(integrator, top_steps):
 
     for again in (None, lambda advance, u, times: repeat(advance, u, times, record)):
         streams = open_streams(4, range(3), CPU, torch.float32, "naive")
-        top = (2, lambda u: walk_gradient(lambda u, t: prior._total(u, t, 1), u, t))
+        top = (2, lambda u: walk_gradient(lambda u, t: prior.corrections(prior.transform.to_latents(u, 1), t)[0].sum(), u, t))
         settings = {"schedule": prior.schedule, "config": config, "streams": streams, "top": top}
         results.append(langevin_chain(lambda u: walk_gradient(prior._total, u, t), u_next, t, repeat=again, **settings))
     assert torch.equal(*results)

@@ -259,7 +259,7 @@ def test_chain_samples_a_tilted_gaussian(integrator):
     w, v, t, u_next, h = 0.8, -0.4, 1, 0.6, 0.05
     config = LangevinConfig(steps=150, step_size=h, integrator=integrator, start="gaussian")
     prior = DiffusionEBMPrior(IdentityBackbone((D,)), energy=[Quadratic(D, w, v)], langevin=config)
-    u = prior._chain(torch.full((N, D), u_next), torch.full((N,), t), streams(N))
+    u = prior.draw_conditional(torch.full((N, D), u_next), torch.full((N,), t), streams(N))
     alpha, sigma = prior.schedule.alpha[t + 1].item(), prior.schedule.sigma[t + 1].item()
     gaussian_precision = 1 + alpha**2 / sigma**2
     precision = gaussian_precision - 2 * v
@@ -382,7 +382,7 @@ def test_only_the_top_layer_is_walked_in_top_steps():
     langevin = LangevinConfig(steps=6, top_steps=4)
     prior = DiffusionEBMPrior(backbone, langevin=langevin, energy=[Quadratic(2, 0.1), Quadratic(3), Quadratic(4)])
     backbone.drawn = 0
-    prior._chain(torch.zeros(2, 9), torch.zeros(2, dtype=torch.long), streams(2))
+    prior.draw_conditional(torch.zeros(2, 9), torch.zeros(2, dtype=torch.long), streams(2))
     # A walk of three layers sends two latents before it is closed, one of the top layer none.
     assert backbone.drawn == 6 * 2
 

@@ -210,7 +210,7 @@ def test_one_pass_over_a_tensor_sees_every_image_once():
     images = torch.arange(40.0)[:, None, None, None].expand(40, 1, 2, 2) / 40
     batches = endless_batches(images, 8, seed(0))
     first, second = ([next(batches) for _ in range(5)] for _ in range(2))
-    assert [epoch for _, epoch in first + second] == [0] * 5 + [1] * 5
+    assert [epoch for _, _, epoch in first + second] == [0] * 5 + [1] * 5
     orders = [torch.cat([batch[:, 0, 0, 0] for batch, _ in part]) for part in (first, second)]
     assert all(torch.equal(order.sort().values, images[:, 0, 0, 0]) for order in orders)
     assert not torch.equal(*orders)
@@ -341,7 +341,7 @@ def test_ctrl_c_leaves_the_moving_average(where, monkeypatch):
         if where == "callback" and record.iteration == 12:
             raise KeyboardInterrupt
 
-    chain, calls = DiffusionEBMPrior._chain, []
+    chain, calls = DiffusionEBMPrior.draw_conditional, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)

@@ -1,0 +1,276 @@
+"""The unnormalised conditional densities: a frozen backbone, noise levels, energies, and what they know of labels.
+
+    log p(u_t | u_{t+1}) = F(T(u_t), t) - |u_t|^2 / 2 - |u_{t+1} - alpha u_t|^2 / (2 sigma^2) + const        (Eq. 9)
+
+Nothing here draws from them or learns them; see `hvae_ebm_prior.prior`.
+"""
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import BackboneAdapter, NoiseTransform, lock
+from .coupling import Coupling, Heads, build_heads, evidence, label_logits
+from .energy import EnergyConfig, build_energies
+from .execution import Corrections, ExecutionConfig, batched_energies, frozen, one_by_one, walk_gradient
+from .langevin import LangevinConfig, published_step
+from .registry import find_adapter
+from .schedule import DiffusionSchedule
+from .streams import draw_seeds, seeded
+from .validation import check_count, check_images, check_levels, check_noise
+
+DEFAULT_SCHEDULE = DiffusionSchedule.cosine(3)
+KINDS = (DiffusionSchedule, LangevinConfig, ExecutionConfig)
+# What a prior says of latents: F (N,), and log p(y | u_t) (N, K) of its label sets.
+Belief = tuple[Tensor, dict[str, Tensor]]
+
+
+class EnergyModel(nn.Module):
+    """Energies over the latents of a frozen hierarchical VAE. The parameters and state dict are the energies and label networks alone.
+
+    Args:
+        backbone: the trained model's adapter, or a model of a family that `find_adapter` recognises; its modules are put in eval mode without
+            gradients until `release` is called or the prior is garbage collected.
+        schedule: noise levels of the diffusion.
+        langevin: how each conditional prior is sampled.
+        energy: settings of the default energy networks, or the user's own, one per layer; see `build_energies`.
+        coupling: label sets bound to layers; see `couple`.
+        execution: how chains are computed: choices of speed.
+
+    Raises:
+        TypeError: `backbone` is no adapter and none fits it, or an argument is of the wrong type.
+        ValueError: the backbone or an energy network breaks its contract, or the published step rule meets a noise-free first level.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneAdapter | nn.Module,
+        *,
+        schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
+        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
+        coupling: Coupling | None = None,
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        for name, value, kind in zip(("schedule", "langevin", "execution"), (schedule, langevin, execution), KINDS, strict=True):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        if langevin.step_rule == "published" and schedule.sigma_bar[0] == 0:
+            raise ValueError("the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm")
+        adapter = find_adapter(backbone)
+        release = lock(adapter)
+        try:
+            self._transform = NoiseTransform(adapter)
+            self.energies = build_energies(energy, self._transform.latent_shapes, schedule.steps, self._transform.device)
+            self.schedule, self.heads = schedule, nn.ModuleDict()
+            self.coupling: Coupling | None = None
+            if coupling is not None:
+                self.couple(coupling)
+        except BaseException:
+            release()
+            raise
+        self.langevin = langevin
+        self.execution = execution
+        self._release = weakref.finalize(self, release)
+        self._release.atexit = False
+        self.eval()
+
+    @property
+    def transform(self) -> NoiseTransform:
+        """T: u -> z of the backbone."""
+        if not torch.compiler.is_compiling() and not self._release.alive:
+            raise RuntimeError("this prior has released its backbone; make a new DiffusionEBMPrior and load the state dict into it")
+        return self._transform
+
+    @property
+    def backbone(self) -> BackboneAdapter:
+        """The adapter this prior was made with."""
+        return self.transform.adapter
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A prior with its own copy of the energies over the same backbone."""
+        energies = list(copy.deepcopy(self.energies, memo))
+        new = type(self)(self.backbone, schedule=self.schedule, langevin=self.langevin, energy=energies, execution=self.execution)
+        new.coupling, new.heads = self.coupling, copy.deepcopy(self.heads, memo)
+        return new.train(self.training)
+
+    def __reduce__(self) -> str:
+        raise TypeError("a prior cannot be pickled, as it does not own its backbone; save prior.state_dict()")
+
+    def release(self) -> None:
+        """Let the backbone go: its training flags and requires_grad are as they were before. The prior cannot be used afterwards."""
+        self._release()
+
+    def couple(self, coupling: Coupling) -> None:
+        """Bind label sets to layers, instead of those there were. Until `fit` has seen labels, F and samples are as before.
+
+        Args:
+            coupling: the label sets.
+
+        Raises:
+            TypeError: `coupling` is no Coupling.
+            ValueError: a layer or level does not exist.
+        """
+        if not isinstance(coupling, Coupling):
+            raise TypeError(f"coupling: expected a Coupling, got {type(coupling).__name__}")
+        self.heads = (
+            build_heads(coupling, self.latent_shapes, list(self.energies), self.schedule.steps, self.device).to(self.dtype).train(self.training)
+        )
+        self.coupling = coupling
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the latents without batch, top to bottom."""
+        return self._transform.latent_shapes
+
+    @property
+    def dim(self) -> int:
+        """Total number of latent dimensions D."""
+        return self._transform.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the energies, where noise is drawn; the backbone's own where they have no parameters."""
+        return next((parameter.device for parameter in self.parameters()), self._transform.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the energies, in which u is kept; the backbone's own where they have no parameters."""
+        return next((parameter.dtype for parameter in self.parameters()), self._transform.dtype)
+
+    def to_latents(self, u: Tensor) -> tuple[Tensor, ...]:
+        """T: latents z, one tensor (N, *latent_shapes[i]) per layer, of noise `u` (N, D)."""
+        check_noise(u, self.dim, self.device)
+        return self.transform.to_latents(u)
+
+    def to_noise(self, z: Sequence[Tensor]) -> Tensor:
+        """T⁻¹: noise (N, D) of the latents `z`, one tensor (N, *latent_shapes[i]) per layer."""
+        return self.transform.to_noise(z)
+
+    def log_abs_det(self, u: Tensor) -> Tensor:
+        """log|det dT/du| in nats, (N,), at noise `u` (N, D)."""
+        check_noise(u, self.dim, self.device)
+        return self.transform.log_abs_det(u)
+
+    def split(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Per-layer views (N, *latent_shapes[i]) of noise `u` (N, D)."""
+        check_noise(u, self.dim)
+        return self.transform.split(u)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Pack per-layer tensors (N, *latent_shapes[i]) into one (N, D); the inverse of `split`."""
+        return self.transform.join(parts)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """A posterior draw z ~ q(z|x) as noise u = T⁻¹(z).
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            generator: source of the posterior noise; None takes torch's global generators.
+
+        Returns:
+            Noise (N, D).
+
+        Raises:
+            TypeError, ValueError: images or the backbone's latents have a wrong type, shape or range, or are not finite.
+        """
+        check_images(images)
+        if images.dtype == torch.float64:  # what NumPy gives; backbones are rarely in double
+            images = images.to(self.transform.dtype)
+        randomness = contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device)
+        with randomness:
+            z = self.transform.adapter.infer(images)
+        u = self.transform.to_noise(z).to(self.dtype)
+        if not bool(torch.isfinite(u).all()):
+            raise ValueError("the backbone's posterior draws are not finite; check its weights and that images suit it")
+        return u
+
+    def decode(self, u: Tensor) -> Tensor:
+        """The backbone's images (N, C, H, W) of noise `u` (N, D), differentiable in u."""
+        check_noise(u, self.dim, self.device)
+        return self.transform.decode(u)
+
+    def layer_energies(self, u: Tensor, t: int | Tensor) -> Tensor:
+        """Energies -f_i(z_i, t) in nats, (N, L), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1. Low where the data are."""
+        check_noise(u, self.dim, self.device)
+        return -self.corrections(self.transform.to_latents(u), check_levels(t, len(u), self.schedule.steps, u.device))[0]
+
+    def energy(self, u: Tensor, t: int | Tensor) -> Tensor:
+        """Energy -F(T(u), t) in nats, (N,): the sum of `layer_energies`."""
+        return self.layer_energies(u, t).sum(1)
+
+    def score(self, u: Tensor, t: int | Tensor) -> Tensor:
+        """grad_u [F(T(u), t) - |u|^2 / 2], (N, D), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1."""
+        check_noise(u, self.dim, self.device)
+        return walk_gradient(self._total, u, check_levels(t, len(u), self.schedule.steps, u.device)) - u
+
+    def corrections(
+        self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """f_i(z_i, t), (N, L), of all layers or of the first ones, and the logits of every label set.
+
+        A set's part of F counts to the lowest of its layers. The published step rule's networks stand for F = f / s_t.
+        """
+        z = [z_i.to(self.dtype) for z_i in z]
+        f = (energies or partial(one_by_one, list(self.energies)))(z, t)
+        if self.langevin.step_rule == "published":
+            f = f / published_step(t, self.schedule, self.langevin, f.dtype)[:, None]
+        if self.coupling is None:
+            return f, {}
+        logits = label_logits(self.heads if heads is None else heads, self.coupling, z, t)  # type: ignore[arg-type]
+        parts = list(f.unbind(1))
+        for name, values in logits.items():
+            bound = [i for i in self.coupling.layers(name, len(self.energies)) if i < len(z)]
+            if bound:
+                parts[bound[-1]] = parts[bound[-1]] + evidence(values)
+        return torch.stack(parts, dim=1), logits
+
+    def believer(self, t: Tensor) -> Callable[[Sequence[Tensor], Tensor], Belief]:
+        """What this prior says of latents at levels `t` (N,), as a function for one chain: F (N,) and log p(y | u_t) by label set."""
+        energies = batched_energies(list(self.energies), self.latent_shapes, len(t), t.device)
+        uncoupled = self.coupling is not None and self.coupling.levels is not None and not set(t.tolist()) & set(self.coupling.levels)
+        heads = {name: {i: frozen(network) for i, network in networks.items()} for name, networks in self.heads.items() if not uncoupled}  # type: ignore[operator]
+
+        def believe(z: Sequence[Tensor], t: Tensor) -> Belief:
+            f, logits = self.corrections(z, t, energies, heads)
+            return f.sum(1), {name: values.log_softmax(1) for name, values in logits.items()}
+
+        return believe
+
+    def _total(self, u: Tensor, t: Tensor) -> Tensor:
+        """Sum of F(T(u), t) over samples."""
+        return self.corrections(self.transform.to_latents(u), t)[0].sum()
+
+    @torch.no_grad()
+    def classify(self, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """p(y | x) of every label set from the energies: the mean of p(y | u_0) over posterior draws.
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            draws: posterior draws per image.
+            generator: source of the posterior noise.
+
+        Returns:
+            Probabilities (N, K) by label set.
+
+        Raises:
+            TypeError, ValueError: images of a wrong type, shape or range, or the prior is not coupled at t = 0.
+        """
+        check_count(draws, "draws")
+        if self.coupling is None or (self.coupling.levels is not None and 0 not in self.coupling.levels):
+            raise ValueError("classify: this prior is not coupled to labels at t = 0; see DiffusionEBMPrior.couple")
+        found: dict[str, list[Tensor]] = {name: [] for name in self.coupling.sets}
+        levels = torch.zeros(len(images), dtype=torch.long, device=self.device)
+        for _ in range(draws):
+            u = self.encode(images, generator=generator)
+            for name, logits in self.corrections(self.transform.to_latents(u), levels)[1].items():
+                found[name].append(logits.softmax(1))
+        return {name: torch.stack(values).mean(0) for name, values in found.items()}

@@ -1,0 +1,78 @@
+"""Diffusion recovery likelihood (Alg. 1): from images to the loss whose gradient is the learning gradient.
+
+    loss = F(T(u_t^-), t) - F(T(u_t), t),      u_t from the forward process, u_t^- by Langevin steps on p(. | u_{t+1})      (Eq. 11, 12)
+
+The chain is drawn from and not differentiated. Labels add the cross-entropy of p(y | u_t).
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .coupling import Labels, check_labels, cross_entropy
+from .streams import draw_key, open_streams
+
+if TYPE_CHECKING:
+    from .prior import DiffusionEBMPrior
+
+
+class RecoveryLoss(NamedTuple):
+    """The loss of every sample of a batch.
+
+    Attributes:
+        total: what is learned from, F(T(u_t^-), t) - F(T(u_t), t) and the weighted cross-entropy, (N,) in nats.
+        recovery: its first part.
+        squares: F^2, the mean over chain and data.
+        cross_entropy: -log p(y | u_t) summed over label sets; 0 where no label is known.
+        labelled: how many labels were known and at a coupled level.
+        levels: the level t at which each sample was taken.
+    """
+
+    total: Tensor
+    recovery: Tensor
+    squares: Tensor
+    cross_entropy: Tensor
+    labelled: int
+    levels: Tensor
+
+
+def recovery_loss(
+    prior: "DiffusionEBMPrior", u: Tensor, labels: Tensor | Labels | None = None, generator: torch.Generator | None = None
+) -> RecoveryLoss:
+    """The loss of posterior noise of images (Alg. 1, Eq. 11-12).
+
+    Args:
+        prior: the prior to learn.
+        u: posterior noise of the data (N, D).
+        labels: of the images, see `check_labels`.
+        generator: source of the levels and of all other noise.
+
+    Returns:
+        The loss, whose gradient in the parameters is the learning gradient.
+
+    Raises:
+        TypeError, ValueError: wrong labels, or labels for a prior that is not coupled.
+        ChainDiverged: a chain left the finite numbers.
+    """
+    streams, schedule = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, prior.execution.backend), prior.schedule
+    t = streams.levels(schedule.steps)
+    alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar))
+    u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(prior.dim)
+    u_next = alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(prior.dim)
+    negative = prior.draw_conditional(u_next, t, streams)
+    with torch.no_grad():
+        z = prior.transform.to_latents(torch.cat((negative, u_t)))
+    f, logits = prior.corrections(z, t.repeat(2))
+    from_chain, from_data = f.sum(1).chunk(2)
+    recovery, squares, entropy, labelled = from_chain - from_data, (from_chain**2 + from_data**2) / 2, torch.zeros_like(from_data), 0
+    if labels is not None:
+        if prior.coupling is None:
+            raise ValueError("labels: this prior is not coupled to labels; see DiffusionEBMPrior.couple")
+        coupled = torch.ones_like(t, dtype=torch.bool) if prior.coupling.levels is None else torch.isin(t, torch.tensor(prior.coupling.levels).to(t))
+        for name, values in check_labels(labels, prior.coupling, len(u), u.device).items():
+            known = values.where(coupled, -1)
+            entropy = entropy + cross_entropy(logits[name][len(u) :], known)
+            labelled += int((known >= 0).sum())
+    total = recovery if labels is None else recovery + prior.coupling.weight * entropy  # type: ignore[union-attr]
+    return RecoveryLoss(total, recovery, squares, entropy, labelled, t)
