@@ -285,7 +285,5 @@ def label_values(label: Label, prior: DiffusionEBMPrior, n: int) -> Tensor:
     labels = find_set(label.name, prior.coupling)
     if isinstance(label.value, Tensor) and label.value.ndim:
         return check_values(label.name, label.value, labels, n, prior.device)
-    value = label.value.item() if isinstance(label.value, Tensor) else label.value
-    if isinstance(value, float):
-        raise TypeError(f"label {label.name!r}: expected a category's index, got {value}")
+    value: Any = label.value.item() if isinstance(label.value, Tensor) else label.value
     return torch.full((n,), labels.index(label.name, value), dtype=torch.long, device=prior.device)

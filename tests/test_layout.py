@@ -20,7 +20,7 @@ RANKS = [
     ["density", "recovery"],
     ["prior"],
     ["training", "composition", "evaluation", "diagnosis"],
-    ["presets", "testing", "cli"],
+    ["control", "presets", "testing", "cli"],
     ["__init__", "adapters"],
 ]
 
