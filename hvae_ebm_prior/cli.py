@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,13 +15,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .commands import SCHEMES, run_edit, run_interpolate, run_ood, run_sample, run_transitions, write_figures
 from .diagnosis import describe_layers, table
 from .kernels import VARIABLE, choose_backend
+from .langevin import ChainDiverged
+from .prior import DiffusionEBMPrior
 from .registry import find_adapter
+
+# What each command of a trained prior does, and its own options.
+PRIOR_COMMANDS = {
+    "sample": (run_sample, "draw images, under labels if asked", ("count", "labels", "temperature")),
+    "edit": (run_edit, "hold some layers of real images and draw the others anew, under labels if asked", ("images", "hold", "labels")),
+    "interpolate": (run_interpolate, "go from one image, or sample, to another in noise space", ("optional images", "count", "steps")),
+    "transitions": (run_transitions, "watch Langevin chains run: images, energies, acceptance, pixels", ("optional images", "count", "steps")),
+    "ood": (run_ood, "score images by how far they are from what the prior learned", ("images", "outliers", "scheme")),
+}
+IMAGES = "file.npy or file.npz:name of images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status, 2 with a message on stderr for what the user can mend."""
+    options = make_parser().parse_args(arguments)
+    if options.command == "info":
+        print(describe_installation())
+        return 0
+    try:
+        made = load_function(options.loader)(*([options.checkpoint] if options.checkpoint else []))
+        if isinstance(made, torch.nn.Module):
+            made = made.to(options.device)
+        generator = torch.Generator().manual_seed(options.seed)
+        if options.command == "diagnose":
+            images = load_images(options.images)[: options.limit]
+            print(table(describe_layers(find_adapter(made), images, draws=options.draws, generator=generator)))
+        else:
+            run_prior_command(options, made, generator)
+    except (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDiverged) as error:
+        print(f"hvae-ebm-prior: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_prior_command(options: argparse.Namespace, prior: object, generator: torch.Generator) -> None:
+    """One of `PRIOR_COMMANDS`: draws its picture, writes its figures beside it and prints them."""
+    if not isinstance(prior, DiffusionEBMPrior):
+        raise TypeError(f"loader: expected a function that returns a trained DiffusionEBMPrior, got {type(prior).__name__}; load its weights there")
+    for name in ("images", "outliers"):
+        if getattr(options, name, None) is not None:
+            setattr(options, name, load_images(getattr(options, name))[: options.limit])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figures = PRIOR_COMMANDS[options.command][0](prior, options, generator)
+    write_figures(options.out.with_suffix(".json"), figures)
+    print(f"{json.dumps(figures, indent=1)}\n{options.out} and {options.out.with_suffix('.json')} written", file=sys.stderr)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
     parser = argparse.ArgumentParser(prog="hvae-ebm-prior", description="Better samples from a trained hierarchical VAE.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     diagnose = commands.add_parser(
@@ -28,33 +77,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="is there a prior hole, and in which layers?",
         description="Encode images with your model and print, layer by layer, whether its prior matches where they come to lie.",
     )
-    diagnose.add_argument(
-        "loader", help="function that returns your model or an adapter of it, as package.module:function or path/to/file.py:function"
-    )
-    diagnose.add_argument("checkpoint", nargs="?", help="handed to the function, if given")
-    diagnose.add_argument(
-        "--images", required=True, help="file.npy or file.npz:name of held-out images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
-    )
+    add_loader(diagnose, "your model or an adapter of it")
+    diagnose.add_argument("--images", required=True, help=f"{IMAGES}, held out")
     diagnose.add_argument("--limit", type=int, default=500, help="use so many images from the start of the file (%(default)s)")
     diagnose.add_argument("--draws", type=int, default=8, help="posterior draws per image (%(default)s)")
-    diagnose.add_argument("--device", default="cpu", help="where to put the model, if the function returns one (%(default)s)")
-    diagnose.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
+    for name, (_, text, own) in PRIOR_COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. Writes a picture, and its figures as JSON.")
+        add_loader(command, "your trained DiffusionEBMPrior")
+        command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="the picture; figures go beside it (%(default)s)")
+        add_options(command, own)
     commands.add_parser("info", help="versions, devices, and the code that computes Langevin steps on each")
-    options = parser.parse_args(arguments)
-    if options.command == "info":
-        print(describe_installation())
-        return 0
-    try:
-        model = load_function(options.loader)(*([options.checkpoint] if options.checkpoint else []))
-        if isinstance(model, torch.nn.Module):
-            model = model.to(options.device)
-        images = load_images(options.images)[: options.limit]
-        generator = torch.Generator().manual_seed(options.seed)
-        print(table(describe_layers(find_adapter(model), images, draws=options.draws, generator=generator)))
-    except (ValueError, TypeError, ImportError, OSError, AttributeError) as error:
-        print(f"hvae-ebm-prior: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
+
+
+def add_loader(command: argparse.ArgumentParser, what: str) -> None:
+    """Where the model comes from, and options of all commands."""
+    command.add_argument("loader", help=f"function that returns {what}, as package.module:function or path/to/file.py:function")
+    command.add_argument("checkpoint", nargs="?", help="handed to the function, if given")
+    command.add_argument("--device", default="cpu", help="where to put it, if it is a module (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
+
+
+def add_options(command: argparse.ArgumentParser, own: Sequence[str]) -> None:
+    """A command's own options."""
+    if "images" in own or "optional images" in own:
+        command.add_argument("--images", required="images" in own, help=IMAGES)
+        command.add_argument("--limit", type=int, default=1000 if "outliers" in own else 8, help="use so many from the start of a file (%(default)s)")
+    if "outliers" in own:
+        command.add_argument("--outliers", required=True, help="the same, of images that are to be told apart")
+    if "scheme" in own:
+        command.add_argument("--scheme", choices=SCHEMES, action="append", help="a score; may be given again (all of the prior's own)")
+    if "count" in own:
+        command.add_argument("--count", type=int, default=8 if "steps" in own else 64, help="number of samples (%(default)s)")
+    if "steps" in own:
+        command.add_argument("--steps", type=int, default=10, help="images per row, or Langevin steps per level (%(default)s)")
+    if "hold" in own:
+        command.add_argument("--hold", help="layers to hold, as 0,1; without it, one row for each number of layers from the top")
+    if "labels" in own:
+        command.add_argument("--labels", nargs="+", default=[], metavar="SET=CATEGORY", help="as class=3 or class=sneaker")
+        command.add_argument("--guidance", type=float, default=1.0, help="strength of the labels (%(default)s)")
+    if "temperature" in own:
+        command.add_argument("--temperature", type=float, default=1.0, help="factor on the std of the model's Gaussians (%(default)s)")
 
 
 def describe_installation() -> str:

@@ -67,6 +67,14 @@ def walk_gradient(total: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tenso
         return torch.autograd.grad(total(u, t.clone()), u)[0]
 
 
+def walk_values_and_gradient(values: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """`values(u, t)` (N, L), and the gradient (N, D) of their sum in u (N, D), at levels `t` (N,), by one walk."""
+    with torch.inference_mode(False), torch.enable_grad():
+        u = u.detach().clone().requires_grad_()
+        found = values(u, t.clone())
+        return found.detach(), torch.autograd.grad(found.sum(), u)[0]
+
+
 def chain_gradient(
     total: Callable[[Tensor, Tensor], Tensor], t: Tensor, temperature: float, execution: ExecutionConfig
 ) -> Callable[[Tensor], Tensor]:

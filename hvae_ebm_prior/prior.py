@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from .coupling import Labels
 from .density import EnergyModel
 from .execution import CompiledTotal, chain_gradient, repeat
-from .langevin import ChainDiverged, langevin_chain
+from .langevin import ChainDiverged, LangevinConfig, langevin_chain
 from .recovery import recovery_loss
 from .sampling import Held, held_states, sample_levels
 from .streams import Streams, draw_key, open_streams
@@ -47,7 +47,7 @@ class DiffusionEBMPrior(EnergyModel):
         t: Tensor,
         streams: Streams,
         *,
-        steps: int | None = None,
+        langevin: LangevinConfig | None = None,
         temperature: float = 1.0,
         hold: Held | None = None,
         condition: "Condition | None" = None,
@@ -63,7 +63,7 @@ class DiffusionEBMPrior(EnergyModel):
             target = plain if condition is None else condition.target(self, t)
             total = self._compiled_total if self.execution.compile and condition is None else lambda u, t: target(u, t).sum()
             whole, own = (chain_gradient(part, t, temperature, self.execution) for part in (total, lambda u, t: target(u, t, 1).sum()))
-            config, top = replace(self.langevin, steps=steps or self.langevin.steps), (math.prod(self.latent_shapes[0]), own)
+            config, top = langevin or self.langevin, (math.prod(self.latent_shapes[0]), own)
             chain = partial(langevin_chain, schedule=self.schedule, config=config, streams=streams, hold=hold, top=top)
             return chain(whole, u_next, t, repeat=repeat if self.execution.graph else None)
 
@@ -149,7 +149,7 @@ class DiffusionEBMPrior(EnergyModel):
         fixed: Mapping[int, Tensor] | None = None,
         labels: "Mapping[str, Any] | Expression | None" = None,
         guidance: float = 1.0,
-        steps: int | None = None,
+        langevin: LangevinConfig | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw images from the prior given an observation y: log p(y | decode(u_t)) joins the drift at every level t.
@@ -160,7 +160,7 @@ class DiffusionEBMPrior(EnergyModel):
             fixed: as in `sample_noise`.
             labels: as in `sample_noise`.
             guidance: as in `sample_noise`.
-            steps: Langevin steps per level; None as in sampling. Sharp observations take more.
+            langevin: the chains; None as in sampling. A sharp observation makes the density curved: it wants shorter steps, and more of them.
             generator: source of the noise; None takes torch's default generator.
 
         Returns:
@@ -171,9 +171,7 @@ class DiffusionEBMPrior(EnergyModel):
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
         condition = self._check_request(n, fixed, labels, guidance, 1.0, log_likelihood)
-        if steps is not None:
-            check_count(steps, "steps")
-        return self._decode_finite(self._sample_levels(draw_key(generator), range(n), fixed or {}, 1.0, condition, steps)[0])
+        return self._decode_finite(self._sample_levels(draw_key(generator), range(n), fixed or {}, 1.0, condition, langevin)[0])
 
     def _check_request(
         self,
@@ -193,12 +191,19 @@ class DiffusionEBMPrior(EnergyModel):
         return make_condition(self, n, labels, guidance, log_likelihood)
 
     def _sample_levels(
-        self, key: int, samples: range, fixed: Mapping[int, Tensor], temperature: float, condition: "Condition | None", steps: int | None = None
+        self,
+        key: int,
+        samples: range,
+        fixed: Mapping[int, Tensor],
+        temperature: float,
+        condition: "Condition | None",
+        langevin: LangevinConfig | None = None,
     ) -> list[Tensor]:
         """States u_0..u_T of Alg. 2 of the given samples of a call."""
         streams = open_streams(key, samples, self.device, self.dtype, self.execution.backend)
-        steps = steps or self.langevin.sampling_steps
-        chain = partial(self.draw_conditional, streams=streams, steps=steps, temperature=temperature, condition=condition)
+        langevin = langevin or self.langevin
+        langevin = replace(langevin, steps=langevin.sampling_steps or langevin.steps)
+        chain = partial(self.draw_conditional, streams=streams, langevin=langevin, temperature=temperature, condition=condition)
         held = held_states(fixed, self.transform, self.schedule, streams, temperature) if fixed else None
         return sample_levels(chain, self.schedule.steps, streams.normal(self.dim), held=held, temperature=temperature)
 

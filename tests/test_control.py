@@ -96,7 +96,7 @@ def test_posterior_samples_join_at_every_level():
         return -((20 * images.flatten(1) - 10 - 1.5) ** 2).sum(1)
 
     free = prior.sample(200, generator=seed(0))
-    drawn = prior.posterior_sample(log_likelihood, 200, steps=7, generator=seed(0))
+    drawn = prior.posterior_sample(log_likelihood, 200, langevin=LangevinConfig(steps=7), generator=seed(0))
     assert len(calls) == 3 * 7
     assert calls[0] == (200, 1, 1, 4)
     assert ((20 * drawn - 10) - 1.5).square().mean() < 0.5 * ((20 * free - 10) - 1.5).square().mean()

@@ -16,11 +16,13 @@ RANKS = [
     ["kernels"],
     ["schedule", "backbone", "streams", "validation"],
     ["energy", "langevin", "sampling", "registry"],
-    ["execution", "coupling"],
+    ["execution", "coupling", "metropolis"],
     ["density", "recovery"],
     ["prior"],
-    ["training", "composition", "evaluation", "diagnosis"],
-    ["control", "presets", "testing", "cli"],
+    ["training", "composition", "evaluation", "diagnosis", "transitions"],
+    ["control", "pictures", "presets", "testing"],
+    ["commands"],
+    ["cli"],
     ["__init__", "adapters"],
 ]
 
@@ -56,6 +58,7 @@ def test_core_never_imports_adapters():
 def test_only_required_packages_are_imported():
     code = (
         "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing, hvae_ebm_prior.cli\n"
+        "import hvae_ebm_prior.pictures\n"
         "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate'} & set(sys.modules)\n"
         "sys.exit(', '.join(bad) or 0)"
     )

@@ -1,0 +1,104 @@
+"""What control is worth: conditional and composed samples, held attributes, inpainting, classification.
+
+    python3 examples/conditional.py --seed 0 --out examples/output/0      # likewise 1 and 2
+    .venv/bin/python benchmarks/control.py examples/output/*/conditional.safetensors
+
+prints a Markdown table, mean and range over the priors, and writes benchmarks/control.json. Accuracy is the share of samples that the example's
+classifier, which knows nothing of the prior, takes for what was asked for; "relative" is over its accuracy on reconstructions of test images.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from classifier import load_classifier
+from conditional import INPAINTING, hidden_half, load_prior
+from fashion_mnist import load_subset
+
+from hvae_ebm_prior import NOT, DiffusionEBMPrior, Label
+from hvae_ebm_prior.control import resample
+from hvae_ebm_prior.evaluation import closure, frechet_distance, in_chunks
+
+RESULTS = Path(__file__).with_suffix(".json")
+FOOTWEAR = (5, 7, 9)
+
+
+def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
+    """All figures of one prior."""
+    g, classifier = torch.Generator().manual_seed(seed), load_classifier()
+    train = load_subset("train")[0]
+    test, labels = (part[:n] for part in load_subset("test"))
+    target = in_chunks(classifier.features, train)
+    predict = lambda images: in_chunks(classifier, images).argmax(1)  # noqa: E731
+    distance = lambda images: frechet_distance(in_chunks(classifier.features, images), target)  # noqa: E731
+    figures = {}
+
+    reconstructions = in_chunks(lambda x: prior.decode(prior.encode(x, generator=g)), test)
+    bound = (predict(reconstructions) == labels).float().mean().item()
+    gaussian, best = distance(in_chunks(prior.decode, torch.randn(n, prior.dim, generator=g))), distance(reconstructions)
+    figures["classifier's accuracy on reconstructions"] = bound
+    figures["accuracy of `classify` on test images"] = (prior.classify(test, generator=g)["class"].argmax(1) == labels).float().mean().item()
+
+    free = prior.sample_noise(n, generator=g)
+    images = in_chunks(prior.decode, free)
+    figures["FD of unconditional samples"] = distance(images)
+    figures["closure of unconditional samples"] = closure(distance(images), gaussian, best)
+    wanted = torch.arange(n) % 10
+    for guidance in (1.0, 2.0, 4.0):
+        made = prior.sample(n, labels={"class": wanted}, guidance=guidance, generator=g)
+        accuracy = (predict(made) == wanted).float().mean().item()
+        figures[f"guidance {guidance:g}: accuracy"] = accuracy
+        figures[f"guidance {guidance:g}: relative accuracy"] = accuracy / bound
+        figures[f"guidance {guidance:g}: FD"] = distance(made)
+        figures[f"guidance {guidance:g}: closure"] = closure(distance(made), gaussian, best)
+
+    share = lambda images, classes: torch.isin(predict(images), torch.tensor(classes)).float().mean().item()  # noqa: E731
+    few = n // 4
+    figures["sandal OR bag: share of either"] = share(
+        prior.sample(few, labels=Label("class", "sandal") | Label("class", "bag"), guidance=4, generator=g), (5, 8)
+    )
+    shoes = Label("class", "sandal") | Label("class", "sneaker") | Label("class", "ankle boot")
+    figures["unconditional: share of footwear"] = share(images, FOOTWEAR)
+    figures["NOT footwear: share of footwear"] = share(prior.sample(few, labels=NOT(shoes), guidance=4, generator=g), FOOTWEAR)
+
+    labelled = prior.sample_noise(few, labels={"class": wanted[:few]}, guidance=4, generator=g)
+    before = predict(in_chunks(prior.decode, labelled))
+    after = predict(in_chunks(prior.decode, resample(prior, labelled, (0,), generator=g)))
+    figures["top layer held, lower ones resampled: share whose class changes"] = (before != after).float().mean().item()
+
+    hidden = slice(test.shape[2] // 2, None)
+    error = lambda made, real: (made - real)[:, :, hidden].square().mean().item()  # noqa: E731
+    start = time.monotonic()
+    inpainted = prior.posterior_sample(hidden_half(test[:few]), few, langevin=INPAINTING, generator=g)
+    figures["inpainting: seconds per image"] = (time.monotonic() - start) / few
+    figures["inpainting: squared error of the hidden half"] = error(inpainted, test[:few])
+    figures["inpainting: the same of unconditional samples"] = error(images[:few], test[:few])
+    figures["inpainting: ratio"] = figures["inpainting: squared error of the hidden half"] / figures["inpainting: the same of unconditional samples"]
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("priors", nargs="+", type=Path, help="state dicts written by examples/conditional.py, one per seed")
+    parser.add_argument("--samples", type=int, default=1000)
+    args = parser.parse_args()
+    found = []
+    for seed, path in enumerate(args.priors):
+        found.append(measure(load_prior(path), args.samples, seed))
+        print(path, json.dumps(found[-1], indent=1), file=sys.stderr, flush=True)
+    RESULTS.write_text(json.dumps({"samples": args.samples, "torch": torch.__version__, "priors": found}, indent=1) + "\n")
+    print("| | mean (range) |\n|---|---|")
+    for name in found[0]:
+        values = [figures[name] for figures in found]
+        print(f"| {name} | {statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Pictures, written as PNG files by matplotlib: rows of images, and what chains did over their steps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .prior import DiffusionEBMPrior
+from .transitions import Transitions, pixel_statistics
+
+PIXEL_NAMES = ("mean", "std", "share saturated")
+
+
+def pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib; install hvae-ebm-prior[pictures]") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_grid(path: str | Path, rows: Sequence[Tensor], names: Sequence[str] | None = None, columns: Sequence[str] | None = None) -> None:
+    """Rows of images.
+
+    Args:
+        path: the file to write.
+        rows: images (n, C, H, W) in [0, 1] with 1 or 3 channels, one batch per row.
+        names: what stands before each row.
+        columns: what stands over each column of the first row.
+    """
+    plt = pyplot()
+    height, width = rows[0].shape[-2:]
+    length = max(len(row) for row in rows)
+    size = 0.75 * length, 0.75 * len(rows) * height / width
+    figure, axes = plt.subplots(len(rows), 1, figsize=(size[0], size[1] + 0.3), squeeze=False)
+    for axis, row in zip(axes[:, 0], rows, strict=True):
+        strip = torch.cat(list(row.detach().float().cpu().clamp(0, 1)), dim=2).permute(1, 2, 0)
+        axis.imshow(strip.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[], xlim=(-0.5, length * width - 0.5))
+    for axis, name in zip(axes[:, 0], names or (), strict=False):
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    if columns:
+        axes[0, 0].xaxis.tick_top()
+        axes[0, 0].set(xticks=[(i + 0.5) * width - 0.5 for i in range(len(columns))], xticklabels=columns)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+@torch.no_grad()
+def save_strips(path: str | Path, prior: DiffusionEBMPrior, run: Transitions) -> None:
+    """One row of decoded states per sample, in time from left to right.
+
+    Args:
+        path: the file to write.
+        prior: the prior of the run.
+        run: the run.
+    """
+    plt = pyplot()
+    states = run.states.flip(0)  # (T, S, m, D), in time
+    steps, rows = states.shape[0] * states.shape[1], states.shape[2]
+    images = torch.stack([prior.decode(u) for u in states.flatten(0, 1)]).float().cpu()
+    height, width = images.shape[-2:]
+    canvas = images.permute(2, 1, 3, 0, 4).reshape(images.shape[2], rows * height, steps * width)
+    figure, axis = plt.subplots(figsize=(0.6 * steps + 0.6, 0.6 * rows * height / width + 0.6))
+    axis.imshow(canvas.permute(1, 2, 0).clamp(0, 1).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+    labels = [f"{step}" for step in run.shown.tolist()] * len(states)
+    axis.set(xticks=[(i + 0.5) * width - 0.5 for i in range(steps)], xticklabels=labels, yticks=[], xlabel="steps taken at level t")
+    for i in range(1, len(states)):
+        axis.axvline(i * states.shape[1] * width - 0.5, color="tab:red")
+    above = axis.secondary_xaxis("top")
+    above.set(
+        xticks=[(i + 0.5) * states.shape[1] * width for i in range(len(states))], xticklabels=[f"t = {t}" for t in reversed(range(len(states)))]
+    )
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def save_energies(path: str | Path, run: Transitions) -> None:
+    """Every layer's energy over the steps, mean and quartiles over samples, and the acceptance probability below.
+
+    Args:
+        path: the file to write.
+        run: the run.
+    """
+    plt = pyplot()
+    levels, length, _, layers = run.energies.shape
+    figure, axes = plt.subplots(layers + 1, 1, figsize=(9, 1.8 * (layers + 1)), sharex=True)
+    for i, axis in enumerate(axes[:-1]):
+        for place, t in enumerate(reversed(range(levels))):
+            energies = run.energies[t, :, :, i].float().cpu()
+            steps = range(place * (length - 1), place * (length - 1) + length)
+            low, high = energies.quantile(torch.tensor([0.25, 0.75]), dim=1).tolist()
+            axis.fill_between(steps, low, high, alpha=0.3, color=f"C{i % 10}", linewidth=0)
+            axis.plot(steps, energies.mean(1).tolist(), color=f"C{i % 10}")
+        axis.set_ylabel(f"energy of layer {i}, nats")
+    draw_records(axes[-1], run, run.acceptance.mean(2), "C7", "")
+    axes[-1].set(ylabel="acceptance", ylim=(0, 1.05))
+    finish(plt, figure, axes, path, run)
+
+
+def save_pixels(path: str | Path, run: Transitions, *, reference: Tensor | None = None) -> None:
+    """Mean, std and share of saturated pixels over the steps, and those of reference images as dashed lines.
+
+    Args:
+        path: the file to write.
+        run: the run.
+        reference: images (M, C, H, W) in [0, 1].
+    """
+    plt = pyplot()
+    means = [] if reference is None else pixel_statistics(reference).mean(0).tolist()
+    figure, axis = plt.subplots(figsize=(9, 4))
+    for i, name in enumerate(PIXEL_NAMES):
+        draw_records(axis, run, run.pixels[..., i].mean(2), f"C{i}", name)
+        if means:
+            axis.axhline(means[i], color=f"C{i}", linestyle="--", linewidth=1)
+    axis.set(ylim=(0, 1), ylabel="pixels" + (" (dashed: reference)" if means else ""))
+    axis.legend()
+    finish(plt, figure, [axis], path, run)
+
+
+def draw_records(axis: Any, run: Transitions, values: Tensor, color: str, label: str) -> None:
+    """Values (T, R) at the recorded steps of each level."""
+    length = run.energies.shape[1] - 1
+    for place, level in enumerate(values.flip(0).float().cpu()):
+        axis.plot((place * length + run.recorded).tolist(), level.tolist(), color=color, marker=".", label=label if place == 0 else None)
+
+
+def finish(plt: Any, figure: Any, axes: Any, path: str | Path, run: Transitions) -> None:
+    """Level boundaries and names, and the file."""
+    levels, length = run.energies.shape[0], run.energies.shape[1] - 1
+    for axis in axes:
+        for place in range(1, levels):
+            axis.axvline(place * length, color="0.6", linewidth=0.8)
+    for place, t in enumerate(reversed(range(levels))):
+        axes[0].annotate(f"t = {t}", ((place + 0.5) / levels, 1.02), xycoords=("axes fraction"), ha="center")
+    axes[-1].set(xlabel="Langevin steps", xlim=(0, levels * length))
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
