@@ -18,7 +18,7 @@ RANKS = [
     ["energy", "langevin", "sampling", "registry"],
     ["execution"],
     ["prior"],
-    ["training", "evaluation", "diagnosis"],
+    ["training", "evaluation", "diagnosis", "likelihood"],
     ["presets", "testing", "cli"],
     ["__init__", "adapters"],
 ]
@@ -55,6 +55,7 @@ def test_core_never_imports_adapters():
 def test_only_required_packages_are_imported():
     code = (
         "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing, hvae_ebm_prior.cli\n"
+        "import hvae_ebm_prior.likelihood\n"
         "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate'} & set(sys.modules)\n"
         "sys.exit(', '.join(bad) or 0)"
     )
