@@ -29,6 +29,7 @@ DEFAULT_SCHEDULE = DiffusionSchedule.cosine(3)
 KINDS = (DiffusionSchedule, LangevinConfig, ExecutionConfig)
 # What a prior says of latents: F (N,), and log p(y | u_t) (N, K) of its label sets.
 Belief = tuple[Tensor, dict[str, Tensor]]
+Believer = Callable[[Sequence[Tensor], Tensor], Belief]
 
 
 class EnergyModel(nn.Module):
@@ -233,7 +234,7 @@ class EnergyModel(nn.Module):
                 parts[bound[-1]] = parts[bound[-1]] + evidence(values)
         return torch.stack(parts, dim=1), logits
 
-    def believer(self, t: Tensor) -> Callable[[Sequence[Tensor], Tensor], Belief]:
+    def believer(self, t: Tensor) -> Believer:
         """What this prior says of latents at levels `t` (N,), as a function for one chain: F (N,) and log p(y | u_t) by label set."""
         energies = batched_energies(list(self.energies), self.latent_shapes, len(t), t.device)
         uncoupled = self.coupling is not None and self.coupling.levels is not None and not set(t.tolist()) & set(self.coupling.levels)

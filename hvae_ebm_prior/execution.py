@@ -68,7 +68,7 @@ def walk_gradient(total: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tenso
 
 
 def walk_values_and_gradient(values: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """`values(u, t)` (N, L), and the gradient (N, D) of their sum in u (N, D), at levels `t` (N,), by one walk."""
+    """`values(u, t)` (N,) or (N, L), and the gradient (N, D) of their sum in u (N, D), at levels `t` (N,), by one walk."""
     with torch.inference_mode(False), torch.enable_grad():
         u = u.detach().clone().requires_grad_()
         found = values(u, t.clone())

@@ -15,11 +15,11 @@ PACKAGE = Path(hvae_ebm_prior.__file__).parent
 RANKS = [
     ["kernels"],
     ["schedule", "backbone", "streams", "validation"],
-    ["energy", "langevin", "sampling", "registry"],
+    ["energy", "langevin", "sampling", "registry", "elbo"],
     ["execution", "coupling", "metropolis"],
     ["density", "recovery"],
     ["prior"],
-    ["training", "composition", "evaluation", "diagnosis", "transitions"],
+    ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
     ["control", "pictures", "presets", "testing"],
     ["commands"],
     ["cli"],
@@ -58,7 +58,11 @@ def test_core_never_imports_adapters():
 def test_only_required_packages_are_imported():
     code = (
         "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing, hvae_ebm_prior.cli\n"
+<<<<<<< HEAD
         "import hvae_ebm_prior.pictures\n"
+=======
+        "import hvae_ebm_prior.likelihood\n"
+>>>>>>> likelihood
         "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate'} & set(sys.modules)\n"
         "sys.exit(', '.join(bad) or 0)"
     )

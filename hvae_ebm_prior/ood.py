@@ -1,0 +1,224 @@
+"""Out-of-distribution scores: how far an image is from what the prior learned. High is more outlying.
+
+Every scheme gives one score per cut k, the number of lower layers left out: k = 0 looks at all layers, k = L - 1 at the top one alone. What a layer
+knows of an image is coarser the higher it is, and outliers that fool the details seldom fool the top. Of the prior:
+
+    inference     -sum_i f_i(T(u_0)_i, 0) over the layers above the cut, of a posterior draw u_0
+    diffusion     the same after a detour: the layers above the cut are diffused to a noise level, those below come from the prior's chains at that
+                  level, and the last conditional priors draw all of them down to u_0 together
+    density       inference plus the Gaussian part, |u_i|^2 / 2: -log of the density that energies correct
+
+and of the backbone, to compare with (Havtorn et al., 2021):
+
+    bound         -L^{>k}, the ELBO with the layers below the cut left to the Gaussian prior; k = 0 is the ELBO itself
+    ratio         LLR^{>k} = L - L^{>k}; nothing at k = 0
+
+Noise belongs to an image's place in the call, so no score depends on the other images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .elbo import density_adapter, teacher_forced
+from .prior import CHUNK_DIMENSIONS, DiffusionEBMPrior
+from .sampling import held_states
+from .streams import Streams, draw_key, open_streams, sample_seeds, seeded
+from .validation import check_count, check_images
+
+
+@torch.no_grad()
+def inference_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """Energies of posterior draws.
+
+    Args:
+        prior: the trained prior.
+        images: (N, C, H, W) in [0, 1].
+        draws: posterior draws per image, whose scores are averaged.
+        generator: source of all noise.
+
+    Returns:
+        Scores (N, L) in nats, entry k for the cut k.
+
+    Raises:
+        TypeError, ValueError: images of a wrong type, shape or range.
+    """
+
+    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
+        return above_cuts(prior.layer_energies(encode_each(prior, chunk, key, first), 0))
+
+    return averaged(prior, images, draws, generator, score)
+
+
+@torch.no_grad()
+def density_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """Energies and Gaussian part of posterior draws; arguments, result and errors as of `inference_scores`."""
+
+    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
+        u = encode_each(prior, chunk, key, first)
+        gaussian = torch.stack([0.5 * part.flatten(1).square().sum(1) for part in prior.split(u)], dim=1)
+        return above_cuts(prior.layer_energies(u, 0) + gaussian)
+
+    return averaged(prior, images, draws, generator, score)
+
+
+@torch.no_grad()
+def diffusion_scores(prior: DiffusionEBMPrior, images: Tensor, *, level: int = 1, noise: float = 1.0, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """Energies after diffusing the layers above each cut and drawing them back.
+
+    Args:
+        prior: the trained prior.
+        images: (N, C, H, W) in [0, 1].
+        level: noise level t that images are diffused to, 1..T.
+        noise: factor on the std of that noise; 1 for what the conditional priors were trained on.
+        draws: posterior draws per image, whose scores are averaged.
+        generator: source of all noise.
+
+    Returns:
+        Scores (N, L) in nats, entry k for the cut k; each costs the chains of a sample.
+
+    Raises:
+        TypeError, ValueError: images of a wrong type, shape or range, or no such level.
+        ChainDiverged: a chain left the finite numbers.
+    """
+    if level not in range(1, prior.schedule.steps + 1):
+        raise ValueError(f"level: expected a noise level 1..{prior.schedule.steps}, got {level!r}")
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"noise: expected a non-negative factor, got {noise!r}")
+
+    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
+        u, columns = prior.split(encode_each(prior, chunk, key, first)), []
+        for k in range(len(u)):
+            above = range(len(u) - k)
+            columns.append(above_cuts(prior.layer_energies(restored(prior, {i: u[i] for i in above}, level, noise, streams), 0))[:, k])
+        return torch.stack(columns, dim=1)
+
+    return averaged(prior, images, draws, generator, score)
+
+
+def restored(prior: DiffusionEBMPrior, inferred: dict[int, Tensor], level: int, noise: float, streams: Streams) -> Tensor:
+    """u_0 (N, D): inferred layers diffused to `level`, the others drawn there by the prior given them, and all drawn down together."""
+    mask, states = held_states(inferred, prior.transform, prior.schedule, streams, noise)
+    u = torch.where(mask, states[-1], streams.normal(prior.dim))
+    for t in reversed(range(prior.schedule.steps)):
+        levels = torch.full((len(u),), t, dtype=torch.long, device=u.device)
+        # All layers inferred: nothing is to be drawn above the level.
+        if t >= level and bool(mask.all()):
+            u = states[t]
+        else:
+            u = prior.draw_conditional(u, levels, streams, hold=(mask, states[t]) if t >= level else None)
+    return u
+
+
+@torch.no_grad()
+def bound_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """-L^{>k} of the backbone; arguments and result as of `inference_scores`.
+
+    Raises:
+        TypeError: the adapter knows no densities, see `hvae_ebm_prior.backbone.DensityAdapter`, or images of a wrong type.
+        ValueError: images of a wrong shape or range.
+    """
+    adapter, layers = density_adapter(prior.backbone), len(prior.latent_shapes)
+
+    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
+        found = []
+        for image, seed in zip(chunk.split(1), sample_seeds(key, range(first, first + len(chunk))), strict=True):
+            with seeded(seed, chunk.device):
+                found.append(adapter.infer_with_density(image))
+        z = [torch.cat([each[i][0] for each in found]) for i in range(layers)]
+        log_densities = [torch.cat([each[i][1] for each in found]) for i in range(layers)]
+        lower = streams.normal(prior.dim)
+        return torch.stack([-teacher_forced(prior.transform, chunk, z, log_densities, lower, k)[1] for k in range(layers)], dim=1)
+
+    return averaged(prior, images, draws, generator, score)
+
+
+def ratio_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """LLR^{>k} of the backbone, 0 at k = 0; arguments, result and errors as of `bound_scores`."""
+    scores = bound_scores(prior, images, draws=draws, generator=generator)
+    return scores - scores[:, :1]
+
+
+# All schemes by name; the first three are the prior's.
+SCHEMES: dict[str, Callable[..., Tensor]] = {
+    "inference": inference_scores,
+    "diffusion": diffusion_scores,
+    "density": density_scores,
+    "bound": bound_scores,
+    "ratio": ratio_scores,
+}
+
+
+def averaged(
+    prior: DiffusionEBMPrior, images: Tensor, draws: int, generator: torch.Generator | None, score: Callable[[Tensor, Streams, int, int], Tensor]
+) -> Tensor:
+    """Mean over draws of the scores of chunks of images, given their streams, a key and the number of the first image."""
+    check_images(images)
+    check_count(draws, "draws")
+    images, total = images.to(prior.device, prior.transform.dtype), 0.0
+    chunk_size = max(1, CHUNK_DIMENSIONS // prior.dim)
+    for _ in range(draws):
+        key, noise, found = draw_key(generator), draw_key(generator), []
+        for first in range(0, len(images), chunk_size):
+            chunk = images[first : first + chunk_size]
+            streams = open_streams(noise, range(first, first + len(chunk)), prior.device, prior.dtype, prior.execution.backend)
+            found.append(score(chunk, streams, key, first))
+        total = total + torch.cat(found) / draws
+    return total
+
+
+def encode_each(prior: DiffusionEBMPrior, images: Tensor, key: int, first: int) -> Tensor:
+    """Posterior noise (N, D) of images, each under a seed of its own, so that it does not depend on the others."""
+    seeds = sample_seeds(key, range(first, first + len(images)))
+    return torch.cat([prior.encode(image, generator=torch.Generator().manual_seed(seed)) for image, seed in zip(images.split(1), seeds, strict=True)])
+
+
+def above_cuts(layers: Tensor) -> Tensor:
+    """Sums over the layers above each cut, entry k without the k lowest, of values per layer (N, L)."""
+    return layers.cumsum(1).flip(1)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well a score tells outliers from the data.
+
+    Attributes:
+        auroc: area under the ROC curve, the probability that an outlier scores higher.
+        auprc: area under the precision-recall curve, as average precision; outliers are positive.
+        fpr80: share of the data above the score that 80 % of the outliers reach.
+    """
+
+    auroc: float
+    auprc: float
+    fpr80: float
+
+
+def detection(scores: Tensor, outliers: Tensor) -> list[Detection]:
+    """Figures of every cut.
+
+    Args:
+        scores: of the data (N, L).
+        outliers: of what is to be told apart (M, L).
+
+    Returns:
+        One entry per cut k.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: the two differ in L, one is empty, or they are not finite.
+    """
+    try:
+        from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+    except ImportError as error:
+        raise ImportError("detection needs scikit-learn; install hvae-ebm-prior[ood]") from error
+    if scores.ndim != 2 or outliers.ndim != 2 or scores.shape[1] != outliers.shape[1] or not len(scores) or not len(outliers):
+        raise ValueError(f"scores: expected (N, L) and (M, L), got {tuple(scores.shape)} and {tuple(outliers.shape)}")
+    truth = torch.cat((torch.zeros(len(scores)), torch.ones(len(outliers)))).numpy()
+    found = []
+    for column in torch.cat((scores, outliers)).cpu().double().unbind(1):
+        false, true, _ = roc_curve(truth, column.numpy())
+        fpr80 = float(false[(true >= 0.8).argmax()])
+        found.append(Detection(float(roc_auc_score(truth, column.numpy())), float(average_precision_score(truth, column.numpy())), fpr80))
+    return found
