@@ -21,7 +21,7 @@ from stand_ins import perturb
 
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, LangevinConfig, TrainingConfig
 from hvae_ebm_prior.adapters import LadderAdapter, NVAEAdapter, VDVAEAdapter, freeze, load_nvae, recalibrate_batch_norm
-from hvae_ebm_prior.backbone import NoiseTransform
+from hvae_ebm_prior.backbone import NoiseTransform, drive
 from hvae_ebm_prior.testing import find_faults
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -172,6 +172,25 @@ def test_nvae_posterior_and_density(nvae):
     torch.testing.assert_close(density(transform, u), log_p, atol=1e-2, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_nvae_densities(nvae):
+    """log q and the reconstruction loss of the published training step, for the same draws."""
+    binary = nvae.args.dataset == "mnist"
+    # Off the outermost levels: the published mixture takes pixels from .99 on as the last one.
+    images = nvae.images.round() if binary else (nvae.images * 250).round() / 255
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2)) if binary else images
+    torch.manual_seed(3)
+    logits, log_q, _, _, _ = nvae.model(padded)
+    torch.manual_seed(3)
+    z, log_densities = zip(*nvae.adapter.infer_with_density(images), strict=True)
+    torch.testing.assert_close(sum(log_densities), log_q, atol=1e-2, rtol=1e-5)
+    _, features = drive(nvae.adapter, len(images), lambda i, mean, std: z[i])
+    expected = -nvae.utils.reconstruction_loss(nvae.model.decoder_output(logits), padded, crop=nvae.model.crop_output)
+    if nvae.args.num_mixture_dec == 1 and not binary:
+        expected = expected + images[0].numel() * math.log(2)  # of pixels in [0, 1] instead of [-1, 1]
+    torch.testing.assert_close(nvae.adapter.log_likelihood(features, images), expected, atol=1e-2, rtol=1e-4)
+
+
 def test_nvae_trains_and_freezes(nvae):
     check_training(nvae.model, nvae.adapter, nvae.images)
 
@@ -275,6 +294,18 @@ def test_vdvae_posterior(vdvae):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dataset", ["cifar10", "ffhq_256"])
+def test_vdvae_likelihood(vdvae, dataset):
+    """Of features, against the published loss of images as the published data.py hands them on."""
+    features, levels = torch.randn(8, 8, 32, 32, generator=seed(0)), (vdvae.images * 255).round()
+    vdvae.model.H.dataset = vdvae.model.decoder.out_net.H.dataset = dataset
+    target = (levels / 8).floor() * 8 if dataset == "ffhq_256" else levels
+    loss = vdvae.model.decoder.out_net.nll(vdvae.model.decoder.final_fn(features), (target.permute(0, 2, 3, 1) - 127.5) / 127.5)
+    ours = vdvae.adapter.log_likelihood(features, levels / 255)
+    torch.testing.assert_close(ours, -loss * levels[0].numel(), atol=1e-2, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_vdvae_mixture_samples(vdvae):
     """Our sample, rounded as theirs is, with their uniform noise."""
     from hvae_ebm_prior_adapters.logistic_mixture import mixture_sample
@@ -365,6 +396,12 @@ def test_ladder_posterior(ladder):
     torch.testing.assert_close(transform.decode(u), likelihood.mean, atol=1e-4, rtol=1e-4)
     log_p = sum(stage.p.dist.log_prob(stage.q.z).flatten(1).sum(1) for stage in stages)
     torch.testing.assert_close(density(transform, u), log_p, atol=1e-2, rtol=1e-4)
+    torch.manual_seed(2)
+    z, log_densities = zip(*adapter.infer_with_density(ladder.images), strict=True)
+    kl = sum(stage.loss.kl_samplewise for stage in stages)
+    torch.testing.assert_close(sum(log_densities) - density(transform, u), kl, atol=1e-2, rtol=1e-4)
+    _, features = drive(adapter, len(z[0]), lambda i, mean, std: z[i])
+    torch.testing.assert_close(adapter.log_likelihood(features, ladder.images), likelihood.likelihood, atol=1e-2, rtol=1e-4)
 
 
 def test_ladder_trains_and_freezes(ladder):

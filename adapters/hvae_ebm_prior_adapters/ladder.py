@@ -43,19 +43,35 @@ class LadderAdapter:
         return d
 
     def infer(self, images: Tensor) -> list[Tensor]:
+        return [z for z, _ in self.infer_with_density(images)]
+
+    def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         # As the model's forward does, but for the images' likelihood, which is not defined for every image in [0, 1].
-        images = images if self.model.lambda_init is None else self.model.lambda_init(images)
-        _, stages = self.model.generate(self.model.infer(images), n_prior_samples=len(images))
-        return [stage.q.z for stage in reversed(stages)]
+        _, stages = self.model.generate(self.model.infer(self._inputs(images)), n_prior_samples=len(images))
+        return [(stage.q.z, stage.q.dist.log_prob(stage.q.z).flatten(1).sum(1)) for stage in reversed(stages)]
 
     def decode(self, features: Tensor) -> Tensor:
+        return self._observe(features, None)[1].mean.clamp(0, 1)
+
+    def log_likelihood(self, features: Tensor, images: Tensor) -> Tensor:
+        try:
+            return self._observe(features, self._inputs(images))[0]
+        except ValueError as error:  # of a distribution whose support is left
+            kind = type(self.model.likelihood).__name__
+            raise ValueError(f"images: expected what {kind} has a likelihood for; binarise them, as for its training? {error}") from error
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        return images if self.model.lambda_init is None else self.model.lambda_init(images)
+
+    def _observe(self, features: Tensor, images: Tensor | None) -> tuple[Any, Any]:
+        """The likelihood module's log p(x | z) of `images`, if any, and its data."""
         if self.model.pad is not None:
             features = F.pad(features, self.model.unpad)
-        # The likelihood draws a sample beside its mean, and has nothing but a sample for mixtures: under a seed of its own.
+        # It draws a sample beside its mean, and has nothing but a sample for mixtures: under a seed of its own.
         devices = [features.device] if features.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            return self.model.likelihood(x_p=features, x=None)[1].mean.clamp(0, 1)
+            return self.model.likelihood(x_p=features, x=images)
 
 
 def below(stage: Any, z: Tensor, skips: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:

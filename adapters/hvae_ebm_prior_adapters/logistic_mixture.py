@@ -1,4 +1,4 @@
-"""Mixture of discretised logistics over RGB pixels (PixelCNN++, Salimans et al. 2017), as NVAE and VDVAE end in: its mean and its samples.
+"""Mixture of discretised logistics over RGB pixels (PixelCNN++, Salimans et al. 2017), as NVAE and VDVAE end in: mean, samples, likelihood.
 
 Of the 10 M channels of its parameters, M are the mixture's logits; for each of the three colours M means, M log-scales and M coefficients follow.
 Green depends on red, and blue on both, by the coefficients' tanh. Values live in [-1, 1]; images here are in [0, 1].
@@ -7,6 +7,7 @@ Green depends on red, and blue on both, by the coefficients' tanh. Values live i
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Uniform noise stays this far from 0 and 1, as in the published samplers.
@@ -49,6 +50,33 @@ def mixture_sample(parameters: Tensor, choice: Tensor, noise: Tensor) -> Tensor:
     component = (logits + gumbel).argmax(1, keepdim=True).unsqueeze(1).expand(-1, 3, -1, -1, -1)
     mean, log_scale, coefficient = (part.gather(2, component).squeeze(2) for part in (means, log_scales, coefficients))
     return assemble(mean + log_scale.exp() * torch.logit(noise, eps=MARGIN), coefficient)
+
+
+def mixture_log_likelihood(parameters: Tensor, images: Tensor, levels: int = 256) -> Tensor:
+    """Log-probability of images of whole levels: the mixture's mass within half a level, of the outermost levels all that lies beyond.
+
+    With a and b the ends of a level in units of the scale, log(sigmoid(a) - sigmoid(b)) = log sigmoid(a) + log sigmoid(-b) + log(1 - exp(b - a)).
+
+    Args:
+        parameters: (N, 10 M, H, W).
+        images: (N, 3, H, W), multiples of 1 / (levels - 1) in [0, 1].
+        levels: number of levels of a colour.
+
+    Returns:
+        Nats (N,).
+
+    Raises:
+        ValueError: the number of channels is no multiple of 10.
+    """
+    logits, means, log_scales, coefficients = unpack(parameters)
+    values, half, scales = (2 * images - 1).unsqueeze(2), 1 / (levels - 1), log_scales.exp()
+    red, green = values[:, 0], values[:, 1]
+    shifts = (torch.zeros_like(coefficients[:, 0]), coefficients[:, 0] * red, coefficients[:, 1] * red + coefficients[:, 2] * green)
+    residuals = values - means - torch.stack(shifts, dim=1)
+    below, above = F.logsigmoid((residuals + half) / scales), F.logsigmoid((half - residuals) / scales)
+    within = below + above + torch.log(-torch.expm1(-2 * half / scales))
+    log_masses = torch.where(values <= half - 1, below, torch.where(values >= 1 - half, above, within))
+    return torch.logsumexp(logits.log_softmax(1) + log_masses.sum(1), dim=1).flatten(1).sum(1)
 
 
 def unpack(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ with s_k the features above group k. Posteriors are residual (mean and log-std a
 normalising flows: the latent is what the flows return.
 """
 
+import math
 import types
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hvae import soft_clamp
-from .logistic_mixture import draw_mixture, image_noise, mixture_mean
-from .walk import Walk, posterior_draws, priors, run, standard_normal
+from .logistic_mixture import draw_mixture, image_noise, mixture_log_likelihood, mixture_mean
+from .walk import Walk, normal_draw, posterior_draws, priors, run
 
 
 class Group(NamedTuple):
@@ -56,31 +57,51 @@ class NVAEAdapter:
         return priors(self._walk(batch_size), lambda group: gaussian(group.mean, group.log_std))
 
     def infer(self, images: Tensor) -> list[Tensor]:
+        return [z for z, _ in self.infer_with_density(images)]
+
+    def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         model = self.model
         place_masks(model)
         features, sides = self._encode(images)
 
-        def draw(k: int, group: Group) -> Tensor:
+        def draw(k: int, group: Group) -> tuple[Tensor, Tensor]:
             # The top group's posterior sees the image alone; the others see the features above them too.
             seen = model.enc0(features) if k == 0 else sides[k - 1][0](sides[k - 1][1], group.features)
             mean, log_std = model.enc_sampler[k](seen).chunk(2, dim=1)
             if k > 0 and model.res_dist:
                 mean, log_std = group.mean + mean, group.log_std + log_std
-            mean, std = gaussian(mean, log_std)
-            z = mean + std * standard_normal(mean)
+            z, log_density = normal_draw(*gaussian(mean, log_std))
             for flow in model.nf_cells[k * model.num_flows : (k + 1) * model.num_flows]:
-                z, _ = flow(z, seen)
-            return z
+                z, log_det = flow(z, seen)
+                log_density = log_density - log_det.float().flatten(1).sum(1)
+            return z, log_density
 
         return posterior_draws(self._walk(len(images)), draw)
 
     def decode(self, features: Tensor) -> Tensor:
-        model = self.model
-        for cell in model.post_process:
+        logits = self._logits(features)
+        images = self._observe(logits, self.model.decoder_output(logits))
+        return images[..., 2:30, 2:30] if crops(self.model) else images
+
+    def log_likelihood(self, features: Tensor, images: Tensor) -> Tensor:
+        logits = self._logits(features)
+        if crops(self.model):
+            logits, images = (part[..., 2:30, 2:30] if part.shape[-1] == 32 else part for part in (logits, images))
+        distribution = self.model.decoder_output(logits)
+        if hasattr(distribution, "logit_probs"):
+            return mixture_log_likelihood(logits, images, levels=round(getattr(distribution, "max_val", 255)) + 1)
+        if isinstance(distribution, torch.distributions.Bernoulli):
+            if bool(((images != 0) & (images != 1)).any()):
+                raise ValueError("images: this NVAE's likelihood is of binary pixels, got values between 0 and 1; binarise them, as for its training")
+            return distribution.log_prob(images).flatten(1).sum(1)
+        # NVAE's pixels are in [-1, 1]; the density is that of pixels in [0, 1].
+        log_density = torch.distributions.Normal(*normal_output(distribution)).log_prob(2 * images - 1) + math.log(2)
+        return log_density.flatten(1).sum(1)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        for cell in self.model.post_process:
             features = cell(features)
-        logits = model.image_conditional(features).float()
-        images = self._observe(logits, model.decoder_output(logits))
-        return images[..., 2:30, 2:30] if crops(model) else images
+        return self.model.image_conditional(features).float()
 
     def _observe(self, logits: Tensor, distribution: Any) -> Tensor:
         """Mean or sample of p(x | z), by the kind of the model's output distribution."""
@@ -89,12 +110,8 @@ class NVAEAdapter:
             return draw_mixture(logits, self.generator) if draw else mixture_mean(logits)
         if isinstance(distribution, torch.distributions.Bernoulli):
             return (self._noise(torch.rand, logits) < distribution.mean).to(logits) if draw else distribution.mean
-        if not hasattr(distribution, "dist"):
-            kind = type(distribution).__name__
-            raise TypeError(f"expected the model's output as Bernoulli, NormalDecoder or DiscMixLogistic, got {kind}; override `_observe` for it")
-        values = distribution.dist.mu
-        if draw:
-            values = values + distribution.dist.sigma * self._noise(torch.randn, values)
+        mean, std = normal_output(distribution)
+        values = mean + std * self._noise(torch.randn, mean) if draw else mean
         return (values.clamp(-1, 1) + 1) / 2
 
     def _noise(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
@@ -139,6 +156,16 @@ class NVAEAdapter:
 def gaussian(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """NVAE's clamped mean and std, in float32."""
     return soft_clamp(mean.float()), soft_clamp(log_std.float()).exp() + 1e-2
+
+
+def normal_output(distribution: Any) -> tuple[Tensor, Tensor]:
+    """Mean and std of a normal output, in [-1, 1]; raise TypeError for an output of an unknown kind."""
+    if not hasattr(distribution, "dist"):
+        kind = type(distribution).__name__
+        raise TypeError(
+            f"expected the model's output as Bernoulli, NormalDecoder or DiscMixLogistic, got {kind}; override `_observe` and `log_likelihood` for it"
+        )
+    return distribution.dist.mu, distribution.dist.sigma
 
 
 def crops(model: Any) -> bool:

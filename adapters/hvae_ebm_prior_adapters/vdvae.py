@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .logistic_mixture import draw_mixture, mixture_mean
-from .walk import Walk, posterior_draws, priors, run, standard_normal
+from .logistic_mixture import draw_mixture, mixture_log_likelihood, mixture_mean
+from .walk import Walk, normal_draw, posterior_draws, priors, run
 
 # Shift and scale of pixels 0..255 by dataset, (x + shift) * scale, as in the published data.py; that of ffhq_1024 is given there for [0, 1].
 NORMALISATIONS = {
@@ -79,21 +79,33 @@ class VDVAEAdapter:
         return priors(self._walk(batch_size), lambda state: (state.mean.float(), state.log_std.float().exp()))
 
     def infer(self, images: Tensor) -> list[Tensor]:
+        return [z for z, _ in self.infer_with_density(images)]
+
+    def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         # The encoder takes NHWC.
         activations = self.model.encoder((images.permute(0, 2, 3, 1) * 255 + self.shift) * self.scale)
 
-        def draw(_: int, state: BlockState) -> Tensor:
+        def draw(_: int, state: BlockState) -> tuple[Tensor, Tensor]:
             merged = torch.cat((state.features, activations[state.block.base]), dim=1)
             mean, log_std = state.block.enc(merged).float().chunk(2, dim=1)
-            return mean + log_std.exp() * standard_normal(mean)
+            return normal_draw(mean, log_std.exp())
 
         return posterior_draws(self._walk(len(images)), draw)
 
     def decode(self, features: Tensor) -> Tensor:
+        parameters = self._mixture(features)
+        return mixture_mean(parameters) if self.output == "mean" else draw_mixture(parameters, self.generator)
+
+    def log_likelihood(self, features: Tensor, images: Tensor) -> Tensor:
+        if getattr(self.model.H, "dataset", None) != "ffhq_256":
+            return mixture_log_likelihood(self._mixture(features), images)
+        # Trained on pixels 0..255 rounded down to multiples of 8.
+        return mixture_log_likelihood(self._mixture(features), ((images * 255).round() / 8).floor() * 8 / 255, levels=32)
+
+    def _mixture(self, features: Tensor) -> Tensor:
         decoder = self.model.decoder
         # `final_fn` is a lambda, which copies of the model share; its two parameters are the copy's own.
-        parameters = decoder.out_net.out_conv(features * decoder.gain + decoder.bias).float()
-        return mixture_mean(parameters) if self.output == "mean" else draw_mixture(parameters, self.generator)
+        return decoder.out_net.out_conv(features * decoder.gain + decoder.bias).float()
 
     def _walk(self, batch_size: int) -> Walk[BlockState]:
         decoder = self.model.decoder

@@ -4,6 +4,7 @@ A walk is a generator that yields what layer i is conditioned on, is sent its la
 every state into the layer's Gaussian; the posterior draws the latent from it and from the image's features.
 """
 
+import math
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
@@ -26,16 +27,16 @@ def priors(walk: Walk[State], gaussian: Callable[[State], tuple[Tensor, Tensor]]
         return stop.value
 
 
-def posterior_draws(walk: Walk[State], draw: Callable[[int, State], Tensor]) -> list[Tensor]:
-    """The latents of an adapter's `infer`, top to bottom: `draw` gives layer i's from its index and state."""
-    latents: list[Tensor] = []
+def posterior_draws(walk: Walk[State], draw: Callable[[int, State], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """What an adapter's `infer_with_density` returns: `draw` gives layer i's latent and its log-density from its index and state."""
+    drawn: list[tuple[Tensor, Tensor]] = []
     try:
         state = next(walk)
         while True:
-            latents.append(draw(len(latents), state))
-            state = walk.send(latents[-1])
+            drawn.append(draw(len(drawn), state))
+            state = walk.send(drawn[-1][0])
     except StopIteration:
-        return latents
+        return drawn
 
 
 def run(module: Callable[..., Any], *inputs: Any, checkpoint: bool) -> Any:
@@ -48,3 +49,10 @@ def run(module: Callable[..., Any], *inputs: Any, checkpoint: bool) -> Any:
 def standard_normal(like: Tensor) -> Tensor:
     """Noise of the shape of `like`, the same for a seed whatever the memory format (that of `randn_like` is not)."""
     return torch.randn(like.shape, device=like.device, dtype=like.dtype)
+
+
+def normal_draw(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """A draw of N(mean, std^2), and its log-density in nats, (N,)."""
+    noise = standard_normal(mean)
+    log_density = -(0.5 * noise**2 + std.log() + 0.5 * math.log(2 * math.pi))
+    return mean + std * noise, log_density.flatten(1).sum(1)
