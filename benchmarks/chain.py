@@ -16,6 +16,7 @@ its sampler's.
 
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
 import sys
@@ -38,6 +39,7 @@ from walk import build
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, NVAEAdapter, freeze
 from hvae_ebm_prior.backbone import drive
+from hvae_ebm_prior.chain import draw_conditional
 from hvae_ebm_prior.execution import walk_gradient
 from hvae_ebm_prior.kernels import langevin_update
 from hvae_ebm_prior.langevin import langevin_coefficients
@@ -127,7 +129,9 @@ def prepare(name: str, device: torch.device) -> tuple[dict[str, Callable[[int], 
                 walk_gradient(lambda u, t: believe(prior.transform.to_latents(u), t)[0].sum(), u_next, t)
 
     def ours(steps: int) -> None:
-        prior.draw_conditional(u_next, t, open_streams(0, range(n), device, torch.float32), steps=steps)
+        draw_conditional(
+            prior, u_next, t, open_streams(0, range(n), device, torch.float32), langevin=dataclasses.replace(prior.langevin, steps=steps)
+        )
 
     return {"bare": bare, "ours": ours, "published": lambda steps: published_chain(original.backbone, energies, parts, t, steps)}, n
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from quickstart import make_prior
 
 from hvae_ebm_prior import ExecutionConfig
+from hvae_ebm_prior.chain import draw_conditional
 from hvae_ebm_prior.execution import walk_gradient
 from hvae_ebm_prior.kernels import langevin_update
 from hvae_ebm_prior.streams import open_streams
@@ -90,7 +91,7 @@ def chains(device: torch.device) -> tuple[float, float]:
 
     def run(graph: bool) -> Tensor:
         prior.execution = ExecutionConfig(graph=graph)
-        return prior.draw_conditional(u_next, t, open_streams(1, range(n), device, torch.float32))
+        return draw_conditional(prior, u_next, t, open_streams(1, range(n), device, torch.float32))
 
     if not torch.equal(run(False), run(True)):
         raise SystemExit("a chain from a graph differs from the eager one")

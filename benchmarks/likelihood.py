@@ -1,13 +1,13 @@
 """What trained priors of the example's HVAE are worth in nats, and how many temperatures their normalisers need.
 
-    .venv/bin/python benchmarks/likelihood.py [examples/output/prior.safetensors ...] [--images 48] [--steps 1 4 16 48]
+    .venv/bin/python benchmarks/likelihood.py [examples/output/conditional.safetensors ...] [--images 48] [--steps 1 4 16 48]
 
-prints two Markdown tables for priors that the quickstart saved, over the first held-out images, and writes benchmarks/likelihood.json. The first has
-the backbone's bound and what the prior adds to it: below (`lower`) and above (`optimistic`) the value with exact normalisers, mean and standard error
-over images. The second has the normaliser of every level: its forward estimate, how far the reverse one lies above it, the effective sample size and
-the acceptance. All rows of a prior share posterior draws, and those of a model the diffusion. "With a last step" is the model that takes the noise of
-level 0 away before it decodes; `prior.sample` does not. The HVAE's likelihood is a density over [0, 1] of pixels that are not dequantised: bits per
-dimension are negative, and comparable among its priors alone.
+prints two Markdown tables for priors that examples/conditional.py saved, over the first held-out images, and writes benchmarks/likelihood.json.
+The first has the backbone's bound and what the prior adds to it: below (`lower`) and above (`optimistic`) the value with exact normalisers, mean and
+standard error over images. The second has the normaliser of every level: its forward estimate, how far the reverse one lies above it, the effective
+sample size and the acceptance. All rows of a prior share posterior draws, and those of a model the diffusion. "With a last step" is the model that
+takes the noise of level 0 away before it decodes; `prior.sample` does not. The HVAE's likelihood is a density over [0, 1] of pixels that are not
+dequantised: bits per dimension are negative, and comparable among its priors alone.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+from conditional import load_prior
 from fashion_mnist import load_subset
-from quickstart import HERE, SCHEDULES, make_prior
-from safetensors.torch import load_file
+from quickstart import HERE
 
 from hvae_ebm_prior.likelihood import AnnealingConfig, LikelihoodBound, bits_per_dimension, log_likelihood_bound
 
@@ -59,20 +59,18 @@ def figures(bound: LikelihoodBound, images: Tensor) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("priors", type=Path, nargs="*", default=[HERE / "output" / "prior.safetensors"], help="state dicts of trained priors")
+    parser.add_argument("priors", type=Path, nargs="*", default=[HERE / "output" / "conditional.safetensors"], help="state dicts of trained priors")
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 16, 48], help="temperatures K")
     parser.add_argument("--particles", type=int, default=4)
     parser.add_argument("--step-size", type=float, default=AnnealingConfig.step_size)
-    parser.add_argument("--schedule", choices=SCHEDULES, default="smooth", help="the one they were trained with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     images = load_subset("test")[0][: args.images]
     results = []
     for path in args.priors:
-        prior = make_prior(args.schedule)
-        prior.load_state_dict(load_file(path))
+        prior = load_prior(path)
         for (model, last_step), steps in itertools.product(MODELS.items(), args.steps):
             if last_step and prior.schedule.sigma_bar[0] == 0:
                 continue
@@ -82,7 +80,7 @@ def main() -> None:
             row = {"name": f"{path.stem}, {model}", "images": len(images), "seed": args.seed, "seconds": time.monotonic() - start}
             results.append({**row, **dataclasses.asdict(annealing), **figures(bound, images)})
             print(f"{row['name']}, {steps} temperatures: {row['seconds']:.0f} s", file=sys.stderr, flush=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    args.out.write_text(json.dumps(results, indent=1).replace("NaN", "null") + "\n")
 
     print("| prior | temperatures | backbone's bound | gain, lower | gain, optimistic | bits/dim, backbone | bits/dim, lower | s |")
     print("|---" * 8 + "|")

@@ -35,17 +35,6 @@ class BackboneAdapter(Protocol):
         """Images (N, C, H, W) in [0, 1] from the features that `top_down` returned."""
 
 
-@runtime_checkable
-class DensityAdapter(BackboneAdapter, Protocol):
-    """An adapter that also knows densities, for what needs the backbone's likelihood."""
-
-    def infer_with_density(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """As `infer`, and for every layer log q(z_i | z_<i, x) of its draw, (N,) in nats."""
-
-    def log_likelihood(self, features: Any, images: Tensor) -> Tensor:
-        """log p(x | z) in nats, (N,), of images (N, C, H, W) in [0, 1], from the features that `top_down` returned."""
-
-
 class NoiseTransform:
     """T: u -> z of one backbone, with its inverse and log-determinant.
 

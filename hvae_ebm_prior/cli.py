@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .commands import SCHEMES, run_edit, run_interpolate, run_ood, run_sample, run_transitions, write_figures
+from .commands import run_edit, run_interpolate, run_ood, run_sample, run_transitions, write_figures
 from .diagnosis import describe_layers, table
 from .kernels import VARIABLE, choose_backend
 from .langevin import ChainDiverged
+from .ood import SCHEMES
 from .prior import DiffusionEBMPrior
 from .registry import find_adapter
 

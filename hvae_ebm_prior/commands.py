@@ -1,6 +1,7 @@
 """What the commands of a trained prior do: each draws a picture and returns its figures."""
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from .control import interpolate, resample
-from .pictures import save_energies, save_grid, save_pixels, save_strips
+from .ood import SCHEMES, detection
+from .pictures import save_curves, save_energies, save_grid, save_histograms, save_pixels, save_strips
 from .prior import DiffusionEBMPrior
 from .transitions import langevin_transitions, oversaturation, pixel_statistics, relaxation_time
 
 COLUMNS = 16
+# What `ood` takes where no scheme is named; the others need an adapter that knows densities.
+PRIOR_SCHEMES = ("inference", "diffusion", "density")
 
 
 def run_sample(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
@@ -78,6 +82,19 @@ def run_transitions(prior: DiffusionEBMPrior, options: argparse.Namespace, gener
     if options.count > 1:
         found = oversaturation(run, options.images)
         figures |= {"pixels": found.run[0, -1].tolist(), "reference_pixels": found.reference.tolist(), "oversaturated": found.oversaturated}
+    return figures
+
+
+def run_ood(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+    """AUROC over the cuts, and histograms of every scheme beside it."""
+    figures: dict[str, Any] = {"images": len(options.images), "outliers": len(options.outliers)}
+    curves = {}
+    for name in options.scheme or PRIOR_SCHEMES:
+        scores, outliers = (SCHEMES[name](prior, images, generator=generator) for images in (options.images, options.outliers))
+        found = detection(scores, outliers)
+        curves[name], figures[name] = [cut.auroc for cut in found], [dataclasses.asdict(cut) for cut in found]
+        save_histograms(beside(options.out, name), scores, outliers)
+    save_curves(options.out, curves)
     return figures
 
 

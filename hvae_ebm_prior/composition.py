@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .coupling import check_values, find_set
-from .density import Belief
+from .density import Belief, EnergyModel
 from .prior import DiffusionEBMPrior
 
-Beliefs = Callable[[DiffusionEBMPrior], Belief]
+Beliefs = Callable[[EnergyModel], Belief]
 # log w (N,) by noise, of all layers or of the first ones, at levels (N,).
 Target = Callable[..., Tensor]
 
@@ -121,7 +121,7 @@ def as_expressions(parts: Sequence[object]) -> tuple[Expression, ...]:
     return tuple(found)
 
 
-def log_weight(expression: Expression, sampled: DiffusionEBMPrior, beliefs: Beliefs) -> Tensor:
+def log_weight(expression: Expression, sampled: EnergyModel, beliefs: Beliefs) -> Tensor:
     """log w (N,) of an expression.
 
     Args:
@@ -195,7 +195,7 @@ class Condition:
 
         return replace(self, expression=self.expression and rebuild(self.expression, change))
 
-    def target(self, prior: DiffusionEBMPrior, t: Tensor) -> Target:
+    def target(self, prior: EnergyModel, t: Tensor) -> Target:
         """log w (N,) of noise u (N, D) at levels `t`, as target(u, t, layers=None), for one chain of `prior`."""
         parts = [] if self.expression is None else list(atoms(self.expression))
         experts = [part.prior for part in parts if isinstance(part, Expert)]
@@ -209,7 +209,7 @@ class Condition:
                 z, images = prior.transform.to_latents_and_images(u)
                 told = check_likelihood(self.log_likelihood(images), len(u))
 
-            def beliefs(each: DiffusionEBMPrior) -> Belief:
+            def beliefs(each: EnergyModel) -> Belief:
                 if id(each) not in seen:
                     seen[id(each)] = believers[id(each)](z, t)
                 return seen[id(each)]

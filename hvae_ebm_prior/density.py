@@ -9,7 +9,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .backbone import BackboneAdapter, NoiseTransform, lock
 from .coupling import Coupling, Heads, build_heads, evidence, label_logits
 from .energy import EnergyConfig, build_energies
-from .execution import Corrections, ExecutionConfig, batched_energies, frozen, one_by_one, walk_gradient
+from .execution import CompiledTotal, Corrections, ExecutionConfig, batched_energies, frozen, one_by_one, walk_gradient
 from .langevin import LangevinConfig, published_step
 from .registry import find_adapter
 from .schedule import DiffusionSchedule
@@ -249,6 +249,11 @@ class EnergyModel(nn.Module):
     def _total(self, u: Tensor, t: Tensor) -> Tensor:
         """Sum of F(T(u), t) over samples."""
         return self.corrections(self.transform.to_latents(u), t)[0].sum()
+
+    @cached_property
+    def compiled_total(self) -> CompiledTotal:
+        """Sum of F(T(u), t) over samples, compiled when first called."""
+        return CompiledTotal(self._total, self.device)
 
     @torch.no_grad()
     def classify(self, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -5,11 +5,24 @@ L^{>k} = the same with the k lowest layers drawn from p(z_i | z_<i), where their
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .backbone import BackboneAdapter, DensityAdapter, NoiseTransform, check_gaussian, drive
+from .backbone import BackboneAdapter, NoiseTransform, check_gaussian, drive
+
+
+@runtime_checkable
+class DensityAdapter(BackboneAdapter, Protocol):
+    """An adapter that also knows densities, for what needs the backbone's likelihood."""
+
+    def infer_with_density(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """As `infer`, and for every layer log q(z_i | z_<i, x) of its draw, (N,) in nats."""
+
+    def log_likelihood(self, features: Any, images: Tensor) -> Tensor:
+        """log p(x | z) in nats, (N,), of images (N, C, H, W) in [0, 1], from the features that `top_down` returned."""
 
 
 def density_adapter(adapter: BackboneAdapter) -> DensityAdapter:
@@ -18,7 +31,7 @@ def density_adapter(adapter: BackboneAdapter) -> DensityAdapter:
         missing = [name for name in ("infer_with_density", "log_likelihood") if not callable(getattr(adapter, name, None))]
         raise TypeError(
             f"{type(adapter).__name__} knows no densities, as a likelihood needs: it has no method {', '.join(missing)}; see "
-            "hvae_ebm_prior.backbone.DensityAdapter for what they return"
+            "hvae_ebm_prior.elbo.DensityAdapter for what they return"
         )
     return adapter
 

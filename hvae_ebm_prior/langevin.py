@@ -62,6 +62,7 @@ class LangevinConfig:
             step met; None for steps of one size. Where F grows curved, chains then slow down instead of overshooting.
         top_steps: shorter steps of the top layer within each step; 1 for none.
         sampling_steps: steps per noise level in sampling; None takes `steps`.
+        corrector_steps: steps with a Metropolis test after each chain, which take away the error of the others; see `metropolis`. 0 for none.
         kernel_at_top: keep the term N(u_T; alpha u_{T-1}, sigma^2) at t = T-1; the published code drops it.
     """
 
@@ -74,6 +75,7 @@ class LangevinConfig:
     curvature_limit: float | None = None
     top_steps: int = 1
     sampling_steps: int | None = None
+    corrector_steps: int = 0
     kernel_at_top: bool = True
 
     def __post_init__(self) -> None:
@@ -84,6 +86,8 @@ class LangevinConfig:
         for name, steps in counts.items():
             if not isinstance(steps, int) or steps < 1:
                 raise ValueError(f"{name} must be a positive integer, got {steps!r}")
+        if not isinstance(self.corrector_steps, int) or self.corrector_steps < 0:
+            raise ValueError(f"corrector_steps must be an integer from 0, got {self.corrector_steps!r}")
         for name, limit in (("drift_limit", self.drift_limit), ("curvature_limit", self.curvature_limit)):
             if limit is not None and not limit > 0:
                 raise ValueError(f"{name} must be positive, got {limit!r}")
@@ -93,8 +97,8 @@ class LangevinConfig:
             raise ValueError(
                 f"{self.integrator} is unstable at a relative step_size of 2 and above, got {self.step_size}; use exponential or a smaller step"
             )
-        if self.step_rule == "published" and (self.top_steps > 1 or self.curvature_limit is not None):
-            raise ValueError("the published step rule has no top_steps and no curvature_limit; leave them at 1 and None")
+        if self.step_rule == "published" and (self.top_steps > 1 or self.curvature_limit is not None or self.corrector_steps):
+            raise ValueError("the published step rule has no top_steps, curvature_limit and corrector_steps; leave them at 1, None and 0")
         if self.step_rule == "published" and self.integrator != "euler":
             raise ValueError(f"the published step rule belongs to the euler integrator, got {self.integrator}")
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .chain import draw_conditional
 from .elbo import density_adapter, teacher_forced
 from .prior import CHUNK_DIMENSIONS, DiffusionEBMPrior
 from .sampling import held_states
@@ -65,7 +66,15 @@ def density_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, 
 
 
 @torch.no_grad()
-def diffusion_scores(prior: DiffusionEBMPrior, images: Tensor, *, level: int = 1, noise: float = 1.0, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+def diffusion_scores(
+    prior: DiffusionEBMPrior,
+    images: Tensor,
+    *,
+    level: int = 1,
+    noise: float = 1.0,
+    draws: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Energies after diffusing the layers above each cut and drawing them back.
 
     Args:
@@ -108,16 +117,25 @@ def restored(prior: DiffusionEBMPrior, inferred: dict[int, Tensor], level: int, 
         if t >= level and bool(mask.all()):
             u = states[t]
         else:
-            u = prior.draw_conditional(u, levels, streams, hold=(mask, states[t]) if t >= level else None)
+            u = draw_conditional(prior, u, levels, streams, hold=(mask, states[t]) if t >= level else None)
     return u
 
 
 @torch.no_grad()
 def bound_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
-    """-L^{>k} of the backbone; arguments and result as of `inference_scores`.
+    """-L^{>k} of the backbone.
+
+    Args:
+        prior: the prior, for its backbone.
+        images: (N, C, H, W) in [0, 1].
+        draws: posterior draws per image, whose scores are averaged.
+        generator: source of all noise.
+
+    Returns:
+        Scores (N, L) in nats, entry k for the cut k.
 
     Raises:
-        TypeError: the adapter knows no densities, see `hvae_ebm_prior.backbone.DensityAdapter`, or images of a wrong type.
+        TypeError: the adapter knows no densities, see `hvae_ebm_prior.elbo.DensityAdapter`, or images of a wrong type.
         ValueError: images of a wrong shape or range.
     """
     adapter, layers = density_adapter(prior.backbone), len(prior.latent_shapes)
@@ -157,7 +175,7 @@ def averaged(
     """Mean over draws of the scores of chunks of images, given their streams, a key and the number of the first image."""
     check_images(images)
     check_count(draws, "draws")
-    images, total = images.to(prior.device, prior.transform.dtype), 0.0
+    images, scores = images.to(prior.device, prior.transform.dtype), []
     chunk_size = max(1, CHUNK_DIMENSIONS // prior.dim)
     for _ in range(draws):
         key, noise, found = draw_key(generator), draw_key(generator), []
@@ -165,14 +183,15 @@ def averaged(
             chunk = images[first : first + chunk_size]
             streams = open_streams(noise, range(first, first + len(chunk)), prior.device, prior.dtype, prior.execution.backend)
             found.append(score(chunk, streams, key, first))
-        total = total + torch.cat(found) / draws
-    return total
+        scores.append(torch.cat(found))
+    return torch.stack(scores).mean(0)
 
 
 def encode_each(prior: DiffusionEBMPrior, images: Tensor, key: int, first: int) -> Tensor:
     """Posterior noise (N, D) of images, each under a seed of its own, so that it does not depend on the others."""
     seeds = sample_seeds(key, range(first, first + len(images)))
-    return torch.cat([prior.encode(image, generator=torch.Generator().manual_seed(seed)) for image, seed in zip(images.split(1), seeds, strict=True)])
+    pairs = zip(images.split(1), seeds, strict=True)
+    return torch.cat([prior.encode(image, generator=torch.Generator().manual_seed(seed)) for image, seed in pairs])
 
 
 def above_cuts(layers: Tensor) -> Tensor:
@@ -210,7 +229,7 @@ def detection(scores: Tensor, outliers: Tensor) -> list[Detection]:
         ValueError: the two differ in L, one is empty, or they are not finite.
     """
     try:
-        from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+        from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("detection needs scikit-learn; install hvae-ebm-prior[ood]") from error
     if scores.ndim != 2 or outliers.ndim != 2 or scores.shape[1] != outliers.shape[1] or not len(scores) or not len(outliers):

@@ -1,6 +1,6 @@
-"""Pictures, written as PNG files by matplotlib: rows of images, and what chains did over their steps."""
+"""Pictures, written as PNG files by matplotlib: rows of images, what chains did over their steps, and scores of outliers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ def save_energies(path: str | Path, run: Transitions) -> None:
             low, high = energies.quantile(torch.tensor([0.25, 0.75]), dim=1).tolist()
             axis.fill_between(steps, low, high, alpha=0.3, color=f"C{i % 10}", linewidth=0)
             axis.plot(steps, energies.mean(1).tolist(), color=f"C{i % 10}")
-        axis.set_ylabel(f"energy of layer {i}, nats")
+        axis.set_ylabel(f"layer {i}, nats")
+    axes[0].set_title("layer energies and acceptance", pad=20, fontsize="medium")
     draw_records(axes[-1], run, run.acceptance.mean(2), "C7", "")
     axes[-1].set(ylabel="acceptance", ylim=(0, 1.05))
     finish(plt, figure, axes, path, run)
@@ -140,5 +141,44 @@ def finish(plt: Any, figure: Any, axes: Any, path: str | Path, run: Transitions)
     for place, t in enumerate(reversed(range(levels))):
         axes[0].annotate(f"t = {t}", ((place + 0.5) / levels, 1.02), xycoords=("axes fraction"), ha="center")
     axes[-1].set(xlabel="Langevin steps", xlim=(0, levels * length))
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def save_curves(path: str | Path, curves: Mapping[str, Sequence[float]]) -> None:
+    """AUROC over the cut k, one curve per scheme.
+
+    Args:
+        path: the file to write.
+        curves: AUROC of every cut by scheme.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name, values in curves.items():
+        axis.plot(range(len(values)), values, marker="o", label=name)
+    axis.axhline(0.5, color="0.6", linestyle="--", linewidth=1)
+    axis.set(xlabel="lower layers left out, k", ylabel="AUROC", ylim=(0, 1.02), xticks=range(max(map(len, curves.values()))))
+    axis.legend()
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def save_histograms(path: str | Path, scores: Tensor, outliers: Tensor, names: tuple[str, str] = ("data", "outliers")) -> None:
+    """Histograms of scores, one panel per cut k.
+
+    Args:
+        path: the file to write.
+        scores: of the data (N, L).
+        outliers: of outliers (M, L).
+        names: what they are.
+    """
+    plt = pyplot()
+    cuts = scores.shape[1]
+    figure, axes = plt.subplots(1, cuts, figsize=(3.2 * cuts, 2.8), squeeze=False)
+    for k, axis in enumerate(axes[0]):
+        for values, name in zip((scores, outliers), names, strict=True):
+            axis.hist(values[:, k].float().cpu().numpy(), bins=40, density=True, alpha=0.6, label=name)
+        axis.set(title=f"k = {k}", xlabel="score, nats", yticks=[])
+    axes[0, 0].legend()
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

@@ -6,24 +6,22 @@ On top of a frozen hierarchical VAE, T conditional energy-based priors p(u_t | u
     loss(u_t, u_{t+1}) = F(T(u_t^-), t) - F(T(u_t), t),     u_t^- by Langevin steps on p(. | u_{t+1})
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
+from .chain import draw_conditional
 from .coupling import Labels
 from .density import EnergyModel
-from .execution import CompiledTotal, chain_gradient, repeat
-from .langevin import ChainDiverged, LangevinConfig, langevin_chain
+from .langevin import ChainDiverged, LangevinConfig
 from .recovery import recovery_loss
-from .sampling import Held, held_states, sample_levels
-from .streams import Streams, draw_key, open_streams
+from .sampling import held_states, sample_levels
+from .streams import draw_key, open_streams
 from .validation import check_count, check_fixed, check_temperature
 
 if TYPE_CHECKING:
@@ -36,36 +34,6 @@ CHUNK_DIMENSIONS = 2**18
 
 class DiffusionEBMPrior(EnergyModel):
     """A learned prior for a hierarchical VAE; its arguments, densities and label sets are those of `EnergyModel`."""
-
-    @cached_property
-    def _compiled_total(self) -> CompiledTotal:
-        return CompiledTotal(self._total, self.device)
-
-    def draw_conditional(
-        self,
-        u_next: Tensor,
-        t: Tensor,
-        streams: Streams,
-        *,
-        langevin: LangevinConfig | None = None,
-        temperature: float = 1.0,
-        hold: Held | None = None,
-        condition: "Condition | None" = None,
-    ) -> Tensor:
-        """Draw u_t given u_next; at a temperature the chain runs in v = u / temperature, whose backbone has std_i * temperature."""
-        # Spectrally normalised weights are worked out once, where they are first used.
-        with torch.no_grad(), parametrize.cached():
-            believe = self.believer(t)
-
-            def plain(u: Tensor, t: Tensor, layers: int | None = None) -> Tensor:
-                return believe(self.transform.to_latents(u, layers), t)[0]
-
-            target = plain if condition is None else condition.target(self, t)
-            total = self._compiled_total if self.execution.compile and condition is None else lambda u, t: target(u, t).sum()
-            whole, own = (chain_gradient(part, t, temperature, self.execution) for part in (total, lambda u, t: target(u, t, 1).sum()))
-            config, top = langevin or self.langevin, (math.prod(self.latent_shapes[0]), own)
-            chain = partial(langevin_chain, schedule=self.schedule, config=config, streams=streams, hold=hold, top=top)
-            return chain(whole, u_next, t, repeat=repeat if self.execution.graph else None)
 
     def sample_noise(
         self,
@@ -203,7 +171,7 @@ class DiffusionEBMPrior(EnergyModel):
         streams = open_streams(key, samples, self.device, self.dtype, self.execution.backend)
         langevin = langevin or self.langevin
         langevin = replace(langevin, steps=langevin.sampling_steps or langevin.steps)
-        chain = partial(self.draw_conditional, streams=streams, langevin=langevin, temperature=temperature, condition=condition)
+        chain = partial(draw_conditional, self, streams=streams, langevin=langevin, temperature=temperature, condition=condition)
         held = held_states(fixed, self.transform, self.schedule, streams, temperature) if fixed else None
         return sample_levels(chain, self.schedule.steps, streams.normal(self.dim), held=held, temperature=temperature)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .chain import draw_conditional
 from .coupling import Labels, check_labels, cross_entropy
 from .streams import draw_key, open_streams
 
@@ -60,7 +61,7 @@ def recovery_loss(
     alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar))
     u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(prior.dim)
     u_next = alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(prior.dim)
-    negative = prior.draw_conditional(u_next, t, streams)
+    negative = draw_conditional(prior, u_next, t, streams)
     with torch.no_grad():
         z = prior.transform.to_latents(torch.cat((negative, u_t)))
     f, logits = prior.corrections(z, t.repeat(2))

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,12 @@ def load():
     return HVAE(HVAEConfig(image_size=8, widths=(8, 8), latent_channels=(2, 1)))
 
 number = 3
+
+def load_prior():
+    from hvae_ebm_prior import Coupling, DiffusionEBMPrior, LabelSet, LangevinConfig
+    torch.manual_seed(0)
+    coupling = Coupling({"class": LabelSet(("cup", "hat")), "smile": LabelSet(2)})
+    return DiffusionEBMPrior(load(), langevin=LangevinConfig(steps=2), coupling=coupling)
 """
 
 
@@ -106,3 +113,50 @@ def test_info_names_versions_and_backends(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "Langevin steps by naive" in printed
     assert "HVAE_EBM_PRIOR_BACKEND is set to naive" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "pictures", "figures"),
+    [
+        (["sample", "--count", "20", "--labels", "class=hat", "smile=1", "--guidance", "2"], ["sample"], {"samples": 20, "guidance": 2.0}),
+        (["edit", "--images", "images.npy", "--limit", "3"], ["edit"], {"images": 3}),
+        (["edit", "--images", "images.npy", "--hold", "0", "--labels", "class=0"], ["edit"], {"images": 8, "labels": {"class": 0}}),
+        (["interpolate", "--count", "3", "--steps", "4"], ["interpolate"], {"pairs": 3, "steps": 4}),
+        (["interpolate", "--images", "images.npy", "--limit", "5"], ["interpolate"], {"pairs": 2}),
+        (["transitions", "--count", "3", "--steps", "9"], ["transitions", "transitions_energies", "transitions_pixels"], {"chains": 3}),
+        (["ood", "--images", "images.npy", "--outliers", "images.npy"], ["ood", "ood_inference", "ood_density"], {"outliers": 20}),
+        (["ood", "--images", "images.npy", "--outliers", "images.npy", "--scheme", "ratio"], ["ood", "ood_ratio"], {"images": 20}),
+    ],
+    ids=lambda value: "-".join(value[:1]) if isinstance(value, list) else "",
+)
+def test_commands_of_a_prior_write_pictures_and_figures(files, monkeypatch, command, pictures, figures):
+    monkeypatch.chdir(files)
+    assert main([command[0], "mine.py:load_prior", *command[1:]]) == 0
+    for name in pictures:
+        assert (files / f"{name}.png").stat().st_size > 1000
+    written = json.loads((files / f"{command[0]}.json").read_text())
+    assert figures.items() <= written.items()
+    if command[0] == "edit" and "--hold" not in command:
+        assert [edit["held"] for edit in written["edits"]] == [[0, 1], [0], []]
+    if command[0] == "ood":
+        # The same images under another seed: nobody can tell them apart.
+        assert all(0.3 < cut["auroc"] < 0.7 for cut in written[pictures[1].partition("_")[2]])
+    assert not list(files.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["sample", "mine.py:load"], "expected a function that returns a trained DiffusionEBMPrior, got HVAE"),
+        (["sample", "mine.py:load_prior", "--labels", "class"], "expected set=category"),
+        (["sample", "mine.py:load_prior", "--labels", "colour=1"], "expected one of the label sets class, smile"),
+        (["sample", "mine.py:load_prior", "--labels", "class=shoe"], "expected one of cup, hat"),
+        (["edit", "mine.py:load_prior", "--images", "images.npy", "--hold", "a"], "layer indices such as 0,1"),
+        (["edit", "mine.py:load_prior", "--images", "images.npy", "--hold", "5"], "0 (top) to 1 (bottom)"),
+        (["interpolate", "mine.py:load_prior", "--images", "images.npy", "--limit", "1"], "at least two images"),
+    ],
+)
+def test_commands_of_a_prior_say_what_is_wrong(files, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(files)
+    assert main(command) == 2
+    assert message in capsys.readouterr().err

@@ -3,7 +3,7 @@ import torch
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig
-from hvae_ebm_prior.backbone import DensityAdapter
+from hvae_ebm_prior.elbo import DensityAdapter
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from backbones import IdentityBackbone, Quadratic, RandomBackbone
 from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, ExecutionConfig, LangevinConfig, langevin_update
+from hvae_ebm_prior.chain import draw_conditional
 from hvae_ebm_prior.execution import walk_gradient
 from hvae_ebm_prior.langevin import ChainDiverged, gaussian_part, langevin_chain, langevin_coefficients
 from hvae_ebm_prior.streams import SampleStreams, draw_seeds, open_streams
@@ -259,7 +260,7 @@ def test_chain_samples_a_tilted_gaussian(integrator):
     w, v, t, u_next, h = 0.8, -0.4, 1, 0.6, 0.05
     config = LangevinConfig(steps=150, step_size=h, integrator=integrator, start="gaussian")
     prior = DiffusionEBMPrior(IdentityBackbone((D,)), energy=[Quadratic(D, w, v)], langevin=config)
-    u = prior.draw_conditional(torch.full((N, D), u_next), torch.full((N,), t), streams(N))
+    u = draw_conditional(prior, torch.full((N, D), u_next), torch.full((N,), t), streams(N))
     alpha, sigma = prior.schedule.alpha[t + 1].item(), prior.schedule.sigma[t + 1].item()
     gaussian_precision = 1 + alpha**2 / sigma**2
     precision = gaussian_precision - 2 * v
@@ -382,7 +383,7 @@ def test_only_the_top_layer_is_walked_in_top_steps():
     langevin = LangevinConfig(steps=6, top_steps=4)
     prior = DiffusionEBMPrior(backbone, langevin=langevin, energy=[Quadratic(2, 0.1), Quadratic(3), Quadratic(4)])
     backbone.drawn = 0
-    prior.draw_conditional(torch.zeros(2, 9), torch.zeros(2, dtype=torch.long), streams(2))
+    draw_conditional(prior, torch.zeros(2, 9), torch.zeros(2, dtype=torch.long), streams(2))
     # A walk of three layers sends two latents before it is closed, one of the top layer none.
     assert backbone.drawn == 6 * 2
 
@@ -408,7 +409,7 @@ def test_non_finite_chain_is_reported():
         ({"sampling_steps": 0}, "sampling_steps must be a positive integer, got 0"),
         ({"top_steps": 0}, "top_steps must be a positive integer, got 0"),
         ({"integrator": "euler", "step_rule": "published", "step_size": 1e-5, "top_steps": 2}, "the published step rule has no top_steps"),
-        ({"integrator": "euler", "step_rule": "published", "step_size": 1e-5, "curvature_limit": 1.0}, "no curvature_limit"),
+        ({"integrator": "euler", "step_rule": "published", "step_size": 1e-5, "curvature_limit": 1.0}, "no top_steps, curvature_limit"),
         ({"drift_limit": 0.0}, r"drift_limit must be positive, got 0\.0"),
         ({"curvature_limit": -1.0}, r"curvature_limit must be positive, got -1\.0"),
         ({"integrator": "leimkuhler-matthews", "step_size": 2.5}, "leimkuhler-matthews is unstable"),
@@ -420,3 +421,27 @@ def test_non_finite_chain_is_reported():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LangevinConfig(**settings)
+
+
+def test_a_corrector_takes_away_the_error_of_large_steps():
+    """F = -z^2 with a step of .8 leaves the chain's variance off; Metropolis steps bring 1 / (1 + 2) back."""
+    settings = {"schedule": DiffusionSchedule.marginal(), "execution": ExecutionConfig(backend="naive")}
+    errors = []
+    for corrector_steps in (0, 60):
+        langevin = LangevinConfig(steps=60, step_size=0.8, corrector_steps=corrector_steps, drift_limit=math.inf)
+        prior = DiffusionEBMPrior(IdentityBackbone((2,)), energy=[Quadratic(2, 0.0, -1.0)], langevin=langevin, **settings)
+        u = prior.sample_noise(4000, generator=torch.Generator().manual_seed(0))
+        errors.append(abs(u.var().item() - 1 / 3))
+    assert errors[0] > 0.05
+    assert errors[1] < 0.02
+
+
+def test_a_corrector_at_a_temperature_and_with_held_layers():
+    """At temperature T, v = u / T has the target F(T v) N(v; 0, 1): u is N(0, 1 / (1/T^2 + 2))."""
+    langevin = LangevinConfig(steps=30, step_size=0.8, corrector_steps=30, drift_limit=math.inf)
+    settings = {"schedule": DiffusionSchedule.marginal(), "execution": ExecutionConfig(backend="naive"), "langevin": langevin}
+    prior = DiffusionEBMPrior(IdentityBackbone((2,), (1,)), energy=[Quadratic(2, 0.0, -1.0), Quadratic(1)], **settings)
+    held = torch.full((1, 1), 0.7)
+    u = prior.sample_noise(4000, fixed={1: held}, temperature=0.7, generator=torch.Generator().manual_seed(0))
+    assert (u[:, 2] == 0.7).all()
+    assert u[:, :2].var().item() == pytest.approx(1 / (1 / 0.49 + 2), rel=0.06)

@@ -17,7 +17,9 @@ RANKS = [
     ["schedule", "backbone", "streams", "validation"],
     ["energy", "langevin", "sampling", "registry", "elbo"],
     ["execution", "coupling", "metropolis"],
-    ["density", "recovery"],
+    ["density"],
+    ["chain"],
+    ["recovery"],
     ["prior"],
     ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
     ["control", "pictures", "presets", "testing"],
@@ -58,11 +60,7 @@ def test_core_never_imports_adapters():
 def test_only_required_packages_are_imported():
     code = (
         "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing, hvae_ebm_prior.cli\n"
-<<<<<<< HEAD
-        "import hvae_ebm_prior.pictures\n"
-=======
         "import hvae_ebm_prior.likelihood\n"
->>>>>>> likelihood
         "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate'} & set(sys.modules)\n"
         "sys.exit(', '.join(bad) or 0)"
     )

@@ -235,6 +235,20 @@ def test_a_proposal_that_is_not_finite_is_refused(bad, where):
     check_moments(u, mean, 1 - density / below - mean**2)
 
 
+def test_steps_are_taken_as_often_as_their_probability_says():
+    """One step of 200,000 samples; among those of a probability near any given one, that share has moved."""
+    n = 200_000
+    u, t = 2 * OneGenerator(n, 1).normal(2), torch.ones(n, dtype=torch.long)
+    settings = {"schedule": SCHEDULE, "config": LangevinConfig(step_size=1.0, drift_limit=math.inf), "steps": 1, "streams": OneGenerator(n)}
+    moved, acceptance = metropolis_chain(quadratic(0.3, -0.9), u, u, t, **settings)
+    taken = (moved != u).any(dim=1).double()
+    order = acceptance.argsort()
+    for tenth in order.chunk(10):
+        expected = acceptance[tenth].double()
+        assert abs(taken[tenth].mean() - expected.mean()) < 5 * (expected * (1 - expected)).mean().sqrt() / math.sqrt(len(tenth)) + 1e-4
+    assert acceptance.quantile(0.2) < 0.5 < acceptance.quantile(0.8)
+
+
 def test_energies_are_evaluated_once_per_step():
     calls = []
 

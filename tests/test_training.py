@@ -8,7 +8,7 @@ from backbones import IdentityBackbone, Quadratic, RandomBackbone
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig, TrainingConfig, TrainingDiverged
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig, TrainingConfig, TrainingDiverged, recovery
 from hvae_ebm_prior.training import Guard, endless_batches, learning_rate
 
 IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -211,7 +211,7 @@ def test_one_pass_over_a_tensor_sees_every_image_once():
     batches = endless_batches(images, 8, seed(0))
     first, second = ([next(batches) for _ in range(5)] for _ in range(2))
     assert [epoch for _, _, epoch in first + second] == [0] * 5 + [1] * 5
-    orders = [torch.cat([batch[:, 0, 0, 0] for batch, _ in part]) for part in (first, second)]
+    orders = [torch.cat([batch[:, 0, 0, 0] for batch, _, _ in part]) for part in (first, second)]
     assert all(torch.equal(order.sort().values, images[:, 0, 0, 0]) for order in orders)
     assert not torch.equal(*orders)
 
@@ -341,15 +341,15 @@ def test_ctrl_c_leaves_the_moving_average(where, monkeypatch):
         if where == "callback" and record.iteration == 12:
             raise KeyboardInterrupt
 
-    chain, calls = DiffusionEBMPrior.draw_conditional, []
+    chain, calls = recovery.draw_conditional, []
 
-    def interrupted(self, *args, **kwargs):
+    def interrupted(*args, **kwargs):
         calls.append(1)
         if where == "chain" and len(calls) == 13:
             raise KeyboardInterrupt
-        return chain(self, *args, **kwargs)
+        return chain(*args, **kwargs)
 
-    monkeypatch.setattr(DiffusionEBMPrior, "_chain", interrupted)
+    monkeypatch.setattr(recovery, "draw_conditional", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prior.fit(IMAGES, training=TrainingConfig(iterations=30), generator=seed(0), progress=False, callback=keep)
     assert len(states) == 12

