@@ -420,7 +420,7 @@ class BernoulliLikelihood(nn.Module):
 
     def forward(self, x_p, x=None):
         dist = distributions.Bernoulli(logits=self.head(x_p))
-        return None, SimpleNamespace(samples=dist.sample(), mean=dist.mean)
+        return None if x is None else dist.log_prob(x).sum((1, 2, 3)), SimpleNamespace(samples=dist.sample(), mean=dist.mean)
 
 
 class DeepVAE(nn.Module):

@@ -43,19 +43,30 @@ class LadderAdapter:
         return d
 
     def infer(self, images: Tensor) -> list[Tensor]:
+        return [z for z, _ in self.infer_with_density(images)]
+
+    def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         # As the model's forward does, but for the images' likelihood, which is not defined for every image in [0, 1].
         images = images if self.model.lambda_init is None else self.model.lambda_init(images)
         _, stages = self.model.generate(self.model.infer(images), n_prior_samples=len(images))
-        return [stage.q.z for stage in reversed(stages)]
+        posteriors = [stage.q for stage in reversed(stages)]
+        return [(q.z, q.dist.log_prob(q.z).flatten(1).sum(1)) for q in posteriors]
+
+    def log_likelihood(self, features: Tensor, images: Tensor) -> Tensor:
+        """log p(x | z) in nats, (N,); a Bernoulli likelihood takes images of zeros and ones."""
+        return self._likelihood(features, images)[0]
 
     def decode(self, features: Tensor) -> Tensor:
+        return self._likelihood(features, None)[1].mean.clamp(0, 1)
+
+    def _likelihood(self, features: Tensor, images: Tensor | None) -> tuple[Any, Any]:
         if self.model.pad is not None:
             features = F.pad(features, self.model.unpad)
         # The likelihood draws a sample beside its mean, and has nothing but a sample for mixtures: under a seed of its own.
         devices = [features.device] if features.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            return self.model.likelihood(x_p=features, x=None)[1].mean.clamp(0, 1)
+            return self.model.likelihood(x_p=features, x=images)
 
 
 def below(stage: Any, z: Tensor, skips: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
