@@ -70,8 +70,13 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
 
     labelled = prior.sample_noise(few, labels={"class": wanted[:few]}, guidance=4, generator=g)
     before = predict(in_chunks(prior.decode, labelled))
-    after = predict(in_chunks(prior.decode, resample(prior, labelled, (0,), generator=g)))
-    figures["top layer held, lower ones resampled: share whose class changes"] = (before != after).float().mean().item()
+    figures["guidance 4: accuracy on those whose layers are held"] = (before == wanted[:few]).float().mean().item()
+    for hold in ((0,), (0, 1)):
+        after = predict(in_chunks(prior.decode, resample(prior, labelled, hold, generator=g)))
+        figures[f"layers {hold} held, the others resampled: accuracy"] = (after == wanted[:few]).float().mean().item()
+        figures[f"layers {hold} held, the others resampled: share that the classifier takes for another class"] = (
+            (before != after).float().mean().item()
+        )
 
     hidden = slice(test.shape[2] // 2, None)
     error = lambda made, real: (made - real)[:, :, hidden].square().mean().item()  # noqa: E731
@@ -80,6 +85,11 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
     figures["inpainting: seconds per image"] = (time.monotonic() - start) / few
     figures["inpainting: squared error of the hidden half"] = error(inpainted, test[:few])
     figures["inpainting: the same of unconditional samples"] = error(images[:few], test[:few])
+    noisy = (test[:few] + 0.3 * torch.randn(test[:few].shape, generator=g)).clamp(0, 1)
+    told = lambda x: -((x - noisy) ** 2).flatten(1).sum(1) / (2 * 0.3**2)  # noqa: E731
+    denoised = prior.posterior_sample(told, few, langevin=INPAINTING, generator=g)
+    figures["denoising: squared error of noisy images (std .3)"] = (noisy - test[:few]).square().mean().item()
+    figures["denoising: squared error of posterior samples"] = (denoised - test[:few]).square().mean().item()
     figures["inpainting: ratio"] = figures["inpainting: squared error of the hidden half"] / figures["inpainting: the same of unconditional samples"]
     return figures
 

@@ -34,6 +34,8 @@ VARIANTS = {
     "diffusion": ("diffusion", {}),
     "diffusion, no noise": ("diffusion", {"noise": 0.0}),
     "density": ("density", {}),
+    "density, 1 draw": ("density", {"draws": 1}),
+    "restoration": ("restoration", {"draws": 2}),
     "backbone's -L^{>k}": ("bound", {}),
     "backbone's LLR^{>k}": ("ratio", {}),
 }

@@ -61,6 +61,7 @@ def hidden_half(images: Tensor, std: float = 0.1) -> Callable[[Tensor], Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=PRESETS["fast"].training.iterations, help="training steps")
+    parser.add_argument("--weights", type=Path, help="a conditional.safetensors, to draw the pictures of it without training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--columns", type=int, default=12, help="images in a row of the pictures")
     parser.add_argument("--out", type=Path, default=HERE / "output")
@@ -68,11 +69,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     g, n = torch.Generator().manual_seed(args.seed), args.columns
 
-    images, labels = load_subset("train")
-    prior = load_prior(seed=args.seed)
-    training = dataclasses.replace(PRESETS["fast"].training, iterations=args.iterations)
-    prior.fit(images, labels={"class": labels}, training=training, generator=g, progress=True)
-    save_file(prior.state_dict(), args.out / "conditional.safetensors")
+    prior = load_prior(args.weights, args.seed)
+    if args.weights is None:
+        images, labels = load_subset("train")
+        training = dataclasses.replace(PRESETS["fast"].training, iterations=args.iterations)
+        prior.fit(images, labels={"class": labels}, training=training, generator=g, progress=True)
+        save_file(prior.state_dict(), args.out / "conditional.safetensors")
 
     rows = [prior.sample(n, labels={"class": name}, guidance=GUIDANCE, generator=g) for name in CLASSES]
     save_grid(args.out / "conditional.png", rows, CLASSES)
@@ -98,7 +100,7 @@ def main() -> None:
     seen[:, :, real.shape[2] // 2 :] = 0.5
     inpainted = [prior.posterior_sample(hidden_half(real), n, langevin=INPAINTING, generator=g) for _ in range(3)]
     save_grid(args.out / "inpainted.png", [real, seen, *inpainted], ["real", "seen", "inpainted", "", ""])
-    print(f"pictures and conditional.safetensors in {args.out}")
+    print(f"pictures in {args.out}")
 
 
 if __name__ == "__main__":

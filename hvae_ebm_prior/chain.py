@@ -16,7 +16,7 @@ from .execution import chain_gradient, repeat, walk_values_and_gradient
 from .langevin import LangevinConfig, langevin_chain
 from .metropolis import metropolis_chain
 from .sampling import Held
-from .streams import Streams
+from .streams import SampleStreams, Streams
 
 if TYPE_CHECKING:
     from .composition import Condition
@@ -50,7 +50,10 @@ def draw_conditional(
 
     Raises:
         ChainDiverged: a chain left the finite numbers.
+        ValueError: a graph was asked for, and the noise is that of PyTorch's generators, or there is no CUDA.
     """
+    if model.execution.graph and isinstance(streams, SampleStreams):
+        raise ValueError('graph: a captured step needs counted noise; set ExecutionConfig(backend="triton") or "naive", or graph=False')
     config = langevin or model.langevin
     # Spectrally normalised weights are worked out once, where they are first used.
     with torch.no_grad(), parametrize.cached():

@@ -26,7 +26,11 @@ from .registry import find_adapter
 # What each command of a trained prior does, and its own options.
 PRIOR_COMMANDS = {
     "sample": (run_sample, "draw images, under labels if asked", ("count", "labels", "temperature")),
-    "edit": (run_edit, "hold some layers of real images and draw the others anew, under labels if asked", ("images", "hold", "labels")),
+    "edit": (
+        run_edit,
+        "hold some layers of images, or samples, and draw the others anew, under labels if asked",
+        ("optional images", "count", "hold", "labels"),
+    ),
     "interpolate": (run_interpolate, "go from one image, or sample, to another in noise space", ("optional images", "count", "steps")),
     "transitions": (run_transitions, "watch Langevin chains run: images, energies, acceptance, pixels", ("optional images", "count", "steps")),
     "ood": (run_ood, "score images by how far they are from what the prior learned", ("images", "outliers", "scheme")),
@@ -109,7 +113,7 @@ def add_options(command: argparse.ArgumentParser, own: Sequence[str]) -> None:
     if "scheme" in own:
         command.add_argument("--scheme", choices=SCHEMES, action="append", help="a score; may be given again (all of the prior's own)")
     if "count" in own:
-        command.add_argument("--count", type=int, default=8 if "steps" in own else 64, help="number of samples (%(default)s)")
+        command.add_argument("--count", type=int, default=64 if "temperature" in own else 8, help="number of samples (%(default)s)")
     if "steps" in own:
         command.add_argument("--steps", type=int, default=10, help="images per row, or Langevin steps per level (%(default)s)")
     if "hold" in own:

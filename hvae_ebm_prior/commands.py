@@ -34,9 +34,14 @@ def run_sample(prior: DiffusionEBMPrior, options: argparse.Namespace, generator:
 
 @torch.no_grad()
 def run_edit(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
-    """Images above, and below them the edits: of the layers to hold, or one row for every number of layers from the top."""
-    images, labels, layers = options.images.to(prior.device), read_labels(options.labels), len(prior.latent_shapes)
-    u = prior.encode(images, generator=generator)
+    """Images or samples above, and below them the edits: of the layers to hold, or one row for every number of layers from the top."""
+    labels, layers = read_labels(options.labels), len(prior.latent_shapes)
+    if options.images is None:
+        u = prior.sample_noise(options.count, generator=generator)
+        images = prior.decode(u)
+    else:
+        images = options.images.to(prior.device)
+        u = prior.encode(images, generator=generator)
     holds = [tuple(range(k)) for k in reversed(range(layers + 1))] if options.hold is None else [read_layers(options.hold)]
     rows, figures = [images], []
     for hold in holds:

@@ -7,9 +7,9 @@ An expression stands for a weight w(u_t, t) >= 0 on the Gaussian part of the con
     AND       the product: energies add               NOT   OR of the parts' NOTs
     OR        the sum: logsumexp of energies          NOT   AND of the parts' NOTs
 
-(METHOD of Du et al., 2020.) To subtract an energy without bound would let chains run away to where it is high; every NOT here is at most 1, so the
-density it multiplies stays normalisable. An energy is known up to a constant: an `Expert`'s `offset` says where its prior counts as true, and sets
-the shares of a mixture.
+(Du et al., 2020, compose energies so.) To subtract an energy without bound would let chains run away to where it is high; the NOT of a label or
+prior is at most 1, so the density that it multiplies stays normalisable. An energy is known up to a constant: an `Expert`'s `offset` says where its
+prior counts as true, and sets the shares of a mixture.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,7 +125,7 @@ def log_weight(expression: Expression, sampled: EnergyModel, beliefs: Beliefs) -
     """log w (N,) of an expression.
 
     Args:
-        expression: with the labels that `resolve` returned.
+        expression: as `make_condition` checked it, with labels as tensors.
         sampled: the prior that labels belong to.
         beliefs: what a prior says of the latents.
 
@@ -202,7 +202,8 @@ class Condition:
         believers = {id(each): each.believer(t) for each in (prior, *experts)}
 
         def target(u: Tensor, t: Tensor, layers: int | None = None) -> Tensor:
-            told, seen = 0.0 * u.sum(1), {}
+            told: Tensor | float = 0.0
+            seen: dict[int, Belief] = {}
             if self.log_likelihood is None or layers is not None:
                 z = prior.transform.to_latents(u, layers)
             else:

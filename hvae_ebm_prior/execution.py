@@ -40,7 +40,8 @@ class ExecutionConfig:
             For GPUs; a CPU may be slower with it.
         compile: compile the gradient with torch.compile. Its first result is compared with the plain one, which is used, with a warning, if they
             differ.
-        graph: on CUDA, capture a chain's step as a graph and replay it. For models whose step is many small launches.
+        graph: on CUDA, capture a chain's step as a graph and replay it. For models whose step is many small launches. It takes counted noise, a
+            backend other than "torch", and does nothing where `LangevinConfig.curvature_limit` makes every step another.
     """
 
     backend: Backend = "auto"

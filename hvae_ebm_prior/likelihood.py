@@ -22,7 +22,7 @@ is also that of the exact p. Neither speaks of the short chains of `prior.sample
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
@@ -34,13 +34,11 @@ from torch.nn.utils import parametrize
 from .density import Believer
 from .elbo import backbone_bound, density_adapter
 from .execution import walk_values_and_gradient
-from .langevin import ChainDiverged, LangevinConfig, gaussian_part, langevin_coefficients
+from .langevin import ChainDiverged, LangevinConfig, gaussian_part
+from .metropolis import Proposal, ValueAndGradient, Visit, metropolis_step, plain_proposal
 from .prior import CHUNK_DIMENSIONS, DiffusionEBMPrior
 from .streams import Streams, draw_key, draw_seeds, open_streams, seeded
 from .validation import check_count, check_images, check_levels, check_noise
-
-# F (N,) and its gradient (N, D), at states (N, D).
-ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class LogNormalizer:
         forward: from P forward paths (N,): in expectation below log Z.
         reverse: from these and one path backwards from u_t (N,); NaN where no u_t was given.
         effective_sample_size: of the forward weights (N,), from 1 to P.
-        acceptance: share of accepted transitions of the forward paths (N,); NaN with one temperature, which has none.
+        acceptance: mean acceptance probability of the forward paths (N,); NaN with one temperature, which has none.
     """
 
     forward: Tensor
@@ -124,49 +122,8 @@ def values_and_gradient(prior: DiffusionEBMPrior, believe: Believer, t: Tensor, 
     return walk_values_and_gradient(lambda u, t: believe(prior.transform.to_latents(u), t)[0], u, t)
 
 
-def metropolis_step(
-    value_and_gradient: ValueAndGradient,
-    u: Tensor,
-    value: Tensor,
-    gradient: Tensor,
-    u_next: Tensor,
-    coefficients: Tensor,
-    streams: Streams,
-    inverse_temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One Langevin step with a Metropolis test, which leaves exp(beta F) N(w u_next, 1/lambda) exactly as it is (MALA).
-
-    The Gaussian part alone is reversible under the exponential step, so that only F and the drifts enter the test.
-
-    Args:
-        value_and_gradient: F and grad F as a function of u.
-        u: states (N, D).
-        value: F there (N,).
-        gradient: grad F there (N, D).
-        u_next: states of the noisier level (N, D).
-        coefficients: A, B, C, D of the exponential integrator (N, 4).
-        streams: the samples' noise.
-        inverse_temperature: beta.
-
-    Returns:
-        States (N, D), F and grad F there, and which samples moved (N,).
-    """
-    a, b, c, d = coefficients.T[:, :, None]
-    noise = streams.normal(u.shape[1] + 1)
-    drift, kick = inverse_temperature * c * gradient, d * noise[:, :-1]
-    proposal = a * u + b * u_next + drift + kick
-    new_value, new_gradient = value_and_gradient(proposal)
-    new_drift = inverse_temperature * c * new_gradient
-    there = (drift * (kick + drift / 2)).sum(1)
-    back = (new_drift * (u - a * proposal - b * u_next - new_drift / 2)).sum(1)
-    log_ratio = inverse_temperature * (new_value - value) + (back - there) / d[:, 0] ** 2
-    moves = torch.special.log_ndtr(noise[:, -1]) < log_ratio
-    row = moves[:, None]
-    return torch.where(row, proposal, u), torch.where(moves, new_value, value), torch.where(row, new_gradient, gradient), moves
-
-
 def anneal(
-    value_and_gradient: ValueAndGradient, u: Tensor, u_next: Tensor, coefficients: Tensor, ladder: Sequence[float], streams: Streams
+    value_and_gradient: ValueAndGradient, u: Tensor, u_next: Tensor, proposal: Proposal, ladder: Sequence[float], streams: Streams
 ) -> tuple[Tensor, Tensor]:
     """One path of annealed importance sampling per sample.
 
@@ -174,21 +131,27 @@ def anneal(
         value_and_gradient: F and grad F as a function of u.
         u: draws (N, D) of the target at the first temperature.
         u_next: states of the noisier level (N, D).
-        coefficients: as in `metropolis_step`.
+        proposal: the Langevin steps.
         ladder: K + 1 inverse temperatures, from 0 to 1 (forward) or from 1 to 0 (reverse).
         streams: the samples' noise.
 
     Returns:
-        Log-weights sum_k |beta_k - beta_{k-1}| F in nats (N,), and the share of accepted transitions (N,).
+        Log-weights sum_k |beta_k - beta_{k-1}| F in nats (N,), and the mean acceptance probability (N,).
     """
     value, gradient = value_and_gradient(u)
     log_weights = abs(ladder[1] - ladder[0]) * value
-    moved = torch.zeros_like(value)
+    accepted = torch.zeros_like(value)
     for beta, following in pairwise(ladder[1:]):
-        u, value, gradient, moves = metropolis_step(value_and_gradient, u, value, gradient, u_next, coefficients, streams, beta)
+
+        def tempered(u: Tensor, beta: float = beta) -> tuple[Tensor, Tensor]:
+            value, gradient = value_and_gradient(u)
+            return beta * value, beta * gradient
+
+        end, log_probability = metropolis_step(tempered, Visit(u, beta * value, beta * gradient), u_next, proposal, streams)
+        u, value, gradient = end.u, end.value / beta, end.drift / beta
         log_weights = log_weights + abs(following - beta) * value
-        moved = moved + moves
-    return log_weights, moved / (len(ladder) - 2) if len(ladder) > 2 else torch.full_like(moved, torch.nan)
+        accepted = accepted + log_probability.exp()
+    return log_weights, accepted / (len(ladder) - 2) if len(ladder) > 2 else torch.full_like(accepted, torch.nan)
 
 
 @torch.no_grad()
@@ -196,7 +159,8 @@ def annealed_weights(
     prior: DiffusionEBMPrior, u_next: Tensor, t: Tensor, key: int, annealing: AnnealingConfig, chunk_size: int, u: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-weights and acceptance of P forward paths of every state, each (N, P), or of one reverse path from each of `u`, (N, 1)."""
-    config = LangevinConfig(step_size=annealing.step_size)
+    # A limited drift would have to be taken out again when the temperature changes.
+    config = LangevinConfig(step_size=annealing.step_size, drift_limit=math.inf)
     ladder = torch.linspace(0, 1, annealing.steps + 1, dtype=torch.float64).tolist()
     paths = annealing.particles if u is None else 1
     results = []
@@ -210,10 +174,10 @@ def annealed_weights(
             start = weight[:, None] * states + streams.normal(prior.dim) / precision.sqrt()[:, None]
         else:
             start = u[rows]
-        coefficients = langevin_coefficients(levels, prior.schedule, config, states.dtype)
+        proposal = plain_proposal(states, levels, schedule=prior.schedule, config=config)
         with parametrize.cached():
             function = partial(values_and_gradient, prior, prior.believer(levels), levels)
-            results.append(anneal(function, start, states, coefficients, ladder if u is None else ladder[::-1], streams))
+            results.append(anneal(function, start, states, proposal, ladder if u is None else ladder[::-1], streams))
     log_weights, acceptance = (torch.cat(parts).unflatten(0, (len(u_next), paths)) for parts in zip(*results, strict=True))
     if not bool(torch.isfinite(log_weights).all()):
         raise ChainDiverged("annealed weights are not finite: the energies are not, somewhere; train them again with a lower learning rate")

@@ -143,6 +143,31 @@ def log_acceptance(now: Visit, proposed: Visit, proposal: Proposal) -> Tensor:
     return torch.where(finite, log_ratio.clamp(max=0), -torch.inf)
 
 
+def metropolis_step(
+    value_and_gradient: ValueAndGradient, now: Visit, u_next: Tensor, proposal: Proposal, streams: Streams, held: Tensor | None = None
+) -> tuple[Visit, Tensor]:
+    """One Langevin step, taken or refused.
+
+    Args:
+        value_and_gradient: F(T(u), t) (N,) and its gradient (N, D) as a function of u (N, D).
+        now: where the step starts.
+        u_next: states of the noisier level (N, D).
+        proposal: the step.
+        streams: the samples' noise, also that of the decisions.
+        held: mask (D,) of held dimensions.
+
+    Returns:
+        Where it ends, and the log-probability (N,) with which it was taken.
+    """
+    proposed = visit(value_and_gradient, propose(now, u_next, proposal, streams, held), proposal, held)
+    log_probability = log_acceptance(now, proposed, proposal)
+    # The logarithm of a uniform number: a standard normal one through its distribution function.
+    taken = torch.special.log_ndtr(streams.normal(1)[:, 0]) <= log_probability
+    row = taken[:, None]
+    end = Visit(torch.where(row, proposed.u, now.u), torch.where(taken, proposed.value, now.value), torch.where(row, proposed.drift, now.drift))
+    return end, log_probability
+
+
 @torch.no_grad()
 def metropolis_chain(
     value_and_gradient: ValueAndGradient,
@@ -191,13 +216,6 @@ def metropolis_chain(
         )
     total = torch.zeros_like(now.value)
     for _ in range(steps):
-        proposed = visit(value_and_gradient, propose(now, u_next, proposal, streams, held), proposal, held)
-        log_probability = log_acceptance(now, proposed, proposal)
-        # The logarithm of a uniform number: a standard normal one through its distribution function.
-        taken = torch.special.log_ndtr(streams.normal(1)[:, 0]) <= log_probability
-        column = taken[:, None]
-        now = Visit(
-            torch.where(column, proposed.u, now.u), torch.where(taken, proposed.value, now.value), torch.where(column, proposed.drift, now.drift)
-        )
+        now, log_probability = metropolis_step(value_and_gradient, now, u_next, proposal, streams, held)
         total = total + log_probability.exp()
     return now.u, total / steps

@@ -7,8 +7,11 @@ knows of an image is coarser the higher it is, and outliers that fool the detail
     diffusion     the same after a detour: the layers above the cut are diffused to a noise level, those below come from the prior's chains at that
                   level, and the last conditional priors draw all of them down to u_0 together
     density       inference plus the Gaussian part, |u_i|^2 / 2: -log of the density that energies correct
+    restoration   what that detour costs the image, log p(x | T(u)) before it less log p(x | T(u)) after it
 
-and of the backbone, to compare with (Havtorn et al., 2021):
+Energies are log-ratios of the learned prior to the Gaussian one. Where no data were, nothing bounds them, and they may be low for some outliers; with
+the Gaussian part they are safer. Of a posterior draw, |u|^2 is mostly noise of what the image does not tell, alike for all images: it takes draws to
+see past it. And of the backbone, to compare with (Havtorn et al., 2021):
 
     bound         -L^{>k}, the ELBO with the layers below the cut left to the Gaussian prior; k = 0 is the ELBO itself
     ratio         LLR^{>k} = L - L^{>k}; nothing at k = 0
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .backbone import drive
 from .chain import draw_conditional
 from .elbo import density_adapter, teacher_forced
 from .prior import CHUNK_DIMENSIONS, DiffusionEBMPrior
@@ -47,22 +51,18 @@ def inference_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1
         TypeError, ValueError: images of a wrong type, shape or range.
     """
 
-    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
-        return above_cuts(prior.layer_energies(encode_each(prior, chunk, key, first), 0))
-
-    return averaged(prior, images, draws, generator, score)
+    return posterior_scores(prior, images, draws, generator, lambda u: prior.layer_energies(u, 0))
 
 
 @torch.no_grad()
-def density_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+def density_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 16, generator: torch.Generator | None = None) -> Tensor:
     """Energies and Gaussian part of posterior draws; arguments, result and errors as of `inference_scores`."""
 
-    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
-        u = encode_each(prior, chunk, key, first)
+    def layers(u: Tensor) -> Tensor:
         gaussian = torch.stack([0.5 * part.flatten(1).square().sum(1) for part in prior.split(u)], dim=1)
-        return above_cuts(prior.layer_energies(u, 0) + gaussian)
+        return prior.layer_energies(u, 0) + gaussian
 
-    return averaged(prior, images, draws, generator, score)
+    return posterior_scores(prior, images, draws, generator, layers)
 
 
 @torch.no_grad()
@@ -92,19 +92,66 @@ def diffusion_scores(
         TypeError, ValueError: images of a wrong type, shape or range, or no such level.
         ChainDiverged: a chain left the finite numbers.
     """
+    check_detour(prior, level, noise)
+
+    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
+        u = prior.split(encode_each(prior, chunk, key, first)[0])
+        kept = [restored(prior, dict(enumerate(u[: len(u) - k])), level, noise, streams) for k in range(len(u))]
+        return torch.stack([above_cuts(prior.layer_energies(each, 0))[:, k] for k, each in enumerate(kept)], dim=1)
+
+    return averaged(prior, images, draws, generator, score)
+
+
+@torch.no_grad()
+def restoration_scores(
+    prior: DiffusionEBMPrior,
+    images: Tensor,
+    *,
+    level: int = 1,
+    noise: float = 1.0,
+    draws: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """How much worse images are explained after the detour of `diffusion_scores`.
+
+    Args:
+        prior: the trained prior.
+        images: (N, C, H, W) in [0, 1].
+        level: noise level t that images are diffused to, 1..T.
+        noise: factor on the std of that noise.
+        draws: posterior draws per image, whose scores are averaged.
+        generator: source of all noise.
+
+    Returns:
+        Scores (N, L) in nats, entry k for the cut k: the layers below it are the prior's own.
+
+    Raises:
+        TypeError: the adapter knows no densities, see `hvae_ebm_prior.backbone.DensityAdapter`, or images of a wrong type.
+        ValueError: images of a wrong shape or range, or no such level.
+        ChainDiverged: a chain left the finite numbers.
+    """
+    check_detour(prior, level, noise)
+    adapter = density_adapter(prior.backbone)
+
+    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
+        def explained(u: Tensor) -> Tensor:
+            parts = prior.split(u)
+            return adapter.log_likelihood(drive(adapter, len(u), lambda i, mean, std: mean + std * parts[i].to(mean))[1], chunk)
+
+        u = encode_each(prior, chunk, key, first)[0]
+        before, parts = explained(u), prior.split(u)
+        kept = [restored(prior, dict(enumerate(parts[: len(parts) - k])), level, noise, streams) for k in range(len(parts))]
+        return torch.stack([before - explained(each) for each in kept], dim=1)
+
+    return averaged(prior, images, draws, generator, score)
+
+
+def check_detour(prior: DiffusionEBMPrior, level: int, noise: float) -> None:
+    """Raise ValueError unless the schedule has the level, and noise is a non-negative factor."""
     if level not in range(1, prior.schedule.steps + 1):
         raise ValueError(f"level: expected a noise level 1..{prior.schedule.steps}, got {level!r}")
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise: expected a non-negative factor, got {noise!r}")
-
-    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
-        u, columns = prior.split(encode_each(prior, chunk, key, first)), []
-        for k in range(len(u)):
-            above = range(len(u) - k)
-            columns.append(above_cuts(prior.layer_energies(restored(prior, {i: u[i] for i in above}, level, noise, streams), 0))[:, k])
-        return torch.stack(columns, dim=1)
-
-    return averaged(prior, images, draws, generator, score)
 
 
 def restored(prior: DiffusionEBMPrior, inferred: dict[int, Tensor], level: int, noise: float, streams: Streams) -> Tensor:
@@ -159,24 +206,43 @@ def ratio_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, ge
     return scores - scores[:, :1]
 
 
-# All schemes by name; the first three are the prior's.
+# All schemes by name; the first four are the prior's.
 SCHEMES: dict[str, Callable[..., Tensor]] = {
     "inference": inference_scores,
     "diffusion": diffusion_scores,
     "density": density_scores,
+    "restoration": restoration_scores,
     "bound": bound_scores,
     "ratio": ratio_scores,
 }
 
 
 def averaged(
-    prior: DiffusionEBMPrior, images: Tensor, draws: int, generator: torch.Generator | None, score: Callable[[Tensor, Streams, int, int], Tensor]
+    prior: DiffusionEBMPrior,
+    images: Tensor,
+    draws: int,
+    generator: torch.Generator | None,
+    score: Callable[[Tensor, Streams, int, int], Tensor],
+    copies: int = 1,
 ) -> Tensor:
-    """Mean over draws of the scores of chunks of images, given their streams, a key and the number of the first image."""
+    """Mean over draws of the scores of chunks of images, given their streams, a key and the number of the first image.
+
+    Args:
+        prior: the prior.
+        images: (N, C, H, W).
+        draws: how often all are scored.
+        generator: source of the noise.
+        score: the scores (n, L) of a chunk (n, C, H, W).
+        copies: how many times `score` holds each image in memory.
+
+    Returns:
+        Scores (N, L).
+    """
     check_images(images)
     check_count(draws, "draws")
+    check_count(copies, "draws")
     images, scores = images.to(prior.device, prior.transform.dtype), []
-    chunk_size = max(1, CHUNK_DIMENSIONS // prior.dim)
+    chunk_size = max(1, CHUNK_DIMENSIONS // (copies * prior.dim))
     for _ in range(draws):
         key, noise, found = draw_key(generator), draw_key(generator), []
         for first in range(0, len(images), chunk_size):
@@ -187,11 +253,24 @@ def averaged(
     return torch.stack(scores).mean(0)
 
 
-def encode_each(prior: DiffusionEBMPrior, images: Tensor, key: int, first: int) -> Tensor:
-    """Posterior noise (N, D) of images, each under a seed of its own, so that it does not depend on the others."""
+def posterior_scores(
+    prior: DiffusionEBMPrior, images: Tensor, draws: int, generator: torch.Generator | None, layers: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Sums above each cut (N, L) of values per layer of noise, means over posterior draws."""
+
+    def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
+        u = encode_each(prior, chunk, key, first, draws)
+        return above_cuts(layers(u.flatten(0, 1)).unflatten(0, u.shape[:2]).mean(0))
+
+    return averaged(prior, images, 1, generator, score, copies=draws)
+
+
+def encode_each(prior: DiffusionEBMPrior, images: Tensor, key: int, first: int, draws: int = 1) -> Tensor:
+    """Posterior noise (draws, N, D) of images, each under a seed of its own, so that it does not depend on the others."""
     seeds = sample_seeds(key, range(first, first + len(images)))
     pairs = zip(images.split(1), seeds, strict=True)
-    return torch.cat([prior.encode(image, generator=torch.Generator().manual_seed(seed)) for image, seed in pairs])
+    found = [prior.encode(image.expand(draws, -1, -1, -1), generator=torch.Generator().manual_seed(seed)) for image, seed in pairs]
+    return torch.stack(found, dim=1)
 
 
 def above_cuts(layers: Tensor) -> Tensor:

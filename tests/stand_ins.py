@@ -420,8 +420,7 @@ class BernoulliLikelihood(nn.Module):
 
     def forward(self, x_p, x=None):
         dist = distributions.Bernoulli(logits=self.head(x_p))
-        likelihood = None if x is None else dist.log_prob(x).flatten(1).sum(1)
-        return likelihood, SimpleNamespace(samples=dist.sample(), mean=dist.mean)
+        return None if x is None else dist.log_prob(x).sum((1, 2, 3)), SimpleNamespace(samples=dist.sample(), mean=dist.mean)
 
 
 class DeepVAE(nn.Module):

@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributions import AffineTransform, Bernoulli, Normal, SigmoidTransform, TransformedDistribution, Uniform
 
 from hvae_ebm_prior.adapters import LadderAdapter, NVAEAdapter, VDVAEAdapter
-from hvae_ebm_prior.backbone import DensityAdapter, drive
+from hvae_ebm_prior.backbone import drive
+from hvae_ebm_prior.elbo import DensityAdapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 

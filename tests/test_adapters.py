@@ -12,6 +12,7 @@ from torch import nn
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, LangevinConfig, TrainingConfig
 from hvae_ebm_prior.adapters import HVAEAdapter, LadderAdapter, NVAEAdapter, VDVAEAdapter, freeze, recalibrate_batch_norm
 from hvae_ebm_prior.backbone import NoiseTransform, drive
+from hvae_ebm_prior.elbo import backbone_bound
 from hvae_ebm_prior.testing import find_faults
 
 NVAES = {
@@ -159,6 +160,26 @@ def test_posterior_draws_reconstruct_the_stage_draws_of_the_model():
         assert [tuple(part.shape[1:]) for part in z] == model.shapes()
         torch.manual_seed(1)
         torch.testing.assert_close(z[0], model.stages[-1].stochastic(model.infer(images), inference=True)[0])
+
+
+@pytest.mark.parametrize("biva", [False, True], ids=["lvae", "biva"])
+def test_densities_of_the_ladder_against_the_models_own_distributions(biva):
+    torch.manual_seed(0)
+    model = perturb(DeepVAE(biva=biva))
+    prior, images = DiffusionEBMPrior(model), torch.rand(3, 1, 2, 2).round()
+    torch.manual_seed(1)
+    stages = model.generate(model.infer(images), len(images))[1]
+    torch.manual_seed(1)
+    drawn = prior.backbone.infer_with_density(images)
+    for (z, log_density), stage in zip(drawn, reversed(stages), strict=True):
+        torch.testing.assert_close(log_density, stage.q.dist.log_prob(z).flatten(1).sum(1))
+    # The bound of the same draws, by the stand-in's own pass through the prior.
+    torch.manual_seed(1)
+    u, bound = backbone_bound(prior.transform, images)
+    _, log_prior, logits = model.ancestral(prior.split(u))
+    log_likelihood = torch.distributions.Bernoulli(logits=logits).log_prob(images).sum((1, 2, 3))
+    log_posterior = torch.stack([log_density for _, log_density in drawn]).sum(0)
+    torch.testing.assert_close(bound, log_likelihood + log_prior - log_posterior, atol=1e-4, rtol=1e-4)
 
 
 def test_contract(family):

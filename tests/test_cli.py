@@ -121,6 +121,7 @@ def test_info_names_versions_and_backends(capsys, monkeypatch):
         (["sample", "--count", "20", "--labels", "class=hat", "smile=1", "--guidance", "2"], ["sample"], {"samples": 20, "guidance": 2.0}),
         (["edit", "--images", "images.npy", "--limit", "3"], ["edit"], {"images": 3}),
         (["edit", "--images", "images.npy", "--hold", "0", "--labels", "class=0"], ["edit"], {"images": 8, "labels": {"class": 0}}),
+        (["edit", "--count", "3"], ["edit"], {"images": 3}),
         (["interpolate", "--count", "3", "--steps", "4"], ["interpolate"], {"pairs": 3, "steps": 4}),
         (["interpolate", "--images", "images.npy", "--limit", "5"], ["interpolate"], {"pairs": 2}),
         (["transitions", "--count", "3", "--steps", "9"], ["transitions", "transitions_energies", "transitions_pixels"], {"chains": 3}),

@@ -56,3 +56,15 @@ def test_saved_prior_loads_again(tmp_path):
     again.load_state_dict(load_file(tmp_path / "prior.safetensors"))
     draws = [p.sample(2, generator=torch.Generator().manual_seed(0)) for p in (prior, again)]
     assert torch.equal(*draws)
+
+
+def test_conditional_example(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "conditional.py"), "--iterations", "2", "--columns", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("conditional", "composed", "edited", "inpainted"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+    from conditional import load_prior
+
+    prior = load_prior(tmp_path / "conditional.safetensors")
+    assert prior.sample(1, labels={"class": "sneaker"}, generator=torch.Generator().manual_seed(0)).shape == (1, 1, 28, 28)

@@ -117,7 +117,9 @@ def test_repeated_steps_are_the_loop_with_fresh_noise(integrator, top_steps):
 def test_graphs_are_for_cuda():
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA; benchmarks/gpu_check.py compares graphs with eager steps")
-    with pytest.raises(ValueError, match="captured on CUDA alone"):
+    with pytest.raises(ValueError, match="CUDA alone"):
+        make_prior(execution=ExecutionConfig(graph=True, backend="naive")).sample(2, generator=seed(0))
+    with pytest.raises(ValueError, match="counted noise"):
         make_prior(execution=ExecutionConfig(graph=True)).sample(2, generator=seed(0))
 
 

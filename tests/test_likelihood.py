@@ -10,10 +10,9 @@ from torch import nn
 from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig
-from hvae_ebm_prior.langevin import ChainDiverged, langevin_coefficients
-from hvae_ebm_prior.likelihood import AnnealingConfig, bits_per_dimension, log_likelihood_bound, log_normalizer, metropolis_step
+from hvae_ebm_prior.langevin import ChainDiverged
+from hvae_ebm_prior.likelihood import AnnealingConfig, bits_per_dimension, log_likelihood_bound, log_normalizer
 from hvae_ebm_prior.presets import PRESETS
-from hvae_ebm_prior.streams import SampleStreams
 
 W, V = 0.8, -0.6
 
@@ -143,70 +142,6 @@ def test_constant_energy_needs_no_annealing():
     estimate = log_normalizer(prior, u_next, 2, u=u_next, annealing=AnnealingConfig(4, 7), generator=seed(1))
     for value, expected in ((estimate.forward, 2.1), (estimate.reverse, 2.1), (estimate.effective_sample_size, 7.0), (estimate.acceptance, 1.0)):
         torch.testing.assert_close(value, torch.full((5,), expected))
-
-
-class FixedNoise:
-    def __init__(self, noise):
-        self.noise = noise
-
-    def normal(self, dim):
-        assert self.noise.shape[1] == dim
-        return self.noise
-
-
-def test_metropolis_test_is_the_ratio_of_densities():
-    """The probability to move, with target and proposal written out as Gaussian densities."""
-    schedule, t, beta, n = DiffusionSchedule.cosine(3), torch.tensor([0, 1, 2]).repeat(20), 0.7, 60
-    coefficients = langevin_coefficients(t, schedule, LangevinConfig(step_size=0.9), torch.float64)
-    a, b, c, d = coefficients.T[:, :, None]
-    g = seed(0)
-    u, u_next, noise = (torch.randn(n, 2, generator=g, dtype=torch.float64) for _ in range(3))
-
-    def f(u):
-        return 2 * torch.sin(2 * u).sum(1), 4 * torch.cos(2 * u)
-
-    alpha, sigma = (level.double()[t + 1, None] for level in (schedule.alpha, schedule.sigma))
-
-    def log_target(u):
-        return beta * f(u)[0] + Normal(alpha * u_next, sigma).log_prob(u).sum(1)
-
-    def log_proposal(to, u):
-        return Normal(a * u + b * u_next + beta * c * f(u)[1], d).log_prob(to).sum(1)
-
-    new = a * u + b * u_next + beta * c * f(u)[1] + d * noise
-    chance = (log_target(new) + log_proposal(u, new) - log_target(u) - log_proposal(new, u)).exp().clamp(max=1)
-    assert ((chance > 0.01) & (chance < 0.99)).sum() > 20
-    for factor, moves in ((0.99, True), (1.01, False)):
-        uniform = (factor * chance).clamp(max=1 - 1e-9)
-        streams = FixedNoise(torch.cat((noise, torch.special.ndtri(uniform)[:, None]), dim=1))
-        state, value, gradient, moved = metropolis_step(f, u, *f(u), u_next, coefficients, streams, beta)
-        judged = (chance < 0.99) & (chance > 1e-12)
-        assert (moved[judged] == moves).all()
-        torch.testing.assert_close(state, torch.where(moved[:, None], new, u))
-        torch.testing.assert_close(value, f(state)[0])
-        torch.testing.assert_close(gradient, f(state)[1])
-
-
-def test_metropolis_steps_leave_the_target_as_it_is():
-    """Large steps from exact draws keep mean and variance; the same steps without the test do not."""
-    n, t, schedule = 10_000, torch.full((10_000,), 2), DiffusionSchedule.cosine(3)
-    u_next = torch.zeros(n, 1)
-    exact = quadratic_draws(schedule, u_next, 2, torch.randn(n, 1, generator=seed(0)))
-    coefficients = langevin_coefficients(t, schedule, LangevinConfig(step_size=1.2), torch.float32)
-    streams = SampleStreams(list(range(n)), torch.device("cpu"), torch.float32)
-
-    def f(u):
-        return (W * u + V * u**2).sum(1), W + 2 * V * u
-
-    u, (value, gradient), free = exact, f(exact), exact
-    for _ in range(4):
-        u, value, gradient, _ = metropolis_step(f, u, value, gradient, u_next, coefficients, streams)
-        a, b, c, d = coefficients.T[:, :, None]
-        free = a * free + b * u_next + c * f(free)[1] + d * streams.normal(1)
-    precision = 1 - 2 * V
-    assert u.mean().item() == pytest.approx(W / precision, abs=4 / (precision * n) ** 0.5)
-    assert u.var().item() == pytest.approx(1 / precision, rel=4 * (2 / n) ** 0.5)
-    assert abs(free.var().item() * precision - 1) > 8 * (2 / n) ** 0.5
 
 
 def test_reverse_bounds_the_density_of_the_sampler_for_any_state():

@@ -7,7 +7,16 @@ from torch import nn
 from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig, ood
-from hvae_ebm_prior.ood import SCHEMES, bound_scores, density_scores, detection, diffusion_scores, inference_scores, ratio_scores
+from hvae_ebm_prior.ood import (
+    SCHEMES,
+    bound_scores,
+    density_scores,
+    detection,
+    diffusion_scores,
+    inference_scores,
+    ratio_scores,
+    restoration_scores,
+)
 
 
 def seed(value):
@@ -111,6 +120,39 @@ def test_the_backbones_bounds_of_a_linear_gaussian_model():
     torch.testing.assert_close(ratio[:, 1], again[:, 1] - again[:, 0])
 
 
+def test_density_scores_are_means_over_the_posterior():
+    """Without energies: u_1 = z_1 and u_2 = z_2 - z_1 share x alike, so each is N(m, v) given x, and E u^2 / 2 = (m^2 + v) / 2."""
+    x = torch.tensor([0.3, -2.0, 4.0])
+    half = ((x / 2.25) ** 2 + 1 - 1 / 2.25) / 2
+    scores = density_scores(DiffusionEBMPrior(LinearGaussian()), ((x + 10) / 20)[:, None, None, None], draws=20_000, generator=seed(0))
+    torch.testing.assert_close(scores, torch.stack((2 * half, half), dim=1), rtol=0.03, atol=0.02)
+
+
+def test_restoration_scores_in_closed_form():
+    """A sharp level moves no layer above the cut. Without energies z_2 below it is N(z_1, 1) instead of its posterior."""
+    schedule = DiffusionSchedule.from_snr([1e9, 1e8, 0])
+    prior = DiffusionEBMPrior(LinearGaussian(), schedule=schedule, langevin=LangevinConfig(steps=2, start="gaussian"))
+    x = torch.tensor([0.3, -2.0, 4.0])
+    images = ((x + 10) / 20).repeat_interleave(800)[:, None, None, None]
+    scores = restoration_scores(prior, images, draws=2, generator=seed(0))
+    assert scores[:, 0].abs().max() < 0.02
+    scores = scores.unflatten(0, (3, 800)).mean(1)
+    m, v, v_2 = x / 2.25, 1 - 1 / 2.25, 1 / (1 / 2 + 4)
+    expected = ((x - m) ** 2 + v + 1 - (x - 4 * v_2 * x) ** 2 - v_2) / (2 * 0.25)
+    torch.testing.assert_close(scores[:, 1], expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["restoration", "bound", "ratio"])
+def test_scores_of_densities_do_not_depend_on_the_other_images(name, monkeypatch):
+    prior = DiffusionEBMPrior(LinearGaussian(), energy=[Quadratic(1, 0.5, -0.2), Quadratic(1, -0.3, 0.1)], langevin=LangevinConfig(steps=2))
+    images = torch.rand(5, 1, 1, 1, generator=seed(0))
+    whole = SCHEMES[name](prior, images, draws=2, generator=seed(1))
+    torch.testing.assert_close(SCHEMES[name](prior, images[:2], draws=2, generator=seed(1)), whole[:2], atol=1e-4, rtol=1e-5)
+    monkeypatch.setattr(ood, "CHUNK_DIMENSIONS", 2 * prior.dim)
+    torch.testing.assert_close(SCHEMES[name](prior, images, draws=2, generator=seed(1)), whole, atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(SCHEMES[name](prior, images, draws=2, generator=seed(2)), whole)
+
+
 @pytest.mark.parametrize("name", ["inference", "diffusion", "density"])
 def test_scores_do_not_depend_on_the_other_images(name, monkeypatch):
     torch.manual_seed(0)
@@ -140,6 +182,9 @@ def test_detection_of_a_small_example():
     ("call", "error", "message"),
     [
         (lambda p: bound_scores(p, to_images(Z)), TypeError, "IdentityBackbone knows no densities.*infer_with_density, log_likelihood"),
+        (lambda p: restoration_scores(p, to_images(Z)), TypeError, "knows no densities"),
+        (lambda p: restoration_scores(p, to_images(Z), level=0), ValueError, r"1\.\.3, got 0"),
+        (lambda p: density_scores(p, to_images(Z), draws=0), ValueError, "draws"),
         (lambda p: diffusion_scores(p, to_images(Z), level=4), ValueError, r"1\.\.3, got 4"),
         (lambda p: diffusion_scores(p, to_images(Z), noise=-1), ValueError, "factor"),
         (lambda p: inference_scores(p, to_images(Z), draws=0), ValueError, "draws"),
