@@ -7,6 +7,9 @@ knows of an image is coarser the higher it is, and outliers that fool the detail
     diffusion     the same after a detour: the layers above the cut are diffused to a noise level, those below come from the prior's chains at that
                   level, and the last conditional priors draw all of them down to u_0 together
     density       inference plus the Gaussian part, |u_i|^2 / 2: -log of the density that energies correct
+    typicality    how unusual the layers' energies at all levels t and their Gaussian parts are together: the Mahalanobis distance to those of
+                  reference images. Where few data trained it, an energy may be low as well as high, and that is as telling (Nalisnick et al., 2019,
+                  on typical sets; Morningstar et al., 2021, on densities of such statistics)
 
 and of the backbone, to compare with (Havtorn et al., 2021):
 
@@ -159,11 +162,52 @@ def ratio_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, ge
     return scores - scores[:, :1]
 
 
-# All schemes by name; the first three are the prior's.
+@torch.no_grad()
+def typicality_scores(
+    prior: DiffusionEBMPrior, images: Tensor, *, reference: Tensor, draws: int = 4, generator: torch.Generator | None = None
+) -> Tensor:
+    """Mahalanobis distances of energies and Gaussian parts to those of reference images.
+
+    Args:
+        prior: the trained prior.
+        images: (N, C, H, W) in [0, 1].
+        reference: images (M, C, H, W) of the data, such as those it was trained on; some hundreds.
+        draws: posterior draws per image, over which statistics are averaged.
+        generator: source of all noise.
+
+    Returns:
+        Squared distances (N, L), entry k for the cut k.
+
+    Raises:
+        TypeError, ValueError: images of a wrong type, shape or range, or too few reference images to estimate a covariance.
+    """
+    levels, layers = prior.schedule.steps, len(prior.latent_shapes)
+    if len(reference) <= layers * (levels + 1):
+        raise ValueError(f"reference: expected more images than statistics, {layers * (levels + 1)}, got {len(reference)}")
+
+    def describe(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
+        u = encode_each(prior, chunk, key, first)
+        gaussian = torch.stack([0.5 * part.flatten(1).square().sum(1) for part in prior.split(u)], dim=1)
+        return torch.stack([*(prior.layer_energies(u, t) for t in range(levels)), gaussian], dim=2)
+
+    usual, found = (averaged(prior, batch, draws, generator, describe).double() for batch in (reference, images))
+    columns = []
+    for k in range(layers):
+        typical, seen = (part[:, : layers - k].flatten(1) for part in (usual, found))
+        scale = typical.std(0).clamp(min=1e-12)
+        typical, seen = (typical / scale, seen / scale)
+        covariance = torch.cov(typical.T) + 1e-6 * torch.eye(typical.shape[1], dtype=typical.dtype, device=typical.device)
+        root = torch.linalg.cholesky(covariance)
+        columns.append(torch.linalg.solve_triangular(root, (seen - typical.mean(0)).T, upper=False).square().sum(0))
+    return torch.stack(columns, dim=1).to(prior.dtype)
+
+
+# All schemes by name; the first four are the prior's, and `typicality` takes `reference` images beside.
 SCHEMES: dict[str, Callable[..., Tensor]] = {
     "inference": inference_scores,
     "diffusion": diffusion_scores,
     "density": density_scores,
+    "typicality": typicality_scores,
     "bound": bound_scores,
     "ratio": ratio_scores,
 }
