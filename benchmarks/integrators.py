@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gradients", type=int, default=2400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, PUBLISHED], help="run these alone")
+    parser.add_argument("--variants", nargs="*", default=[*VARIANTS, PUBLISHED], help="run these alone; none to print what stands in the file")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for seed in args.seeds:
@@ -92,14 +92,14 @@ def main() -> None:
                 results[name] = run(variant, seed, args.gradients)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
                 print(name, results[name], file=sys.stderr, flush=True)
-    print("| integrator | iterations | FD | diverged |\n|---|---|---|---|")
+    print("| integrator | iterations | FD | runs | diverged |\n|---|---|---|---|---|")
     for variant in (*VARIANTS, PUBLISHED):
         found = [results[name] for seed in args.seeds if (name := f"{variant} | {args.gradients} gradients | seed {seed}") in results]
         if not found:
             continue
         values = [result["distance"] for result in found]
         spread = f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-        print(f"| {variant} | {found[0]['iterations']} | {spread} | {sum(result['diverged'] for result in found)} of {len(found)} |")
+        print(f"| {variant} | {found[0]['iterations']} | {spread} | {len(found)} | {sum(result['diverged'] for result in found)} |")
 
 
 if __name__ == "__main__":

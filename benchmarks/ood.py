@@ -36,6 +36,7 @@ VARIANTS = {
     "density": ("density", {}),
     "density, 1 draw": ("density", {"draws": 1}),
     "restoration": ("restoration", {"draws": 2}),
+    "typicality": ("typicality", {}),
     "backbone's -L^{>k}": ("bound", {}),
     "backbone's LLR^{>k}": ("ratio", {}),
 }
@@ -53,15 +54,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("priors", type=Path, nargs="*", default=[OUTPUT / "conditional.safetensors"], help="state dicts, one per seed")
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="run these alone; other rows stay as they are")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder of the pictures")
     args = parser.parse_args()
     images = load_subset("test")[0]
     sets = {"MNIST": digits(args.images), "upside down": images[-args.images :].flip(2)}
-    images, results = images[: args.images], []
-    for seed, path in enumerate(args.priors):
-        prior, found = load_prior(path), {}
-        for name, (scheme, settings) in VARIANTS.items():
-            start = time.monotonic()
+    images, reference, file = images[: args.images], load_subset("train")[0][:1000], Path(__file__).with_suffix(".json")
+    results = json.loads(file.read_text())["priors"] if file.exists() and args.variants != list(VARIANTS) else [{} for _ in args.priors]
+    for seed, (path, found) in enumerate(zip(args.priors, results, strict=True)):
+        prior = load_prior(path)
+        for name in args.variants:
+            (scheme, settings), start = VARIANTS[name], time.monotonic()
+            settings = {"reference": reference} if scheme == "typicality" else settings
             scores = SCHEMES[scheme](prior, images, generator=torch.Generator().manual_seed(seed), **settings)
             for other, outliers in sets.items():
                 theirs = SCHEMES[scheme](prior, outliers, generator=torch.Generator().manual_seed(seed + 100), **settings)
@@ -69,12 +73,11 @@ def main() -> None:
                 if seed == 0 and other == "MNIST":
                     save_histograms(args.out / f"ood-{scheme}.png", scores, theirs, ("Fashion-MNIST", "MNIST"))
             print(path, name, f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-        results.append(found)
     for other in sets:
-        curves = {name: [cut["auroc"] for cut in results[0][f"{other} | {name}"]] for name in VARIANTS}
+        curves = {name: [cut["auroc"] for cut in results[0][f"{other} | {name}"]] for name in VARIANTS if f"{other} | {name}" in results[0]}
         save_curves(args.out / f"ood-{other.replace(' ', '-')}.png", curves)
     report = {"images": args.images, "torch": torch.__version__, "priors": results}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    file.write_text(json.dumps(report, indent=1) + "\n")
     print("| outliers | scheme | k | AUROC | AUPRC | FPR80 |\n|---|---|---|---|---|---|")
     for row in results[0]:
         for k in range(len(results[0][row])):

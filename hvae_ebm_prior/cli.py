@@ -64,7 +64,7 @@ def run_prior_command(options: argparse.Namespace, prior: object, generator: tor
     """One of `PRIOR_COMMANDS`: draws its picture, writes its figures beside it and prints them."""
     if not isinstance(prior, DiffusionEBMPrior):
         raise TypeError(f"loader: expected a function that returns a trained DiffusionEBMPrior, got {type(prior).__name__}; load its weights there")
-    for name in ("images", "outliers"):
+    for name in ("images", "outliers", "reference"):
         if getattr(options, name, None) is not None:
             setattr(options, name, load_images(getattr(options, name))[: options.limit])
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +110,7 @@ def add_options(command: argparse.ArgumentParser, own: Sequence[str]) -> None:
         command.add_argument("--limit", type=int, default=1000 if "outliers" in own else 8, help="use so many from the start of a file (%(default)s)")
     if "outliers" in own:
         command.add_argument("--outliers", required=True, help="the same, of images that are to be told apart")
+        command.add_argument("--reference", help="the same, of images of the data to compare with, for the scheme typicality")
     if "scheme" in own:
         command.add_argument("--scheme", choices=SCHEMES, action="append", help="a score; may be given again (all of the prior's own)")
     if "count" in own:

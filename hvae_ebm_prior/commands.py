@@ -19,7 +19,7 @@ from .prior import DiffusionEBMPrior
 from .transitions import langevin_transitions, oversaturation, pixel_statistics, relaxation_time
 
 COLUMNS = 16
-# What `ood` takes where no scheme is named; the others need an adapter that knows densities.
+# What `ood` takes where no scheme is named, besides `typicality` where there are reference images; others need an adapter that knows densities.
 PRIOR_SCHEMES = ("inference", "diffusion", "density")
 
 
@@ -94,8 +94,12 @@ def run_ood(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: to
     """AUROC over the cuts, and histograms of every scheme beside it."""
     figures: dict[str, Any] = {"images": len(options.images), "outliers": len(options.outliers)}
     curves = {}
-    for name in options.scheme or PRIOR_SCHEMES:
-        scores, outliers = (SCHEMES[name](prior, images, generator=generator) for images in (options.images, options.outliers))
+    schemes = options.scheme or [*PRIOR_SCHEMES, *(["typicality"] if options.reference is not None else [])]
+    if "typicality" in schemes and options.reference is None:
+        raise ValueError("typicality: it compares with images of the data, such as those trained on; give them with --reference")
+    for name in schemes:
+        given = {"reference": options.reference} if name == "typicality" else {}
+        scores, outliers = (SCHEMES[name](prior, images, generator=generator, **given) for images in (options.images, options.outliers))
         found = detection(scores, outliers)
         curves[name], figures[name] = [cut.auroc for cut in found], [dataclasses.asdict(cut) for cut in found]
         save_histograms(beside(options.out, name), scores, outliers)

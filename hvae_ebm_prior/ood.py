@@ -8,6 +8,9 @@ knows of an image is coarser the higher it is, and outliers that fool the detail
                   level, and the last conditional priors draw all of them down to u_0 together
     density       inference plus the Gaussian part, |u_i|^2 / 2: -log of the density that energies correct
     restoration   what that detour costs the image, log p(x | T(u)) before it less log p(x | T(u)) after it
+    typicality    how unusual the layers' energies at all levels t and their Gaussian parts are together: the Mahalanobis distance to those of
+                  reference images. Where few data trained it, an energy may be low as well as high, and that is as telling (Nalisnick et al., 2019,
+                  on typical sets; Morningstar et al., 2021, on densities of such statistics)
 
 Energies are log-ratios of the learned prior to the Gaussian one. Where no data were, nothing bounds them, and they may be low for some outliers; with
 the Gaussian part they are safer. Of a posterior draw, |u|^2 is mostly noise of what the image does not tell, alike for all images: it takes draws to
@@ -51,18 +54,13 @@ def inference_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1
         TypeError, ValueError: images of a wrong type, shape or range.
     """
 
-    return posterior_scores(prior, images, draws, generator, lambda u: prior.layer_energies(u, 0))
+    return above_cuts(posterior_means(prior, images, draws, generator, lambda u: prior.layer_energies(u, 0)))
 
 
 @torch.no_grad()
 def density_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 16, generator: torch.Generator | None = None) -> Tensor:
     """Energies and Gaussian part of posterior draws; arguments, result and errors as of `inference_scores`."""
-
-    def layers(u: Tensor) -> Tensor:
-        gaussian = torch.stack([0.5 * part.flatten(1).square().sum(1) for part in prior.split(u)], dim=1)
-        return prior.layer_energies(u, 0) + gaussian
-
-    return posterior_scores(prior, images, draws, generator, layers)
+    return above_cuts(posterior_means(prior, images, draws, generator, lambda u: prior.layer_energies(u, 0) + gaussian_part(prior, u)))
 
 
 @torch.no_grad()
@@ -206,12 +204,51 @@ def ratio_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, ge
     return scores - scores[:, :1]
 
 
-# All schemes by name; the first four are the prior's.
+@torch.no_grad()
+def typicality_scores(
+    prior: DiffusionEBMPrior, images: Tensor, *, reference: Tensor, draws: int = 16, generator: torch.Generator | None = None
+) -> Tensor:
+    """Mahalanobis distances of energies and Gaussian parts to those of reference images.
+
+    Args:
+        prior: the trained prior.
+        images: (N, C, H, W) in [0, 1].
+        reference: images (M, C, H, W) of the data, such as those it was trained on; some hundreds.
+        draws: posterior draws per image, over which statistics are averaged.
+        generator: source of all noise.
+
+    Returns:
+        Squared distances (N, L), entry k for the cut k.
+
+    Raises:
+        TypeError, ValueError: images of a wrong type, shape or range, or too few reference images to estimate a covariance.
+    """
+    levels, layers = prior.schedule.steps, len(prior.latent_shapes)
+    if len(reference) <= layers * (levels + 1):
+        raise ValueError(f"reference: expected more images than statistics, {layers * (levels + 1)}, got {len(reference)}")
+
+    def describe(u: Tensor) -> Tensor:
+        return torch.stack([*(prior.layer_energies(u, t) for t in range(levels)), gaussian_part(prior, u)], dim=2)
+
+    usual, found = (posterior_means(prior, batch, draws, generator, describe).double() for batch in (reference, images))
+    columns = []
+    for k in range(layers):
+        typical, seen = (part[:, : layers - k].flatten(1) for part in (usual, found))
+        scale = typical.std(0).clamp(min=1e-12)
+        typical, seen = (typical / scale, seen / scale)
+        covariance = torch.cov(typical.T) + 1e-6 * torch.eye(typical.shape[1], dtype=typical.dtype, device=typical.device)
+        root = torch.linalg.cholesky(covariance)
+        columns.append(torch.linalg.solve_triangular(root, (seen - typical.mean(0)).T, upper=False).square().sum(0))
+    return torch.stack(columns, dim=1).to(prior.dtype)
+
+
+# All schemes by name; the first five are the prior's, and `typicality` takes `reference` images beside.
 SCHEMES: dict[str, Callable[..., Tensor]] = {
     "inference": inference_scores,
     "diffusion": diffusion_scores,
     "density": density_scores,
     "restoration": restoration_scores,
+    "typicality": typicality_scores,
     "bound": bound_scores,
     "ratio": ratio_scores,
 }
@@ -232,11 +269,11 @@ def averaged(
         images: (N, C, H, W).
         draws: how often all are scored.
         generator: source of the noise.
-        score: the scores (n, L) of a chunk (n, C, H, W).
+        score: the scores (n, ...) of a chunk (n, C, H, W).
         copies: how many times `score` holds each image in memory.
 
     Returns:
-        Scores (N, L).
+        Scores (N, ...).
     """
     check_images(images)
     check_count(draws, "draws")
@@ -253,16 +290,21 @@ def averaged(
     return torch.stack(scores).mean(0)
 
 
-def posterior_scores(
-    prior: DiffusionEBMPrior, images: Tensor, draws: int, generator: torch.Generator | None, layers: Callable[[Tensor], Tensor]
+def posterior_means(
+    prior: DiffusionEBMPrior, images: Tensor, draws: int, generator: torch.Generator | None, describe: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Sums above each cut (N, L) of values per layer of noise, means over posterior draws."""
+    """Means (N, ...) over posterior draws of what `describe` tells of noise (n, D), (n, ...)."""
 
     def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
         u = encode_each(prior, chunk, key, first, draws)
-        return above_cuts(layers(u.flatten(0, 1)).unflatten(0, u.shape[:2]).mean(0))
+        return describe(u.flatten(0, 1)).unflatten(0, u.shape[:2]).mean(0)
 
     return averaged(prior, images, 1, generator, score, copies=draws)
+
+
+def gaussian_part(prior: DiffusionEBMPrior, u: Tensor) -> Tensor:
+    """|u_i|^2 / 2 of every layer, (N, L)."""
+    return torch.stack([0.5 * part.flatten(1).square().sum(1) for part in prior.split(u)], dim=1)
 
 
 def encode_each(prior: DiffusionEBMPrior, images: Tensor, key: int, first: int, draws: int = 1) -> Tensor:

@@ -126,6 +126,11 @@ def test_info_names_versions_and_backends(capsys, monkeypatch):
         (["interpolate", "--images", "images.npy", "--limit", "5"], ["interpolate"], {"pairs": 2}),
         (["transitions", "--count", "3", "--steps", "9"], ["transitions", "transitions_energies", "transitions_pixels"], {"chains": 3}),
         (["ood", "--images", "images.npy", "--outliers", "images.npy"], ["ood", "ood_inference", "ood_density"], {"outliers": 20}),
+        (
+            ["ood", "--images", "images.npy", "--outliers", "images.npy", "--scheme", "typicality", "--reference", "images.npy"],
+            ["ood", "ood_typicality"],
+            {"images": 20},
+        ),
         (["ood", "--images", "images.npy", "--outliers", "images.npy", "--scheme", "ratio"], ["ood", "ood_ratio"], {"images": 20}),
     ],
     ids=lambda value: "-".join(value[:1]) if isinstance(value, list) else "",
@@ -155,6 +160,7 @@ def test_commands_of_a_prior_write_pictures_and_figures(files, monkeypatch, comm
         (["edit", "mine.py:load_prior", "--images", "images.npy", "--hold", "a"], "layer indices such as 0,1"),
         (["edit", "mine.py:load_prior", "--images", "images.npy", "--hold", "5"], "0 (top) to 1 (bottom)"),
         (["interpolate", "mine.py:load_prior", "--images", "images.npy", "--limit", "1"], "at least two images"),
+        (["ood", "mine.py:load_prior", "--images", "images.npy", "--outliers", "images.npy", "--scheme", "typicality"], "--reference"),
     ],
 )
 def test_commands_of_a_prior_say_what_is_wrong(files, monkeypatch, capsys, command, message):

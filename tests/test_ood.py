@@ -1,5 +1,7 @@
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
@@ -16,6 +18,7 @@ from hvae_ebm_prior.ood import (
     inference_scores,
     ratio_scores,
     restoration_scores,
+    typicality_scores,
 )
 
 
@@ -61,6 +64,23 @@ def test_diffusion_scores_between_their_limits():
     for column, expected in ((0, samples.sum(1)), (1, samples[:, 0])):
         assert scores[:, column].mean().item() == pytest.approx(expected.mean().item(), abs=5 * expected.std().item() * (2 / 2000) ** 0.5)
     assert inference_scores(noisy, images).mean() > 2 * scores.mean()
+
+
+def test_typicality_is_the_mahalanobis_distance_of_energies_and_gaussian_parts(known):
+    """Against numpy's covariance and inverse, with the statistics written out."""
+    reference, z = torch.randn(400, 5, generator=seed(3)), torch.cat((Z, 3 * Z))
+
+    def statistics(z, layers):
+        f = [0.5 * z[:, :2] - 0.2 * z[:, :2] ** 2, -0.3 * z[:, 2:] + 0.1 * z[:, 2:] ** 2]
+        return torch.stack([part for i, size in ((0, z[:, :2]), (1, z[:, 2:])) for part in (-f[i].sum(1), size.square().sum(1) / 2)][: 2 * layers], 1)
+
+    # The energies do not depend on t, so that three of them are one, and count once.
+    scores = typicality_scores(known, to_images(z), reference=to_images(reference), draws=1)
+    for column, layers in ((0, 2), (1, 1)):
+        usual, seen = statistics(reference, layers).double().numpy(), statistics(z, layers).double().numpy()
+        inverse = np.linalg.inv(np.cov(usual.T))
+        expected = np.einsum("ni,ij,nj->n", seen - usual.mean(0), inverse, seen - usual.mean(0))
+        torch.testing.assert_close(scores[:, column].double(), torch.from_numpy(expected), rtol=2e-2, atol=2e-2)
 
 
 class LinearGaussian(IdentityBackbone):
@@ -153,22 +173,23 @@ def test_scores_of_densities_do_not_depend_on_the_other_images(name, monkeypatch
     assert not torch.allclose(SCHEMES[name](prior, images, draws=2, generator=seed(2)), whole)
 
 
-@pytest.mark.parametrize("name", ["inference", "diffusion", "density"])
+@pytest.mark.parametrize("name", ["inference", "diffusion", "density", "typicality"])
 def test_scores_do_not_depend_on_the_other_images(name, monkeypatch):
     torch.manual_seed(0)
     prior = DiffusionEBMPrior(RandomBackbone([(2,), (3,)]), energy=EnergyConfig(vector_width=8), langevin=LangevinConfig(steps=2))
     for network in prior.energies:
         nn.init.normal_(network.readout.weight)
     images = torch.rand(7, 1, 2, 2, generator=seed(0))
-    whole = SCHEMES[name](prior, images, draws=2, generator=seed(1))
+    score = partial(SCHEMES[name], prior, **({"reference": torch.rand(30, 1, 2, 2, generator=seed(9))} if name == "typicality" else {}))
+    whole = score(images, draws=2, generator=seed(1))
     assert whole.shape == (7, 2)
     changed = images.clone()
     changed[3:] = 1 - changed[3:]
-    torch.testing.assert_close(SCHEMES[name](prior, changed, draws=2, generator=seed(1))[:3], whole[:3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(SCHEMES[name](prior, images[:2], draws=2, generator=seed(1)), whole[:2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(score(changed, draws=2, generator=seed(1))[:3], whole[:3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(score(images[:2], draws=2, generator=seed(1)), whole[:2], atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(ood, "CHUNK_DIMENSIONS", 2 * prior.dim)
-    torch.testing.assert_close(SCHEMES[name](prior, images, draws=2, generator=seed(1)), whole, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(SCHEMES[name](prior, images, draws=2, generator=seed(2)), whole)
+    torch.testing.assert_close(score(images, draws=2, generator=seed(1)), whole, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(score(images, draws=2, generator=seed(2)), whole)
 
 
 def test_detection_of_a_small_example():
@@ -189,6 +210,7 @@ def test_detection_of_a_small_example():
         (lambda p: diffusion_scores(p, to_images(Z), noise=-1), ValueError, "factor"),
         (lambda p: inference_scores(p, to_images(Z), draws=0), ValueError, "draws"),
         (lambda p: inference_scores(p, to_images(Z) + 1), ValueError, r"\[0, 1\]"),
+        (lambda p: typicality_scores(p, to_images(Z), reference=to_images(Z)), ValueError, "more images than statistics, 8, got 6"),
         (lambda p: detection(Z, Z[:, :2]), ValueError, r"\(6, 5\) and \(6, 2\)"),
     ],
 )
