@@ -33,10 +33,10 @@ VARIANTS = {
     "inference": ("inference", {}),
     "diffusion": ("diffusion", {}),
     "diffusion, no noise": ("diffusion", {"noise": 0.0}),
-    "density": ("density", {}),
     "density, 1 draw": ("density", {"draws": 1}),
+    "density, 16 draws": ("density", {"draws": 16}),
     "restoration": ("restoration", {"draws": 2}),
-    "typicality": ("typicality", {}),
+    "typicality, 4 draws": ("typicality", {"draws": 4}),
     "backbone's -L^{>k}": ("bound", {}),
     "backbone's LLR^{>k}": ("ratio", {}),
 }
@@ -65,7 +65,7 @@ def main() -> None:
         prior = load_prior(path)
         for name in args.variants:
             (scheme, settings), start = VARIANTS[name], time.monotonic()
-            settings = {"reference": reference} if scheme == "typicality" else settings
+            settings = {"reference": reference, **settings} if scheme == "typicality" else settings
             scores = SCHEMES[scheme](prior, images, generator=torch.Generator().manual_seed(seed), **settings)
             for other, outliers in sets.items():
                 theirs = SCHEMES[scheme](prior, outliers, generator=torch.Generator().manual_seed(seed + 100), **settings)
