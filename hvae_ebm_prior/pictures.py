@@ -158,7 +158,7 @@ def save_curves(path: str | Path, curves: Mapping[str, Sequence[float]]) -> None
         axis.plot(range(len(values)), values, marker="o", label=name)
     axis.axhline(0.5, color="0.6", linestyle="--", linewidth=1)
     axis.set(xlabel="lower layers left out, k", ylabel="AUROC", ylim=(0, 1.02), xticks=range(max(map(len, curves.values()))))
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
