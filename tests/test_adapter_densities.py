@@ -86,7 +86,9 @@ def test_mixture_likelihood_adds_up_to_one_and_stays_finite_far_from_the_mean():
 
 @torch.no_grad()
 @pytest.mark.parametrize("biva", [False, True])
-def test_ladder(biva):
+def test_ladder(biva, monkeypatch):
+    # Dynamo, once imported by another test, turns the validation of distributions off for the whole process.
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     torch.manual_seed(0)
     model = perturb(DeepVAE(biva=biva))
     adapter, images = LadderAdapter(model), torch.rand(3, 1, 2, 2, generator=seed(0)).round()
