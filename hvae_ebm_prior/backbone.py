@@ -99,14 +99,7 @@ class NoiseTransform:
         Returns:
             Latents (N, *latent_shapes[i]), top to bottom.
         """
-        parts, latents = einops.unpack(u, list(self.latent_shapes[:layers]), "n *"), []
-
-        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            latents.append(mean + std * parts[i])
-            return latents[-1]
-
-        self._walk(u, draw, layers)
-        return tuple(latents)
+        return self._draw_latents(u, layers)[0]
 
     def to_noise(self, z: Sequence[Tensor]) -> Tensor:
         """T⁻¹: noise u (N, D) of the latents `z`, in one teacher-forced pass.
@@ -146,18 +139,21 @@ class NoiseTransform:
 
     def decode(self, u: Tensor) -> Tensor:
         """The backbone's images (N, C, H, W) for noise `u` (N, D)."""
-        return self.to_latents_and_images(u)[1]
+        return self.adapter.decode(self.to_latents_and_features(u)[1])
 
-    def to_latents_and_images(self, u: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Latents, as in `to_latents`, and images, as in `decode`, of one walk."""
-        parts, latents = self.split(u), []
+    def to_latents_and_features(self, u: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """Latents, as in `to_latents`, and the features that `adapter.decode` needs, of one walk to the backbone's end."""
+        return self._draw_latents(u, to_end=True)
+
+    def _draw_latents(self, u: Tensor, layers: int | None = None, *, to_end: bool = False) -> tuple[tuple[Tensor, ...], Any]:
+        parts, latents = einops.unpack(u, list(self.latent_shapes[:layers]), "n *"), []
 
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
             latents.append(mean + std * parts[i])
             return latents[-1]
 
-        features = self._walk(u, draw, to_end=True)
-        return tuple(latents), self.adapter.decode(features)
+        features = self._walk(u, draw, layers, to_end=to_end)
+        return tuple(latents), features
 
     def check_layers(self, parts: Sequence[Tensor], what: str) -> None:
         """Raise TypeError or ValueError unless `parts` holds one tensor (N, *latent_shapes[i]) per layer, with one N."""

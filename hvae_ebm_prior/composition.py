@@ -207,8 +207,8 @@ class Condition:
             if self.log_likelihood is None or layers is not None:
                 z = prior.transform.to_latents(u, layers)
             else:
-                z, images = prior.transform.to_latents_and_images(u)
-                told = check_likelihood(self.log_likelihood(images), len(u))
+                z, features = prior.transform.to_latents_and_features(u)
+                told = check_likelihood(self.log_likelihood(prior.backbone.decode(features)), len(u))
 
             def beliefs(each: EnergyModel) -> Belief:
                 if id(each) not in seen:

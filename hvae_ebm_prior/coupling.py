@@ -95,6 +95,10 @@ class Coupling:
         if not self.weight > 0:
             raise ValueError(f"weight: expected a positive number, got {self.weight!r}")
 
+    def coupled(self, t: Tensor) -> Tensor:
+        """Whether labels take part at levels `t` (N,): (N,) bool."""
+        return torch.ones_like(t, dtype=torch.bool) if self.levels is None else torch.isin(t, torch.tensor(list(self.levels), device=t.device))
+
     def layers(self, name: str, count: int) -> tuple[int, ...]:
         """Indices of the layers that a set is bound to, out of `count`, top to bottom."""
         layers = self.sets[name].layers
@@ -149,12 +153,11 @@ def label_logits(heads: Heads, coupling: Coupling, z: Sequence[Tensor], t: Tenso
     Returns:
         Logits by set.
     """
-    coupled = None if coupling.levels is None else torch.isin(t, torch.tensor(list(coupling.levels), device=t.device))
-    found = {}
+    found, coupled = {}, coupling.coupled(t)[:, None]
     for name, networks in heads.items():
         parts = [network(z[int(i)], t) for i, network in networks.items() if int(i) < len(z)]
         logits = torch.stack(parts).sum(0) if parts else z[0].new_zeros(len(t), coupling.sets[name].size)
-        found[name] = logits if coupled is None else logits * coupled[:, None]
+        found[name] = logits * coupled
     return found
 
 
@@ -168,12 +171,12 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
 
 
-def check_labels(labels: Tensor | Labels, coupling: Coupling, n: int, device: torch.device) -> dict[str, Tensor]:
+def check_labels(labels: Tensor | Labels, coupling: Coupling | None, n: int, device: torch.device) -> dict[str, Tensor]:
     """Labels of images for training.
 
     Args:
         labels: by set, or of the only set: (n,) integers or floats; -1 or NaN where unknown.
-        coupling: the label sets.
+        coupling: the label sets; None for a prior that is not coupled.
         n: number of images.
         device: where the labels go.
 
@@ -181,8 +184,10 @@ def check_labels(labels: Tensor | Labels, coupling: Coupling, n: int, device: to
         Long tensors (n,) by set; sets that were not given are unknown.
 
     Raises:
-        TypeError, ValueError: an unknown set, a wrong length, or an index out of range.
+        TypeError, ValueError: no coupling, an unknown set, a wrong length, or an index out of range.
     """
+    if coupling is None:
+        raise ValueError("labels: this prior is not coupled to labels; see DiffusionEBMPrior.couple")
     if isinstance(labels, Tensor):
         if len(coupling.sets) > 1:
             raise TypeError(f"labels: expected a tensor for each of {', '.join(coupling.sets)}, as {{name: tensor}}, got one tensor")

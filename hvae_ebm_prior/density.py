@@ -237,7 +237,7 @@ class EnergyModel(nn.Module):
     def believer(self, t: Tensor) -> Believer:
         """What this prior says of latents at levels `t` (N,), as a function for one chain: F (N,) and log p(y | u_t) by label set."""
         energies = batched_energies(list(self.energies), self.latent_shapes, len(t), t.device)
-        uncoupled = self.coupling is not None and self.coupling.levels is not None and not set(t.tolist()) & set(self.coupling.levels)
+        uncoupled = self.coupling is not None and not bool(self.coupling.coupled(t).any())
         heads = {name: {i: frozen(network) for i, network in networks.items()} for name, networks in self.heads.items() if not uncoupled}  # type: ignore[operator]
 
         def believe(z: Sequence[Tensor], t: Tensor) -> Belief:

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backbone import drive
 from .chain import draw_conditional
 from .elbo import density_adapter, teacher_forced
 from .prior import CHUNK_DIMENSIONS, DiffusionEBMPrior
@@ -132,8 +131,7 @@ def restoration_scores(
 
     def score(chunk: Tensor, streams: Streams, key: int, first: int) -> Tensor:
         def explained(u: Tensor) -> Tensor:
-            parts = prior.split(u)
-            return adapter.log_likelihood(drive(adapter, len(u), lambda i, mean, std: mean + std * parts[i].to(mean))[1], chunk)
+            return adapter.log_likelihood(prior.transform.to_latents_and_features(u)[1], chunk)
 
         u = encode_each(prior, chunk, key, first)[0]
         before, parts = explained(u), prior.split(u)

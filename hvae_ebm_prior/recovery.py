@@ -67,13 +67,13 @@ def recovery_loss(
     f, logits = prior.corrections(z, t.repeat(2))
     from_chain, from_data = f.sum(1).chunk(2)
     recovery, squares, entropy, labelled = from_chain - from_data, (from_chain**2 + from_data**2) / 2, torch.zeros_like(from_data), 0
-    if labels is not None:
-        if prior.coupling is None:
-            raise ValueError("labels: this prior is not coupled to labels; see DiffusionEBMPrior.couple")
-        coupled = torch.ones_like(t, dtype=torch.bool) if prior.coupling.levels is None else torch.isin(t, torch.tensor(prior.coupling.levels).to(t))
-        for name, values in check_labels(labels, prior.coupling, len(u), u.device).items():
+    known_labels = {} if labels is None else check_labels(labels, prior.coupling, len(u), u.device)
+    total = recovery
+    if prior.coupling is not None:
+        coupled = prior.coupling.coupled(t)
+        for name, values in known_labels.items():
             known = values.where(coupled, -1)
             entropy = entropy + cross_entropy(logits[name][len(u) :], known)
             labelled += int((known >= 0).sum())
-    total = recovery if labels is None else recovery + prior.coupling.weight * entropy  # type: ignore[union-attr]
+        total = recovery + prior.coupling.weight * entropy
     return RecoveryLoss(total, recovery, squares, entropy, labelled, t)

@@ -137,8 +137,6 @@ def fit(
 ) -> list[TrainingRecord]:
     """Learn the energies of `prior`; see `DiffusionEBMPrior.fit`."""
     if labels is not None:
-        if prior.coupling is None:
-            raise ValueError("labels: this prior is not coupled to labels; see DiffusionEBMPrior.couple")
         labels = check_labels(labels, prior.coupling, len(data), prior.device)  # type: ignore[arg-type]
     measure_activity(prior, endless_batches(data, config.batch_size, generator), config.activity_images, generator)
     trainee = copy.deepcopy(prior).train()
