@@ -5,9 +5,7 @@
 Nothing here draws from them or learns them; see `hvae_ebm_prior.prior`.
 """
 
-import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, Self
@@ -15,15 +13,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .backbone import BackboneAdapter, NoiseTransform, lock
+from .backbone import BackboneAdapter
 from .coupling import Coupling, Heads, build_heads, evidence, label_logits
 from .energy import EnergyConfig, build_energies
 from .execution import CompiledTotal, Corrections, ExecutionConfig, batched_energies, frozen, one_by_one, walk_gradient
 from .langevin import LangevinConfig, published_step
-from .registry import find_adapter
+from .latent_prior import LatentPrior
 from .schedule import DiffusionSchedule
-from .streams import draw_seeds, seeded
-from .validation import check_count, check_images, check_levels, check_noise
+from .validation import check_count, check_levels, check_noise
 
 DEFAULT_SCHEDULE = DiffusionSchedule.cosine(3)
 KINDS = (DiffusionSchedule, LangevinConfig, ExecutionConfig)
@@ -32,12 +29,11 @@ Belief = tuple[Tensor, dict[str, Tensor]]
 Believer = Callable[[Sequence[Tensor], Tensor], Belief]
 
 
-class EnergyModel(nn.Module):
+class EnergyModel(LatentPrior):
     """Energies over the latents of a frozen hierarchical VAE. The parameters and state dict are the energies and label networks alone.
 
     Args:
-        backbone: the trained model's adapter, or a model of a family that `find_adapter` recognises; its modules are put in eval mode without
-            gradients until `release` is called or the prior is garbage collected.
+        backbone: as of `LatentPrior`.
         schedule: noise levels of the diffusion.
         langevin: how each conditional prior is sampled.
         energy: settings of the default energy networks, or the user's own, one per layer; see `build_energies`.
@@ -59,41 +55,23 @@ class EnergyModel(nn.Module):
         coupling: Coupling | None = None,
         execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:
-        super().__init__()
-        for name, value, kind in zip(("schedule", "langevin", "execution"), (schedule, langevin, execution), KINDS, strict=True):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
-        if langevin.step_rule == "published" and schedule.sigma_bar[0] == 0:
-            raise ValueError("the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm")
-        adapter = find_adapter(backbone)
-        release = lock(adapter)
+        super().__init__(backbone)
+        self.langevin, self.execution = langevin, execution
+        self.schedule, self.heads = schedule, nn.ModuleDict()
+        self.coupling: Coupling | None = None
         try:
-            self._transform = NoiseTransform(adapter)
-            self.energies = build_energies(energy, self._transform.latent_shapes, schedule.steps, self._transform.device)
-            self.schedule, self.heads = schedule, nn.ModuleDict()
-            self.coupling: Coupling | None = None
+            for name, value, kind in zip(("schedule", "langevin", "execution"), (schedule, langevin, execution), KINDS, strict=True):
+                if not isinstance(value, kind):
+                    raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+            if langevin.step_rule == "published" and schedule.sigma_bar[0] == 0:
+                raise ValueError("the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm")
+            self.energies = build_energies(energy, self.latent_shapes, schedule.steps, self.transform.device)
             if coupling is not None:
                 self.couple(coupling)
         except BaseException:
-            release()
+            self.release()
             raise
-        self.langevin = langevin
-        self.execution = execution
-        self._release = weakref.finalize(self, release)
-        self._release.atexit = False
         self.eval()
-
-    @property
-    def transform(self) -> NoiseTransform:
-        """T: u -> z of the backbone."""
-        if not torch.compiler.is_compiling() and not self._release.alive:
-            raise RuntimeError("this prior has released its backbone; make a new DiffusionEBMPrior and load the state dict into it")
-        return self._transform
-
-    @property
-    def backbone(self) -> BackboneAdapter:
-        """The adapter this prior was made with."""
-        return self.transform.adapter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A prior with its own copy of the energies over the same backbone."""
@@ -101,13 +79,6 @@ class EnergyModel(nn.Module):
         new = type(self)(self.backbone, schedule=self.schedule, langevin=self.langevin, energy=energies, execution=self.execution)
         new.coupling, new.heads = self.coupling, copy.deepcopy(self.heads, memo)
         return new.train(self.training)
-
-    def __reduce__(self) -> str:
-        raise TypeError("a prior cannot be pickled, as it does not own its backbone; save prior.state_dict()")
-
-    def release(self) -> None:
-        """Let the backbone go: its training flags and requires_grad are as they were before. The prior cannot be used afterwards."""
-        self._release()
 
     def couple(self, coupling: Coupling) -> None:
         """Bind label sets to layers, instead of those there were. Until `fit` has seen labels, F and samples are as before.
@@ -125,79 +96,6 @@ class EnergyModel(nn.Module):
             build_heads(coupling, self.latent_shapes, list(self.energies), self.schedule.steps, self.device).to(self.dtype).train(self.training)
         )
         self.coupling = coupling
-
-    @property
-    def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the latents without batch, top to bottom."""
-        return self._transform.latent_shapes
-
-    @property
-    def dim(self) -> int:
-        """Total number of latent dimensions D."""
-        return self._transform.dim
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the energies, where noise is drawn; the backbone's own where they have no parameters."""
-        return next((parameter.device for parameter in self.parameters()), self._transform.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the energies, in which u is kept; the backbone's own where they have no parameters."""
-        return next((parameter.dtype for parameter in self.parameters()), self._transform.dtype)
-
-    def to_latents(self, u: Tensor) -> tuple[Tensor, ...]:
-        """T: latents z, one tensor (N, *latent_shapes[i]) per layer, of noise `u` (N, D)."""
-        check_noise(u, self.dim, self.device)
-        return self.transform.to_latents(u)
-
-    def to_noise(self, z: Sequence[Tensor]) -> Tensor:
-        """T⁻¹: noise (N, D) of the latents `z`, one tensor (N, *latent_shapes[i]) per layer."""
-        return self.transform.to_noise(z)
-
-    def log_abs_det(self, u: Tensor) -> Tensor:
-        """log|det dT/du| in nats, (N,), at noise `u` (N, D)."""
-        check_noise(u, self.dim, self.device)
-        return self.transform.log_abs_det(u)
-
-    def split(self, u: Tensor) -> tuple[Tensor, ...]:
-        """Per-layer views (N, *latent_shapes[i]) of noise `u` (N, D)."""
-        check_noise(u, self.dim)
-        return self.transform.split(u)
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Pack per-layer tensors (N, *latent_shapes[i]) into one (N, D); the inverse of `split`."""
-        return self.transform.join(parts)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """A posterior draw z ~ q(z|x) as noise u = T⁻¹(z).
-
-        Args:
-            images: (N, C, H, W) in [0, 1].
-            generator: source of the posterior noise; None takes torch's global generators.
-
-        Returns:
-            Noise (N, D).
-
-        Raises:
-            TypeError, ValueError: images or the backbone's latents have a wrong type, shape or range, or are not finite.
-        """
-        check_images(images)
-        if images.dtype == torch.float64:  # what NumPy gives; backbones are rarely in double
-            images = images.to(self.transform.dtype)
-        randomness = contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device)
-        with randomness:
-            z = self.transform.adapter.infer(images)
-        u = self.transform.to_noise(z).to(self.dtype)
-        if not bool(torch.isfinite(u).all()):
-            raise ValueError("the backbone's posterior draws are not finite; check its weights and that images suit it")
-        return u
-
-    def decode(self, u: Tensor) -> Tensor:
-        """The backbone's images (N, C, H, W) of noise `u` (N, D), differentiable in u."""
-        check_noise(u, self.dim, self.device)
-        return self.transform.decode(u)
 
     def layer_energies(self, u: Tensor, t: int | Tensor) -> Tensor:
         """Energies -f_i(z_i, t) in nats, (N, L), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1. Low where the data are."""

@@ -35,8 +35,9 @@ from .density import Believer
 from .elbo import backbone_bound, density_adapter
 from .execution import walk_values_and_gradient
 from .langevin import ChainDiverged, LangevinConfig, gaussian_part
+from .latent_prior import CHUNK_DIMENSIONS
 from .metropolis import Proposal, ValueAndGradient, Visit, metropolis_step, plain_proposal
-from .prior import CHUNK_DIMENSIONS, DiffusionEBMPrior
+from .prior import DiffusionEBMPrior
 from .streams import Streams, draw_key, draw_seeds, open_streams, seeded
 from .validation import check_count, check_images, check_levels, check_noise
 

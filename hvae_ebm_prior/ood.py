@@ -30,7 +30,8 @@ from torch import Tensor
 
 from .chain import draw_conditional
 from .elbo import density_adapter, teacher_forced
-from .prior import CHUNK_DIMENSIONS, DiffusionEBMPrior
+from .latent_prior import CHUNK_DIMENSIONS
+from .prior import DiffusionEBMPrior
 from .sampling import held_states
 from .streams import Streams, draw_key, open_streams, sample_seeds, seeded
 from .validation import check_count, check_images

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from .chain import draw_conditional
 from .coupling import Labels
 from .density import EnergyModel
-from .langevin import ChainDiverged, LangevinConfig
-from .recovery import recovery_loss
+from .langevin import LangevinConfig
+from .recovery import RecoveryLoss, recovery_loss
 from .sampling import held_states, sample_levels
 from .streams import draw_key, open_streams
 from .validation import check_count, check_fixed, check_temperature
@@ -27,9 +27,6 @@ from .validation import check_count, check_fixed, check_temperature
 if TYPE_CHECKING:
     from .composition import Condition, Expression
     from .training import Callback, TrainingConfig, TrainingRecord
-
-# Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded.
-CHUNK_DIMENSIONS = 2**18
 
 
 class DiffusionEBMPrior(EnergyModel):
@@ -99,15 +96,13 @@ class DiffusionEBMPrior(EnergyModel):
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
         condition = self._check_request(n, fixed, labels, guidance, temperature)
-        chunk_size = max(1, CHUNK_DIMENSIONS // self.dim) if chunk_size is None else chunk_size
-        check_count(chunk_size, "chunk_size")
-        key, images = draw_key(generator), []
-        for first in range(0, n, chunk_size):
-            chunk = slice(first, first + chunk_size)
+        key = draw_key(generator)
+
+        def draw(chunk: slice) -> Tensor:
             held = {i: part if len(part) == 1 else part[chunk] for i, part in (fixed or {}).items()}
-            u = self._sample_levels(key, range(n)[chunk], held, temperature, condition and condition.rows(chunk))[0]
-            images.append(self._decode_finite(u))
-        return torch.cat(images)
+            return self._sample_levels(key, range(n)[chunk], held, temperature, condition and condition.rows(chunk))[0]
+
+        return self._images_in_chunks(n, draw, chunk_size)
 
     def posterior_sample(
         self,
@@ -175,12 +170,8 @@ class DiffusionEBMPrior(EnergyModel):
         held = held_states(fixed, self.transform, self.schedule, streams, temperature) if fixed else None
         return sample_levels(chain, self.schedule.steps, streams.normal(self.dim), held=held, temperature=temperature)
 
-    @torch.no_grad()
-    def _decode_finite(self, u: Tensor) -> Tensor:
-        images = self.transform.decode(u)
-        if not bool(torch.isfinite(images).all()):
-            raise ChainDiverged("the backbone's images are not finite though the noise is; check the backbone's precision and statistics")
-        return images
+    def _draw(self, key: int, samples: range) -> Tensor:
+        return self._sample_levels(key, samples, {}, 1.0, None)[0]
 
     def loss(self, images: Tensor, *, labels: "Tensor | Labels | None" = None, generator: torch.Generator | None = None) -> Tensor:
         """Recovery-likelihood loss of every image at a random level (Alg. 1, Eq. 11-12); its gradient is the learning gradient.
@@ -197,7 +188,11 @@ class DiffusionEBMPrior(EnergyModel):
             TypeError, ValueError: images of a wrong type, shape or range, or wrong labels.
             ChainDiverged: a chain left the finite numbers.
         """
-        return recovery_loss(self, self.encode(images, generator=generator), labels, generator).total
+        return self.batch_loss(self.encode(images, generator=generator), labels, generator).total
+
+    def batch_loss(self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None) -> RecoveryLoss:
+        """What `fit` learns from at every step, of posterior noise `u` (N, D) of images; see `recovery_loss`."""
+        return recovery_loss(self, u, labels, generator)
 
     def fit(
         self,

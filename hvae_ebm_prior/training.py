@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .coupling import Labels, check_labels
 from .energy import LayerEnergy
 from .langevin import ChainDiverged
-from .recovery import recovery_loss
 from .streams import draw_seeds
 from .validation import check_images
 
@@ -170,7 +169,7 @@ def train(
             u = prior.encode(images.to(prior.device), generator=generator)
             optimizer.zero_grad()
             try:
-                losses = recovery_loss(trainee, u, labels if prior.coupling is not None else None, generator)
+                losses = trainee.batch_loss(u, labels if prior.coupling is not None else None, generator)
                 (losses.total + config.energy_penalty / math.sqrt(prior.dim) * losses.squares).mean().backward()
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
                 loss = losses.recovery.mean().item()

@@ -26,8 +26,9 @@ from torch.nn.utils import parametrize
 
 from .execution import batched_energies, chain_gradient, walk_values_and_gradient
 from .langevin import langevin_chain
+from .latent_prior import CHUNK_DIMENSIONS
 from .metropolis import log_acceptance, plain_proposal, propose, visit
-from .prior import CHUNK_DIMENSIONS, DiffusionEBMPrior
+from .prior import DiffusionEBMPrior
 from .sampling import Held, sample_levels
 from .streams import Streams, draw_key, open_streams
 from .validation import check_count, check_images

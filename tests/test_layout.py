@@ -16,7 +16,7 @@ RANKS = [
     ["kernels"],
     ["schedule", "backbone", "streams", "validation"],
     ["energy", "langevin", "sampling", "registry", "elbo"],
-    ["execution", "coupling", "metropolis"],
+    ["execution", "coupling", "metropolis", "latent_prior"],
     ["density"],
     ["chain"],
     ["recovery"],
@@ -76,7 +76,7 @@ def test_adapters_are_one_module_under_two_names():
 
 
 def test_files_stay_small():
-    core = ("schedule", "backbone", "energy", "langevin", "density", "prior")
-    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 1500
+    core = ("schedule", "backbone", "energy", "langevin", "latent_prior", "density", "prior")
+    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 1550
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path
