@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .commands import run_edit, run_interpolate, run_ood, run_sample, run_transitions, write_figures
+from .commands import run_edit, run_interpolate, run_ood, run_sample, run_transitions
 from .diagnosis import describe_layers, table
+from .files import write_json
 from .kernels import VARIABLE, choose_backend
 from .langevin import ChainDiverged
 from .ood import SCHEMES
@@ -69,7 +70,7 @@ def run_prior_command(options: argparse.Namespace, prior: object, generator: tor
             setattr(options, name, load_images(getattr(options, name))[: options.limit])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figures = PRIOR_COMMANDS[options.command][0](prior, options, generator)
-    write_figures(options.out.with_suffix(".json"), figures)
+    write_json(options.out.with_suffix(".json"), figures)
     print(f"{json.dumps(figures, indent=1)}\n{options.out} and {options.out.with_suffix('.json')} written", file=sys.stderr)
 
 

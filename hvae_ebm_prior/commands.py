@@ -2,10 +2,7 @@
 
 import argparse
 import dataclasses
-import json
-import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +102,6 @@ def run_ood(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: to
         save_histograms(beside(options.out, name), scores, outliers)
     save_curves(options.out, curves)
     return figures
-
-
-def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write figures as JSON, whole or not at all."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-    scratch.write_text(json.dumps(figures, indent=1) + "\n")
-    os.replace(scratch, path)
 
 
 def beside(path: Path, name: str) -> Path:

@@ -182,3 +182,31 @@ def save_histograms(path: str | Path, scores: Tensor, outliers: Tensor, names: t
     axes[0, 0].legend()
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
+
+
+def save_progress(
+    path: str | Path,
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    levels: Mapping[str, float],
+    ylabel: str = "Fréchet distance",
+) -> None:
+    """Quality against training time: a line per run, one colour per prior.
+
+    Args:
+        path: the file to write.
+        curves: (seconds, distance) on the way, one sequence per run, by prior.
+        levels: distances to draw as dashed lines, by name.
+        ylabel: what the distance is.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for i, (name, runs) in enumerate(curves.items()):
+        for j, run in enumerate(runs):
+            axis.plot(*zip(*run, strict=True), color=f"C{i % 10}", marker=".", linewidth=1, label=name if j == 0 else None)
+    for name, value in levels.items():
+        axis.axhline(value, color="0.6", linestyle="--", linewidth=1)
+        axis.annotate(name, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize="small", color="0.4")
+    axis.set(xlabel="training, seconds", ylabel=ylabel, yscale="log")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)

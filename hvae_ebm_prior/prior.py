@@ -190,6 +190,12 @@ class DiffusionEBMPrior(EnergyModel):
         """
         return self.batch_loss(self.encode(images, generator=generator), labels, generator).total
 
+    @property
+    def gradients_per_step(self) -> int:
+        """Gradients of the networks for a batch in one step of `fit`: one per step of the chain, one to learn from."""
+        corrector = self.langevin.corrector_steps
+        return self.langevin.steps + (corrector and corrector + 1) + 1
+
     def batch_loss(self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None) -> RecoveryLoss:
         """What `fit` learns from at every step, of posterior noise `u` (N, D) of images; see `recovery_loss`."""
         return recovery_loss(self, u, labels, generator)

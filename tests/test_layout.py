@@ -14,7 +14,7 @@ PACKAGE = Path(hvae_ebm_prior.__file__).parent
 # Each module may import those before it; modules of one rank do not know each other.
 RANKS = [
     ["kernels"],
-    ["schedule", "backbone", "streams", "validation"],
+    ["schedule", "backbone", "streams", "validation", "files"],
     ["energy", "langevin", "sampling", "registry", "elbo"],
     ["execution", "coupling", "metropolis", "latent_prior"],
     ["density"],
@@ -22,7 +22,7 @@ RANKS = [
     ["recovery"],
     ["prior"],
     ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
-    ["control", "pictures", "presets", "testing"],
+    ["control", "pictures", "presets", "testing", "comparison"],
     ["commands"],
     ["cli"],
     ["__init__", "adapters"],

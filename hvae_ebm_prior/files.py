@@ -1,0 +1,28 @@
+"""Files that are written whole or not at all."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a file beside `path`, then put it in its place: a reader, or a crash, never meets half a file.
+
+    Args:
+        path: the file to make or replace.
+        write: writes to the path that it is given.
+    """
+    path = Path(path)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Write values as JSON."""
+    write_atomically(path, lambda scratch: scratch.write_text(json.dumps(values, indent=1) + "\n"))
