@@ -28,13 +28,15 @@ class EnergyConfig:
 
     Attributes:
         width: feature channels of maps at the coarsest resolution; half as many at each finer one, but no fewer than 16 (or `width`).
-        vector_width: features of vectors, and of maps up to 4x4, which are treated as vectors.
+        vector_width: features of vectors.
+        vector_size: maps of at most so many dimensions are treated as vectors; those up to 4x4 always are.
         blocks: residual blocks at the coarsest resolution, and of vectors; finer resolutions have one each.
         spectral_norm: divide the weight of every layer but the readout by its largest singular value, estimated once per chain.
     """
 
     width: int = 64
     vector_width: int = 256
+    vector_size: int = 1024
     blocks: int = 2
     spectral_norm: bool = False
 
@@ -42,6 +44,8 @@ class EnergyConfig:
         for name in ("width", "vector_width", "blocks"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if not isinstance(self.vector_size, int) or self.vector_size < 0:
+            raise ValueError(f"vector_size must be an integer from 0, got {self.vector_size!r}")
 
 
 class TimeConditionedBlock(nn.Module):
@@ -106,7 +110,8 @@ class LayerEnergy(nn.Module):
     """f_i: a network over one latent layer of any shape.
 
     Args:
-        shape: shape of the latent without batch; (C, H, W) with a side above 4 is treated as a map, everything else as a vector.
+        shape: shape of the latent without batch; (C, H, W) with a side above 4 and more than `config.vector_size` dimensions is treated as a map,
+            everything else as a vector.
         steps: number of conditional priors T.
         config: the network's size.
         categories: numbers per sample; None for one, without a dimension of its own.
@@ -120,7 +125,7 @@ class LayerEnergy(nn.Module):
     def __init__(self, shape: Sequence[int], steps: int, config: EnergyConfig, categories: int | None = None) -> None:
         super().__init__()
         self.categories = categories
-        is_map = len(shape) == 3 and max(shape[1:]) > READOUT_SIZE
+        is_map = len(shape) == 3 and max(shape[1:]) > READOUT_SIZE and math.prod(shape) > config.vector_size
         self.features = MapFeatures((shape[0], shape[1], shape[2]), steps, config) if is_map else VectorFeatures(math.prod(shape), steps, config)
         self.readout = nn.Linear(self.features.size, steps * (categories or 1))
         nn.init.zeros_(self.readout.weight)

@@ -9,4 +9,4 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -10,10 +10,11 @@ from hvae_ebm_prior.energy import LayerEnergy
 SHAPES = [(5,), (3, 1, 1), (2, 4, 4), (2, 5, 7), (1, 2, 33), (1, 128, 128), (2, 6)]
 
 
+@pytest.mark.parametrize("vector_size", [0, 1024])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_any_shape_starts_at_zero_and_depends_on_latent_and_level(shape):
+def test_any_shape_starts_at_zero_and_depends_on_latent_and_level(shape, vector_size):
     g = torch.Generator().manual_seed(0)
-    network = LayerEnergy(shape, 3, EnergyConfig(width=8))
+    network = LayerEnergy(shape, 3, EnergyConfig(width=8, vector_size=vector_size))
     z, t = torch.randn(4, *shape, generator=g), torch.tensor([0, 1, 2, 0])
     assert torch.equal(network(z, t), torch.zeros(4))
     nn.init.normal_(network.readout.weight, generator=g)
@@ -40,7 +41,9 @@ def test_untrained_prior_samples_the_gaussian_prior():
 
 def test_spectral_norm_bounds_every_convolution_and_is_worked_out_once_per_chain(monkeypatch):
     torch.manual_seed(0)
-    prior = DiffusionEBMPrior(RandomBackbone([(1, 8, 8)]), energy=EnergyConfig(width=6, spectral_norm=True), langevin=LangevinConfig(steps=7))
+    prior = DiffusionEBMPrior(
+        RandomBackbone([(1, 8, 8)]), energy=EnergyConfig(width=6, vector_size=0, spectral_norm=True), langevin=LangevinConfig(steps=7)
+    )
     convolutions = [m for m in prior.energies.modules() if isinstance(m, nn.Conv2d)]
     for convolution in convolutions:
         assert torch.linalg.matrix_norm(convolution.weight.flatten(1), ord=2).item() == pytest.approx(1, abs=0.05)
@@ -63,7 +66,7 @@ def test_channels_double_where_maps_are_halved():
 
 
 def test_inactive_dimensions_are_not_looked_at():
-    network = LayerEnergy((3, 8, 8), 3, EnergyConfig(width=8))
+    network = LayerEnergy((3, 8, 8), 3, EnergyConfig(width=8, vector_size=0))
     nn.init.ones_(network.readout.weight)
     activity = torch.ones(3, 8, 8)
     activity[1] = 0
