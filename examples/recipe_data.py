@@ -104,36 +104,40 @@ class RawLmdb(Sequence[Any]):
         return Image.fromarray(pixels.reshape(size, size, 3))
 
 
-def cifar10(folder: Path, train: bool) -> Any:
-    """CIFAR-10, downloaded to `folder` where it is not there yet."""
-    return torchvision_datasets().CIFAR10(str(folder), train=train, download=True)
+def cifar10(folder: Path) -> tuple[Any, Any]:
+    """CIFAR-10's training and test set, downloaded to `folder` where they are not there yet."""
+    source = torchvision_datasets().CIFAR10
+    return source(str(folder), train=True, download=True), source(str(folder), train=False)
 
 
-def celeba_hq(folder: Path, train: bool) -> Any:
-    """CelebA-HQ: NVAE's LMDB files in `folder`, or pictures in its folders train and validation, or else a download to it."""
-    name = "train" if train else "validation"
-    if (folder / f"{name}.lmdb").exists():
-        return RawLmdb(folder / f"{name}.lmdb")
+def celeba_hq(folder: Path) -> tuple[Any, Any]:
+    """CelebA-HQ's training and validation set: NVAE's LMDB files in `folder`, or pictures in its folders of these names, or else a download to it."""
+    if (folder / "train.lmdb").exists():
+        return RawLmdb(folder / "train.lmdb"), RawLmdb(folder / "validation.lmdb")
     try:
         import datasets
     except ImportError as error:
         raise missing("datasets") from error
-    if (folder / name).is_dir():
-        return datasets.load_dataset("imagefolder", data_dir=str(folder), split=name)
-    return datasets.load_dataset(CELEBA_HQ, split=name, cache_dir=str(folder))
+    if (folder / "train").is_dir():
+        found = datasets.load_dataset("imagefolder", data_dir=str(folder))
+    else:
+        found = datasets.load_dataset(CELEBA_HQ, cache_dir=str(folder))
+    return found["train"], found["validation"]
 
 
-def lsun_churches(folder: Path, train: bool) -> Any:
-    """LSUN's churches, of church_outdoor_train_lmdb in `folder`."""
+def lsun_churches(folder: Path) -> tuple[Any, Any]:
+    """Two parts of LSUN's church_outdoor_train_lmdb in `folder`."""
+    source = torchvision_datasets().LSUN
     try:
-        churches = torchvision_datasets().LSUN(str(folder), classes=["church_outdoor_train"])
+        churches = source(str(folder), classes=["church_outdoor_train"])
     except ModuleNotFoundError as error:
         raise missing("lmdb") from error
     split = max(len(churches) - CHURCHES_HELD_OUT, len(churches) // 2)
-    return Subset(churches, range(split) if train else range(split, len(churches)))
+    return Subset(churches, range(split)), Subset(churches, range(split, len(churches)))
 
 
-SOURCES: dict[str, Callable[[Path, bool], Any]] = {"cifar10": cifar10, "celeba-hq": celeba_hq, "lsun-churches": lsun_churches}
+# Training and held-out pictures in a folder.
+SOURCES: dict[str, Callable[[Path], tuple[Any, Any]]] = {"cifar10": cifar10, "celeba-hq": celeba_hq, "lsun-churches": lsun_churches}
 
 
 def torchvision_datasets() -> Any:

@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(run: Run, options: argparse.Namespace) -> None:
     """Data, backbone, prior, fit, files, and once more from the files to samples."""
     recipe, out, generator = RECIPES[run.recipe], options.out, torch.Generator().manual_seed(run.seed)
-    training_set, held_out = (load_pictures(run, options.data, train=part) for part in (True, False))
+    training_set, held_out = (Pictures(source, image_size(run)) for source in load_sources(run, options.data))
     if isinstance(recipe.backbone, HVAEConfig):
         make_hvae(run, training_set, held_out, out, options.hvae_epochs)
         adapter = load_backbone(run, out)
@@ -198,12 +198,11 @@ def load_prior(folder: str | Path) -> DiffusionEBMPrior:
     return prior
 
 
-def load_pictures(run: Run, folder: Path, *, train: bool) -> Pictures:
-    """Training or held-out images, 8 bits per colour."""
-    recipe, size = RECIPES[run.recipe], image_size(run)
+def load_sources(run: Run, folder: Path) -> tuple[Any, Any]:
+    """Training and held-out pictures."""
     if run.smoke:
-        return Pictures(Shapes(SMOKE_IMAGES, size, seed=0 if train else SMOKE_IMAGES), size)
-    return Pictures(SOURCES[recipe.data](folder.expanduser(), train), size)
+        return tuple(Shapes(SMOKE_IMAGES, image_size(run), seed=first) for first in (0, SMOKE_IMAGES))
+    return SOURCES[RECIPES[run.recipe].data](folder.expanduser())
 
 
 def image_size(run: Run) -> int:

@@ -148,13 +148,13 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     for source, package in ((cifar10, "torchvision"), (lsun_churches, "torchvision"), (celeba_hq, "datasets")):
         with pytest.raises(ImportError, match=rf"need {package}; install hvae-ebm-prior\[recipes\]"):
-            source(tmp_path, True)
+            source(tmp_path)
     with pytest.raises(ImportError, match=r"need lmdb; install hvae-ebm-prior\[recipes\]"):
         RawLmdb(tmp_path)
 
 
 def test_checkpoint_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.SOURCES", {"cifar10": lambda folder, train: Shapes(4, 32)})
+    monkeypatch.setattr("recipes.SOURCES", {"cifar10": lambda folder: (Shapes(4, 32), Shapes(4, 32))})
     with pytest.raises(ValueError, match="expected --checkpoint"):
         main(["cifar10-nvae", "--repo", str(tmp_path), "--device", "cpu", "--out", str(tmp_path)])
 
@@ -195,7 +195,7 @@ def test_nvae_lmdb(tmp_path):
         with lmdb.open(str(tmp_path / f"{name}.lmdb"), map_size=10**7) as file, file.begin(write=True) as transaction:
             for i, picture in enumerate(pixels):
                 transaction.put(str(i).encode(), picture.tobytes())
-    images = Pictures(celeba_hq(tmp_path, False), 8)
+    images = Pictures(celeba_hq(tmp_path)[1], 8)
     assert len(images) == 3
     assert np.array_equal(images.levels(2).permute(1, 2, 0).numpy(), pixels[2])
 
