@@ -64,7 +64,7 @@ NVAE_CHURCH64 = COMMON | {
 TINY = {"num_groups_per_scale": 2, "min_groups_per_scale": 1, "num_latent_per_group": 4, "num_channels_enc": 8, "num_channels_dec": 8}
 TINY |= {"num_cell_per_cond_enc": 1, "num_cell_per_cond_dec": 1}
 
-# Ours: the paper does not describe its own.
+# Ours: the published code has none.
 HVAE_CIFAR10 = HVAEConfig(image_channels=3, image_size=32, latent_channels=(32, 16, 8), widths=(256, 128, 96))
 HVAE_TINY = HVAEConfig(image_channels=3, image_size=32, latent_channels=(4, 2, 2), widths=(8, 8, 8))
 

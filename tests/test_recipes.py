@@ -1,5 +1,6 @@
 """The recipes in small: generated images, tiny backbones, two iterations, through the same code."""
 
+import argparse
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.adapters import HVAE
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from recipe_backbones import TINY, official_nvae
 from recipe_data import Pictures, RawLmdb, Shapes, celeba_hq, cifar10, lsun_churches
 from recipe_estimate import Measured, duration, extrapolate
 from recipes import RECIPES, Run, load_prior, main, settings
@@ -239,5 +241,16 @@ def test_durations_in_words():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("recipe", FUNCTIONS)
 def test_official_code(recipe, tmp_path):
-    main([recipe, "--smoke", "--device", "cpu", "--out", str(tmp_path), "--export", "2"])
-    assert load_prior(tmp_path).sample(1, generator=seed(0)).shape[-1] == min(RECIPES[recipe].image_size, 64)
+    """With random weights, and with those of a checkpoint in NVAE's format."""
+    arguments = {**RECIPES[recipe].backbone, **TINY, "dataset": "cifar10" if RECIPES[recipe].image_size == 32 else "celeba_64"}
+    torch.manual_seed(1)
+    weights = official_nvae(os.environ["NVAE_REPO"], arguments).state_dict()
+    torch.save({"args": argparse.Namespace(**arguments), "state_dict": weights}, tmp_path / "checkpoint.pt")
+    starts = []
+    for extra in ([], ["--checkpoint", str(tmp_path / "checkpoint.pt")]):
+        main([recipe, "--smoke", "--device", "cpu", "--out", str(tmp_path), "--export", "2", *extra])
+        prior = load_prior(tmp_path)
+        assert prior.sample(1, generator=seed(0)).shape[-1] == min(RECIPES[recipe].image_size, 64)
+        starts.append(prior.backbone.model.prior_ftr0)
+    assert torch.equal(starts[1], weights["prior_ftr0"])
+    assert not torch.equal(starts[0], weights["prior_ftr0"])
