@@ -9,9 +9,6 @@ times are medians over rounds, with the ratio to the model as it is in the same 
 """
 
 import argparse
-import ctypes
-import gc
-import importlib
 import json
 import os
 import statistics
@@ -21,8 +18,10 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import torch
-from hvae_ebm_prior_adapters.checkpoint import without_cuda
+from recipe_backbones import NVAE_CIFAR10, modules_of, official_nvae
+from recipe_estimate import memory_in_use, peak_memory
 from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior
@@ -30,45 +29,19 @@ from hvae_ebm_prior.adapters import NVAEAdapter, VDVAEAdapter, freeze
 
 MODELS = {"NVAE": NVAEAdapter, "VDVAE": VDVAEAdapter}
 VARIANTS = {"as it is": (False, False), "frozen": (True, False), "checkpointed": (False, True), "frozen, checkpointed": (True, True)}
-# The command line for CIFAR-10 in NVAE's README.
-NVAE_CIFAR10 = {
-    "dataset": "cifar10",
-    "use_se": True,
-    "res_dist": True,
-    "num_x_bits": 8,
-    "num_latent_scales": 1,
-    "num_groups_per_scale": 30,
-    "num_latent_per_group": 20,
-    "ada_groups": False,
-    "min_groups_per_scale": 1,
-    "num_channels_enc": 128,
-    "num_channels_dec": 128,
-    "num_preprocess_blocks": 1,
-    "num_preprocess_cells": 2,
-    "num_cell_per_cond_enc": 2,
-    "num_cell_per_cond_dec": 2,
-    "num_postprocess_blocks": 1,
-    "num_postprocess_cells": 2,
-    "num_mixture_dec": 10,
-    "num_nf": 0,
-}
 
 
 def clone(variable: str, *names: str) -> list[ModuleType]:
     """Modules of the clone that an environment variable points to."""
     if variable not in os.environ:
         raise SystemExit(f"set {variable} to a clone; see the text of this file")
-    sys.path.insert(0, os.environ[variable])
-    sys.modules.setdefault("tensorboardX", ModuleType("tensorboardX")).SummaryWriter = None  # type: ignore[attr-defined]
-    return [importlib.import_module(name) for name in names]
+    return modules_of(os.environ[variable], *names)
 
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "NVAE":
-        utils, model = clone("NVAE_REPO", "utils", "model")
-        with without_cuda():
-            return model.AutoEncoder(argparse.Namespace(**NVAE_CIFAR10), None, utils.get_arch_cells("res_mbconv"))
+        return official_nvae(os.environ.get("NVAE_REPO"), NVAE_CIFAR10)
     hps, vae = clone("VDVAE_REPO", "hps", "vae")
     defaults = {"bottleneck_multiple": 0.25, "custom_width_str": "", "no_bias_above": 64, "num_mixtures": 10, "image_size": 32, "image_channels": 3}
     return vae.VAE(hps.Hyperparams(**{**defaults, **hps.HPARAMS_REGISTRY["cifar10"]}))
@@ -90,7 +63,7 @@ def measure(name: str, variant: str, batch: int, device: torch.device) -> dict[s
 
     results: dict[str, float] = {"dim": prior.dim, "layers": len(prior.latent_shapes)}
     for what, gradient in (("walk", walk), ("whole", lambda: prior.score(u, 0))):
-        before = memory(device)
+        before = memory_in_use(device)
         seconds = []
         for _ in range(3):
             start = time.perf_counter()
@@ -101,28 +74,6 @@ def measure(name: str, variant: str, batch: int, device: torch.device) -> dict[s
         results[what] = min(seconds[1:])
         results[f"{what} memory"] = (peak_memory(device) - before) / 2**30
     return results
-
-
-def memory(device: torch.device) -> int:
-    """Bytes in use, from which on the peak is counted anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back, so that it does not hide what comes
-    Path("/proc/self/clear_refs").write_text("5")
-    return process_status("VmRSS")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak of the bytes in use since `memory` was called."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else process_status("VmHWM")
-
-
-def process_status(field: str) -> int:
-    """A size of this process as Linux gives it, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Settings by name: ours, and those of the published code for its two NVAE benchmarks.
+"""Settings by name: ours, those of the published code for its two NVAE benchmarks, and their like for two benchmarks without published ones.
 
     preset = PRESETS["paper-cifar10"]
     prior = DiffusionEBMPrior(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
@@ -68,4 +68,8 @@ PRESETS = {
     ),
     "paper-cifar10": published(steps=50, step_size=3e-5, width=128, batch_size=50, epoch_decay=0.9),
     "paper-celebahq256": published(steps=30, step_size=2e-5, width=64, batch_size=4, epoch_decay=0.98),
+    # No settings are published for these two. The chains are those of CIFAR-10; the churches' width and batch are of the same authors' marginal EBM
+    # prior on the same backbone (github.com/jcui1224/hierarchical-joint-ebm), which gives both data sets one step size.
+    "lsun-church64": published(steps=50, step_size=3e-5, width=64, batch_size=32, epoch_decay=0.9),
+    "cifar10-hvae": published(steps=50, step_size=3e-5, width=64, batch_size=50, epoch_decay=0.9),
 }

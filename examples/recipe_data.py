@@ -1,0 +1,154 @@
+"""Images of the recipes: CIFAR-10, CelebA-HQ-256 and LSUN-Church, and generated ones for `--smoke`.
+
+Every collection is a sequence of PIL pictures, of tuples or of dicts of them; `Pictures` makes float images of all. Nothing is flipped.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+# A copy of CelebA-HQ at 256x256, 28,000 + 2,000 pictures. NVAE's own split is 27,000 + 3,000; bring its LMDB folder to have that.
+CELEBA_HQ = "mattymchen/celeba-hq"
+# LSUN's own validation set has 300 pictures, too few for a Fréchet distance: the last ones of its training set are held out instead.
+CHURCHES_HELD_OUT = 10_000
+
+
+class Pictures(Dataset[Tensor]):
+    """Float images (3, size, size) in [0, 1] of a collection of pictures.
+
+    Args:
+        source: PIL pictures, or tuples that begin with one, or dicts with one as "image".
+        size: height and width; the shorter side is resized to it and the middle cut out.
+        bits: per colour; an NVAE of 5 bits was trained on multiples of 1 / 31.
+    """
+
+    def __init__(self, source: Sequence[Any], size: int, bits: int = 8) -> None:
+        self.source, self.size, self.bits = source, size, bits
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.levels(index) // 2 ** (8 - self.bits)).float() / (2**self.bits - 1)
+
+    def levels(self, index: int) -> Tensor:
+        """The picture as uint8 (3, size, size), of 8 bits."""
+        found = self.source[index]
+        picture = found["image"] if isinstance(found, dict) else found[0] if isinstance(found, tuple) else found
+        picture = picture.convert("RGB")
+        scale = self.size / min(picture.size)
+        width, height = (max(self.size, round(scale * side)) for side in picture.size)
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        return torch.from_numpy(np.array(picture.crop((left, top, left + self.size, top + self.size)))).permute(2, 0, 1)
+
+    def first(self, count: int) -> Tensor:
+        """The first images (min(count, len), 3, size, size), as floats in [0, 1]."""
+        return torch.stack([self[i] for i in range(min(count, len(self)))])
+
+
+class Shapes(Sequence[Any]):
+    """Generated pictures: a smooth ground and a soft ellipse, in random colours.
+
+    Args:
+        count: how many.
+        size: height and width.
+        seed: of the first; the next has the next one.
+    """
+
+    def __init__(self, count: int, size: int, seed: int = 0) -> None:
+        self.count, self.size, self.seed = count, size, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        random, size = np.random.default_rng(self.seed + index), self.size
+        picture = Image.fromarray(random.integers(0, 256, (3, 3, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+        left, top, width, height = (random.uniform(size / 8, size / 2, 4)).tolist()
+        ImageDraw.Draw(picture).ellipse((left, top, left + width, top + height), fill=tuple(random.integers(0, 256, 3).tolist()))
+        return picture.filter(ImageFilter.GaussianBlur(size / 32))
+
+
+class RawLmdb(Sequence[Any]):
+    """The LMDB that NVAE's scripts/convert_tfrecord_to_lmdb.py writes: raw RGB bytes of square pictures under their numbers.
+
+    Args:
+        path: the folder that ends in .lmdb.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import lmdb
+        except ImportError as error:
+            raise missing("lmdb") from error
+        self.file = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        self.count: int = self.file.stat()["entries"]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        with self.file.begin() as transaction:
+            pixels = np.frombuffer(transaction.get(str(index).encode()), np.uint8)
+        size = round((len(pixels) / 3) ** 0.5)
+        return Image.fromarray(pixels.reshape(size, size, 3))
+
+
+def cifar10(folder: Path) -> tuple[Any, Any]:
+    """CIFAR-10's training and test set, downloaded to `folder` where they are not there yet."""
+    source = torchvision_datasets().CIFAR10
+    return source(str(folder), train=True, download=True), source(str(folder), train=False)
+
+
+def celeba_hq(folder: Path) -> tuple[Any, Any]:
+    """CelebA-HQ's training and validation set: NVAE's LMDB files in `folder`, or pictures in its folders of these names, or else a download to it."""
+    if (folder / "train.lmdb").exists():
+        return RawLmdb(folder / "train.lmdb"), RawLmdb(folder / "validation.lmdb")
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing("datasets") from error
+    if (folder / "train").is_dir():
+        found = datasets.load_dataset("imagefolder", data_dir=str(folder))
+    else:
+        found = datasets.load_dataset(CELEBA_HQ, cache_dir=str(folder))
+    return found["train"], found["validation"]
+
+
+def lsun_churches(folder: Path) -> tuple[Any, Any]:
+    """Two parts of LSUN's church_outdoor_train_lmdb in `folder`."""
+    source = torchvision_datasets().LSUN
+    try:
+        churches = source(str(folder), classes=["church_outdoor_train"])
+    except ModuleNotFoundError as error:
+        raise missing("lmdb") from error
+    split = max(len(churches) - CHURCHES_HELD_OUT, len(churches) // 2)
+    return Subset(churches, range(split)), Subset(churches, range(split, len(churches)))
+
+
+# Training and held-out pictures in a folder.
+SOURCES: dict[str, Callable[[Path], tuple[Any, Any]]] = {"cifar10": cifar10, "celeba-hq": celeba_hq, "lsun-churches": lsun_churches}
+
+
+def torchvision_datasets() -> Any:
+    """The module torchvision.datasets."""
+    try:
+        import torchvision.datasets
+    except ImportError as error:
+        raise missing("torchvision") from error
+    return torchvision.datasets
+
+
+def missing(package: str) -> ImportError:
+    """What to install."""
+    return ImportError(f"this recipe's images need {package}; install hvae-ebm-prior[recipes]")
