@@ -153,3 +153,9 @@ def test_a_prior_lacks_methods(files, capsys):
     arguments = ["--images", "images.npz:test", "--reference", "images.npz:train", "--features", "mine.py:features"]
     assert main(["evaluate", "mine.py:nothing", *arguments]) == 2
     assert "object lacks sample, encode, decode" in capsys.readouterr().err
+
+
+def test_adapters_say_what_their_images_are():
+    from hvae_ebm_prior.adapters import HVAEAdapter, LadderAdapter
+
+    assert HVAEAdapter.output == LadderAdapter.output == "mean"
