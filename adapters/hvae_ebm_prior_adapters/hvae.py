@@ -196,6 +196,7 @@ class HVAEAdapter:
     """
 
     needs = ("start", "blocks", "bottom_up", "posterior_walk", "image_mean")
+    output = "mean"  # what `decode` gives of p(x | z), as `hvae-ebm-prior evaluate` records it
 
     def __init__(self, model: HVAE) -> None:
         self.model = model

@@ -23,6 +23,7 @@ class LadderAdapter:
     """
 
     needs = ("stages", "likelihood", "n_latents", "skip_stochastic", "infer", "generate")
+    output = "mean"  # what `decode` gives of p(x | z), as `hvae-ebm-prior evaluate` records it
 
     def __init__(self, model: nn.Module, *, checkpoint: bool = False) -> None:
         self.model: Any = model
