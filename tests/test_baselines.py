@@ -38,8 +38,8 @@ def randomize(prior, std=0.3):
 
 MAKERS = {
     "gaussian": lambda backbone: GaussianPrior(backbone, 0.8),
-    "mixture": lambda backbone: GaussianMixturePrior(backbone, components=3),
-    "full mixture": lambda backbone: GaussianMixturePrior(backbone, components=2, covariance="full"),
+    "mixture": lambda backbone: GaussianMixturePrior(backbone, components=3, covariance="diag"),
+    "full mixture": lambda backbone: GaussianMixturePrior(backbone, components=2, dims=4),
     "joint": lambda backbone: JointEBMPrior(backbone, energy=SMALL, langevin=SHORT),
     "persistent": lambda backbone: JointEBMPrior(backbone, energy=SMALL, langevin=SHORT, chains="persistent", kept=50),
     "published": lambda backbone: JointEBMPrior(backbone, energy=SMALL, langevin=SHORT, target="published"),
@@ -106,6 +106,23 @@ def test_mixture_recovers_a_mixture(covariance):
     torch.testing.assert_close(right.T.cov(), shear.T @ shear, atol=0.03, rtol=0)
 
 
+def test_mixture_is_over_the_most_active_dimensions():
+    """Dimensions 1 and 3 are seen in images, the others are noise of the posterior: these stay as they are, whatever the noise."""
+
+    class Noisy(IdentityBackbone):
+        def infer(self, images):
+            (z,) = super().infer(images)
+            return [torch.where(torch.tensor([False, True, False, True]), z, 3 + torch.randn(z.shape))]
+
+    u = torch.randn(400, 4, generator=seed(0)) * 0.2 - 1
+    prior = GaussianMixturePrior(Noisy((4,)), components=1, dims=2)
+    prior.fit(images_of(u), generator=seed(0))
+    assert prior.active.tolist() == [1, 3]
+    drawn = prior.sample_noise(4000, generator=seed(1))
+    assert drawn.mean(0).tolist() == pytest.approx([0, -1, 0, -1], abs=0.06)
+    assert drawn.std(0).tolist() == pytest.approx([1, 0.2, 1, 0.2], abs=0.05)
+
+
 def test_mixture_takes_no_more_images_than_asked_and_one_pass(monkeypatch):
     taken = []
     encode = GaussianMixturePrior.encode
@@ -113,10 +130,10 @@ def test_mixture_takes_no_more_images_than_asked_and_one_pass(monkeypatch):
     prior = GaussianMixturePrior(IdentityBackbone((2,)), components=2)
     images = images_of(torch.randn(350, 2, generator=seed(0)))
     prior.fit(images, images=120, generator=seed(0))
-    assert sum(taken) == 200
+    assert sum(taken) == 2 * 200
     taken.clear()
     prior.fit([images[:100], images[100:]], generator=seed(0))
-    assert taken == [100, 250]
+    assert taken == [100, 100, 250, 250]
     with pytest.raises(ValueError, match="at least one image per component, 2 in all, got 1"):
         prior.fit(images[:1])
 
@@ -428,6 +445,7 @@ def test_learned_parts_that_are_fixed_do_not_enter_the_records():
     ("call", "error", "message"),
     [
         (lambda b: GaussianMixturePrior(b, components=0), ValueError, "components: expected a positive integer, got 0"),
+        (lambda b: GaussianMixturePrior(b, dims=0), ValueError, "dims: expected a positive integer, got 0"),
         (lambda b: GaussianMixturePrior(b, covariance="tied"), ValueError, 'covariance: expected "diag" or "full", got \'tied\''),
         (lambda b: JointEBMPrior(b, chains="long"), ValueError, "chains: expected one of noise, persistent, got 'long'"),
         (lambda b: JointEBMPrior(b, target="z"), ValueError, "target: expected one of u, published, got 'z'"),

@@ -98,15 +98,16 @@ class NCPPrior(DiffusionEBMPrior):
         if labels is not None:
             check_labels(labels, self.coupling, len(u), u.device)
         noise = self.split(open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, self.execution.backend).normal(self.dim))
-        t = torch.zeros(len(u), dtype=torch.long, device=u.device)
+        posterior, seen = self.split(u), []
+
+        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            real, false = mean + std * posterior[i].to(mean), mean + std * noise[i].to(mean)
+            seen.append(torch.cat((stack(real, mean, std), stack(false, mean, std))))
+            return real
+
         with torch.no_grad():
-            z = self.transform.to_latents(u)
-            gaussians = self.transform.gaussians(z)
-            z_prior = [mean + std * noise_i.to(mean) for (mean, std), noise_i in zip(gaussians, noise, strict=True)]
-            seen = [
-                stack(*map(torch.cat, ((real, false), (mean,) * 2, (std,) * 2)))
-                for real, false, (mean, std) in zip(z, z_prior, gaussians, strict=True)
-            ]
+            drive(self.backbone, len(u), draw, stop_after=len(noise))
+        t = torch.zeros(len(u), dtype=torch.long, device=u.device)
         positive, negative = super().learned_corrections(seen, t.repeat(2))[0].chunk(2)
         losses = F.softplus(-positive) + F.softplus(negative)
         chance = F.softplus(torch.zeros(2)).sum().to(u)
