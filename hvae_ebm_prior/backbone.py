@@ -114,15 +114,28 @@ class NoiseTransform:
             ValueError: a latent has the wrong shape, or a std is not positive.
         """
         self.check_layers(z, "latents")
-        parts: list[Tensor] = []
+        gaussians = self.gaussians(z)
+        for i, (mean, std) in enumerate(gaussians):
+            check_gaussian(i, mean, std)
+        return self.join([(z_i - mean) / std for z_i, (mean, std) in zip(z, gaussians, strict=True)])
+
+    def gaussians(self, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Mean and std of every layer given the latents above it, each (N, *latent_shapes[i]), in one teacher-forced pass.
+
+        Args:
+            z: latents (N, *latent_shapes[i]) of all layers, or of the first ones.
+
+        Returns:
+            A pair for each of them.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
 
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            check_gaussian(i, mean, std)
-            parts.append((z[i] - mean) / std)
+            found.append((mean, std))
             return z[i]
 
-        self._walk(z[0], draw)
-        return self.join(parts)
+        self._walk(z[0], draw, len(z))
+        return found
 
     def log_abs_det(self, u: Tensor) -> Tensor:
         """log|det dT/du| in nats, shape (N,), at `u` (N, D)."""

@@ -65,7 +65,7 @@ class EnergyModel(LatentPrior):
                     raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
             if langevin.step_rule == "published" and schedule.sigma_bar[0] == 0:
                 raise ValueError("the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm")
-            self.energies = build_energies(energy, self.latent_shapes, schedule.steps, self.transform.device)
+            self.energies = build_energies(energy, self.input_shapes, schedule.steps, self.transform.device)
             if coupling is not None:
                 self.couple(coupling)
         except BaseException:
@@ -75,10 +75,18 @@ class EnergyModel(LatentPrior):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A prior with its own copy of the energies over the same backbone."""
-        energies = list(copy.deepcopy(self.energies, memo))
-        new = type(self)(self.backbone, schedule=self.schedule, langevin=self.langevin, energy=energies, execution=self.execution)
+        new = type(self)(self.backbone, energy=list(copy.deepcopy(self.energies, memo)), **self.settings())
         new.coupling, new.heads = self.coupling, copy.deepcopy(self.heads, memo)
         return new.train(self.training)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that this prior was made with, but for the backbone, the energies and the coupling."""
+        return {"schedule": self.schedule, "langevin": self.langevin, "execution": self.execution}
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what the energies are given, without batch, top to bottom: those of the latents."""
+        return self.latent_shapes
 
     def couple(self, coupling: Coupling) -> None:
         """Bind label sets to layers, instead of those there were. Until `fit` has seen labels, F and samples are as before.
@@ -114,6 +122,15 @@ class EnergyModel(LatentPrior):
     def corrections(
         self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """F by layer (N, L), of all layers or of the first ones, and the logits of every label set.
+
+        All of it is learned here; subclasses may add what is not.
+        """
+        return self.learned_corrections(z, t, energies, heads)
+
+    def learned_corrections(
+        self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """f_i(z_i, t), (N, L), of all layers or of the first ones, and the logits of every label set.
 
         A set's part of F counts to the lowest of its layers. The published step rule's networks stand for F = f / s_t.
@@ -134,7 +151,7 @@ class EnergyModel(LatentPrior):
 
     def believer(self, t: Tensor) -> Believer:
         """What this prior says of latents at levels `t` (N,), as a function for one chain: F (N,) and log p(y | u_t) by label set."""
-        energies = batched_energies(list(self.energies), self.latent_shapes, len(t), t.device)
+        energies = batched_energies(list(self.energies), self.input_shapes, len(t), t.device)
         uncoupled = self.coupling is not None and not bool(self.coupling.coupled(t).any())
         heads = {name: {i: frozen(network) for i, network in networks.items()} for name, networks in self.heads.items() if not uncoupled}  # type: ignore[operator]
 

@@ -141,9 +141,10 @@ class LayerEnergy(nn.Module):
         """Tell a fresh network what part of each latent dimension's variance images determine; most of a deep VAE's are inactive.
 
         Args:
-            activity: 0 (pure noise) to 1 (determined), `shape`. Inputs are multiplied by it, their best linear estimate of the determined part.
+            activity: 0 (pure noise) to 1 (determined), `shape`, or that of one of several latents stacked along its first dimension. Inputs are
+                multiplied by it, their best linear estimate of the determined part.
         """
-        self.activity.copy_(activity)
+        self.activity.copy_(torch.cat([activity] * (len(self.activity) // len(activity))))
         if isinstance(self.features, VectorFeatures) and not parametrize.is_parametrized(self.features.inputs):
             # The features then vary as they would if all inputs were active.
             self.features.inputs.weight.mul_((activity.square().mean().clamp(min=1e-4)) ** -0.5)

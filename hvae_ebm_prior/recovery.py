@@ -61,19 +61,37 @@ def recovery_loss(
     alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar))
     u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(prior.dim)
     u_next = alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(prior.dim)
-    negative = draw_conditional(prior, u_next, t, streams)
+    return contrast(prior, draw_conditional(prior, u_next, t, streams), u_t, t, labels)
+
+
+def contrast(prior: "DiffusionEBMPrior", negative: Tensor, u_t: Tensor, t: Tensor, labels: Tensor | Labels | None = None) -> RecoveryLoss:
+    """The loss of states from chains against states of the data; see `recovery_loss`.
+
+    Args:
+        prior: the prior to learn.
+        negative: states from chains (N, D).
+        u_t: states of the data (N, D).
+        t: their levels (N,).
+        labels: of the images, see `check_labels`.
+
+    Returns:
+        The loss.
+
+    Raises:
+        TypeError, ValueError: wrong labels, or labels for a prior that is not coupled.
+    """
     with torch.no_grad():
         z = prior.transform.to_latents(torch.cat((negative, u_t)))
-    f, logits = prior.corrections(z, t.repeat(2))
+    f, logits = prior.learned_corrections(z, t.repeat(2))
     from_chain, from_data = f.sum(1).chunk(2)
     recovery, squares, entropy, labelled = from_chain - from_data, (from_chain**2 + from_data**2) / 2, torch.zeros_like(from_data), 0
-    known_labels = {} if labels is None else check_labels(labels, prior.coupling, len(u), u.device)
+    known_labels = {} if labels is None else check_labels(labels, prior.coupling, len(u_t), u_t.device)
     total = recovery
     if prior.coupling is not None:
         coupled = prior.coupling.coupled(t)
         for name, values in known_labels.items():
             known = values.where(coupled, -1)
-            entropy = entropy + cross_entropy(logits[name][len(u) :], known)
+            entropy = entropy + cross_entropy(logits[name][len(u_t) :], known)
             labelled += int((known >= 0).sum())
         total = recovery + prior.coupling.weight * entropy
     return RecoveryLoss(total, recovery, squares, entropy, labelled, t)

@@ -145,7 +145,7 @@ def watched_chain(
         States (N, D), and the records of `Transitions` at this level.
     """
     recorded, kept = (set(some.tolist()) for some in times)
-    energies = batched_energies(list(prior.energies), prior.latent_shapes, len(u_next), u_next.device)
+    energies = batched_energies(list(prior.energies), prior.input_shapes, len(u_next), u_next.device)
     proposal = plain_proposal(u_next, t, schedule=prior.schedule, config=prior.langevin)
     records: dict[str, list[Tensor]] = {name: [] for name in ("energies", "acceptance", "pixels", "states")}
 

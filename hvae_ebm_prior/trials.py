@@ -31,7 +31,7 @@ def add_trials(command: argparse.ArgumentParser, name: str) -> None:
         "--features",
         nargs="+",
         default=["inception"],
-        help="one or more of: inception, or a function that returns one of images to features, as package.module:function or path/to/file.py:function",
+        help="one or more: inception, or a function that returns one of images to features, as package.module:function or path/to/file.py:function",
     )
     command.add_argument("--weights", help="Inception's weights file (that in torch.hub's cache, where it is downloaded if need be)")
     command.add_argument("--seconds", type=float, help="train each for so long")

@@ -22,10 +22,11 @@ RANKS = [
     ["recovery"],
     ["prior"],
     ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
-    ["control", "pictures", "presets", "testing"],
-    ["comparison", "baselines"],
+    ["control", "pictures", "presets", "testing", "baselines"],
+    ["comparison"],
     ["commands", "contenders"],
-    ["report", "trials"],
+    ["report"],
+    ["trials"],
     ["cli"],
     ["__init__", "adapters"],
 ]
@@ -34,10 +35,11 @@ RANKS = [
 def imports(path: Path) -> set[str]:
     """Modules of the package that a file imports when it is imported: not inside functions, not for type checking alone."""
     found = set()
+    depth = len(path.relative_to(PACKAGE).parts)
     pending = list(ast.parse(path.read_text()).body)
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
             found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom | ast.Import):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
@@ -47,11 +49,12 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_flow_one_way(path):
-    rank = next(i for i, names in enumerate(RANKS) if path.stem in names)
+    name = Path(path.relative_to(PACKAGE).parts[0]).stem
+    rank = next(i for i, names in enumerate(RANKS) if name in names)
     allowed = {name for names in RANKS[:rank] for name in names}
-    assert imports(path) <= allowed
+    assert imports(path) <= allowed | ({name} if path.parent != PACKAGE else set())
 
 
 def test_core_never_imports_adapters():
@@ -62,8 +65,13 @@ def test_core_never_imports_adapters():
 def test_only_required_packages_are_imported():
     code = (
         "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing, hvae_ebm_prior.cli\n"
+<<<<<<< HEAD
         "import hvae_ebm_prior.likelihood\n"
         "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate', 'torch_fidelity'} & set(sys.modules)\n"
+=======
+        "import hvae_ebm_prior.likelihood, hvae_ebm_prior.baselines\n"
+        "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate'} & set(sys.modules)\n"
+>>>>>>> baselines
         "sys.exit(', '.join(bad) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
@@ -79,6 +87,6 @@ def test_adapters_are_one_module_under_two_names():
 
 def test_files_stay_small():
     core = ("schedule", "backbone", "energy", "langevin", "latent_prior", "density", "prior")
-    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 1550
+    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 1580
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path

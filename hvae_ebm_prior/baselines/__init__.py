@@ -1,0 +1,18 @@
+"""Other priors over the same frozen backbone, to compare with: all have `fit` and `sample`.
+
+    GaussianPrior          the backbone's own prior, at a temperature
+    GaussianMixturePrior   a mixture in u, fitted by EM
+    JointEBMPrior          one marginal energy-based model, learned by maximum likelihood
+    NCPPrior               binary classifiers layer by layer, learned by noise-contrastive estimation
+    LatentDiffusionPrior   our diffusion with z in the place of u
+
+docs/baselines.md says how they work, and with which settings they work best.
+"""
+
+from .gaussian import GaussianPrior
+from .joint import JointEBMPrior
+from .mixture import GaussianMixturePrior
+from .ncp import NCPPrior
+from .zspace import LatentDiffusionPrior
+
+__all__ = ["GaussianMixturePrior", "GaussianPrior", "JointEBMPrior", "LatentDiffusionPrior", "NCPPrior"]

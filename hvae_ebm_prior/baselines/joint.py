@@ -1,0 +1,117 @@
+"""Joint-EBM (Cui, Wu & Han, CVPR and ICCV 2023): one marginal energy-based model over all layers, learned by maximum likelihood.
+
+    log p(u) = F(T(u)) - |u|^2 / 2 + const        (Eq. 8 of Cui & Han, 2024),      loss = F(T(u^-)) - F(T(u)),      u^- by Langevin steps
+
+This is our prior with one noise level (`DiffusionSchedule.marginal`), and the target is right in u. The published two-stage code follows another one:
+its chains in u climb F(T(u)) + log p0(T(u)), the density of z without the Jacobian of T, so what they draw from is
+
+    log p(u) = F(T(u)) - |u|^2 / 2 - log|det J_T(u)| + const,      log|det J_T| = sum_i sum log std_i(z_<i),
+
+while learning contrasts F alone. Layers that the backbone is sure of (small std) then weigh more than they should.
+
+Chains start from N(0, I), or persist (Tieleman, 2008): states are kept from one training step to the next, and few of them start anew each time
+(Du & Mordatch, 2019). Sampling starts from N(0, I) in both cases, so after persistent chains it takes longer ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import BackboneAdapter
+from ..chain import draw_conditional
+from ..coupling import Coupling, Heads, Labels
+from ..energy import EnergyConfig
+from ..execution import Corrections, ExecutionConfig
+from ..langevin import LangevinConfig
+from ..prior import DiffusionEBMPrior
+from ..recovery import RecoveryLoss, contrast, recovery_loss
+from ..schedule import DiffusionSchedule
+from ..streams import draw_key, open_streams
+from ..validation import check_count
+
+Chains = Literal["noise", "persistent"]
+Target = Literal["u", "published"]
+# How much longer chains are in sampling than in training where those of training persist.
+LONGER = 10
+
+
+class JointEBMPrior(DiffusionEBMPrior):
+    """One marginal energy-based model over the noise of a hierarchical VAE.
+
+    Args:
+        backbone: as of `LatentPrior`.
+        chains: where training's chains start: "noise" at N(0, I), "persistent" where they ended before.
+        target: "u" for Eq. 8, "published" for the target of the published code, without the Jacobian.
+        langevin: the chains; None takes 15 steps of .3 with shorter ones in the top layer, and in sampling ten times as many where chains persist.
+        energy: as of `EnergyModel`.
+        coupling: as of `EnergyModel`.
+        execution: as of `EnergyModel`.
+        kept: number of persistent chains, each D numbers on the prior's device; no fewer than a batch.
+        renewal: probability with which a persistent chain starts anew from N(0, I).
+
+    Raises:
+        TypeError, ValueError: as of `EnergyModel`, or an unknown kind of chains or target, a wrong number of chains, or no probability.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneAdapter | nn.Module,
+        *,
+        chains: Chains = "noise",
+        target: Target = "u",
+        langevin: LangevinConfig | None = None,
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
+        coupling: Coupling | None = None,
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
+        kept: int = 1000,
+        renewal: float = 0.05,
+    ) -> None:
+        for name, value, known in (("chains", chains, ("noise", "persistent")), ("target", target, ("u", "published"))):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        check_count(kept, "kept")
+        if not 0 <= renewal <= 1:
+            raise ValueError(f"renewal: expected a probability from 0 to 1, got {renewal}")
+        if langevin is None:
+            langevin = LangevinConfig(steps=15, step_size=0.3, top_steps=6)
+            langevin = replace(langevin, sampling_steps=LONGER * langevin.steps if chains == "persistent" else None)
+        super().__init__(backbone, schedule=DiffusionSchedule.marginal(), langevin=langevin, energy=energy, coupling=coupling, execution=execution)
+        self.chains, self.target, self.kept, self.renewal = chains, target, kept, renewal
+        # States (M, D) of persistent chains. They are of training alone, so no part of the state dict.
+        self.states: Tensor | None = None
+
+    def settings(self) -> dict[str, Any]:
+        names = ("chains", "target", "langevin", "execution", "kept", "renewal")
+        return {name: getattr(self, name) for name in names}
+
+    def corrections(
+        self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        f, logits = super().corrections(z, t, energies, heads)
+        if self.target == "u":
+            return f, logits
+        return f - torch.stack([std.log().flatten(1).sum(1) for _, std in self.transform.gaussians(z)], dim=1).to(f), logits
+
+    def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None) -> RecoveryLoss:
+        if self.chains == "noise":
+            return recovery_loss(self, u, labels, generator)
+        key, choice = draw_key(generator), torch.Generator().manual_seed(draw_key(generator))
+        streams = open_streams(key, range(len(u)), u.device, u.dtype, self.execution.backend)
+        fresh = streams.normal(self.dim)
+        if self.states is None or len(self.states) < len(u):
+            self.states = open_streams(draw_key(choice), range(max(self.kept, len(u))), u.device, u.dtype).normal(self.dim)
+        rows = torch.randperm(len(self.states), generator=choice)[: len(u)].to(u.device)
+        anew = (torch.rand(len(u), 1, generator=choice) < self.renewal).to(u.device)
+        t = torch.zeros(len(u), dtype=torch.long, device=u.device)
+        # There is no kernel at the only level, so "next" does nothing but say where the chain starts.
+        negative = draw_conditional(self, torch.where(anew, fresh, self.states[rows]), t, streams, langevin=replace(self.langevin, start="next"))
+        self.states[rows] = negative
+        return contrast(self, negative, u, t, labels)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; persistent chains belong to the energies that drew them, so new ones begin."""
+        self.states = None
+        return super().load_state_dict(state_dict, strict, assign)

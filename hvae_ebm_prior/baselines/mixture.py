@@ -1,0 +1,129 @@
+"""A mixture of Gaussians in u, p(u) = sum_k w_k N(u; m_k, S_k), fitted to posterior draws by expectation-maximisation: a cheap control.
+
+Most of a deep VAE's dimensions are inactive: their posterior is the prior whatever the image. To a mixture they are noise that hides the clusters, so
+it is over the most active dimensions alone, those in which two posterior draws of one image are the most correlated; the others stay N(0, 1). It says
+how much of the prior hole is a matter of few dimensions with a simple density.
+"""
+
+from collections.abc import Iterable
+from itertools import takewhile
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..backbone import BackboneAdapter
+from ..latent_prior import LatentPrior
+from ..streams import draw_key, open_streams
+from ..training import TrainingRecord, endless_batches
+from ..validation import check_count
+
+Covariance = Literal["diag", "full"]
+
+
+class GaussianMixturePrior(LatentPrior):
+    """A Gaussian mixture over the most active dimensions of a hierarchical VAE's noise; before `fit`, the Gaussian prior.
+
+    Args:
+        backbone: as of `LatentPrior`.
+        components: number of Gaussians K.
+        covariance: "full" or "diag"; full ones have `dims`^2 numbers each to hold and to estimate.
+        dims: number of dimensions A that the mixture is over; all D where there are no more.
+
+    Attributes:
+        weights: w_k, (K,).
+        active: indices (A,) of the dimensions.
+        means: m_k, (K, A).
+        factors: lower Cholesky factors of S_k (K, A, A), or stds (K, A).
+
+    Raises:
+        TypeError: `backbone` is no adapter and none fits it, or a count is no integer.
+        ValueError: the backbone breaks its contract, a count is not positive, or the covariance is of an unknown kind.
+    """
+
+    weights: Tensor
+    active: Tensor
+    means: Tensor
+    factors: Tensor
+
+    def __init__(self, backbone: BackboneAdapter | nn.Module, components: int = 100, covariance: Covariance = "full", dims: int = 64) -> None:
+        check_count(components, "components")
+        check_count(dims, "dims")
+        if covariance not in ("diag", "full"):
+            raise ValueError(f'covariance: expected "diag" or "full", got {covariance!r}')
+        super().__init__(backbone)
+        self.components, self.covariance = components, covariance
+        zeros = torch.zeros(components, min(dims, self.dim), device=self.device, dtype=self.dtype)
+        self.register_buffer("weights", torch.full_like(zeros[:, 0], 1 / components))
+        self.register_buffer("active", torch.arange(zeros.shape[1], device=self.device))
+        self.register_buffer("means", zeros)
+        self.register_buffer("factors", torch.ones_like(zeros) if covariance == "diag" else torch.diag_embed(torch.ones_like(zeros)))
+
+    def fit(
+        self,
+        data: Tensor | Dataset[Any] | Iterable[Any],
+        *,
+        images: int = 10_000,
+        iterations: int = 100,
+        regularization: float = 1e-3,
+        generator: torch.Generator | None = None,
+    ) -> list[TrainingRecord]:
+        """Fit the mixture by scikit-learn, on the CPU.
+
+        Args:
+            data: images (N, C, H, W) in [0, 1], a dataset of them, or a loader of batches.
+            images: how many images to take at most, of one pass over the data; D numbers of each are held in memory.
+            iterations: largest number of EM steps.
+            regularization: added to every variance.
+            generator: source of the order of the images, their posterior draws and the first clusters.
+
+        Returns:
+            No records: EM has no steps like those of other priors.
+
+        Raises:
+            TypeError, ValueError: data of the wrong type, empty, out of range, or fewer images than components.
+            ImportError: scikit-learn is not installed.
+        """
+        try:
+            from sklearn.mixture import GaussianMixture  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ImportError("the Gaussian mixture needs scikit-learn; install hvae-ebm-prior[baselines]") from error
+        check_count(images, "images")
+        drawn: list[Tensor] = []
+        for batch, _, _ in takewhile(lambda batch: batch[2] == 0, endless_batches(data, min(images, 100), generator)):
+            drawn.append(torch.stack([self.encode(batch.to(self.device), generator=generator).cpu() for _ in range(2)]))
+            if sum(pair.shape[1] for pair in drawn) >= images:
+                break
+        u = torch.cat(drawn, dim=1)[:, :images].double()
+        if u.shape[1] < self.components:
+            raise ValueError(f"data: expected at least one image per component, {self.components} in all, got {u.shape[1]}")
+        centred = u - u.mean(1, keepdim=True)
+        correlation = centred.prod(0).mean(0) / centred.square().mean(1).sqrt().prod(0).clamp(min=1e-12)
+        self.active.copy_(correlation.argsort(descending=True, stable=True)[: len(self.active)].sort()[0])
+        mixture = GaussianMixture(
+            self.components,
+            covariance_type=self.covariance,
+            max_iter=iterations,
+            reg_covar=regularization,
+            random_state=draw_key(generator) % 2**32,
+        ).fit(u[..., self.active.cpu()].flatten(0, 1).numpy())
+        self.weights.copy_(torch.from_numpy(mixture.weights_))
+        self.means.copy_(torch.from_numpy(mixture.means_))
+        covariances = torch.from_numpy(mixture.covariances_)
+        self.factors.copy_(covariances.sqrt() if self.covariance == "diag" else torch.linalg.cholesky(covariances))
+        return []
+
+    def _draw(self, key: int, samples: range) -> Tensor:
+        # One number more than dimensions: it decides on the component.
+        noise = open_streams(key, samples, self.device, self.dtype).normal(self.dim + 1)
+        u, uniform = noise[:, :-1].contiguous(), torch.special.ndtr(noise[:, -1].contiguous())
+        chosen = torch.searchsorted(self.weights.cumsum(0), uniform).clamp(max=self.components - 1)
+        active = u[:, self.active]
+        if self.covariance == "diag":
+            u[:, self.active] = self.means[chosen] + self.factors[chosen] * active
+            return u
+        for k in chosen.unique().tolist():
+            rows = (chosen == k).nonzero()
+            u[rows, self.active] = self.means[k] + active[rows[:, 0]] @ self.factors[k].T
+        return u

@@ -1,0 +1,118 @@
+"""Diffusion of the latents themselves, z_{t+1} = alpha z_t + sigma eps, instead of their noise u (Cui & Han 2024, Sec. 3.1): an ablation.
+
+    p(z_t | z_{t+1})  proportional to  exp(F(z_t, t)) p0(z_t) N(z_{t+1}; alpha z_t, sigma^2 I),      z_T ~ N(0, I),
+
+with p0(z) = prod_i N(z_i; mean_i(z_<i), std_i(z_<i)^2) the backbone's own prior. All layers and dimensions get noise of one size whatever their std
+given those above, so noise that is small for one layer wipes out another, and p0 is a density of very different scales, on which chains of one step
+size are slow or overshoot. That is what u is for.
+
+Here the backbone is seen through an adapter whose layers are all N(0, 1): its noise is z, and log p0(z) - log N(z; 0, I) joins F, unlearned.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import BackboneAdapter, NoiseTransform, backbone_modules, drive
+from ..coupling import Coupling, Heads
+from ..density import DEFAULT_SCHEDULE
+from ..energy import EnergyConfig
+from ..execution import Corrections, ExecutionConfig
+from ..langevin import LangevinConfig
+from ..prior import DiffusionEBMPrior
+from ..registry import find_adapter
+from ..schedule import DiffusionSchedule
+
+if TYPE_CHECKING:
+    from ..composition import Condition, Expression
+
+Base = Literal["backbone", "normal"]
+
+
+class FlatAdapter:
+    """A backbone whose layers are all N(0, 1), whatever its own Gaussians: its noise is its latents.
+
+    Args:
+        transform: the backbone's own T.
+    """
+
+    def __init__(self, transform: NoiseTransform) -> None:
+        self.transform, self.modules = transform, backbone_modules(transform.adapter)
+
+    def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
+        z: list[Tensor] = []
+        for shape in self.transform.latent_shapes:
+            zeros = torch.zeros(batch_size, *shape, device=self.transform.device, dtype=self.transform.dtype)
+            z.append((yield zeros, torch.ones_like(zeros)))
+        return drive(self.transform.adapter, batch_size, lambda i, mean, std: z[i])[1]
+
+    def infer(self, images: Tensor) -> Sequence[Tensor]:
+        return self.transform.adapter.infer(images)
+
+    def decode(self, features: Any) -> Tensor:
+        return self.transform.adapter.decode(features)
+
+
+class LatentDiffusionPrior(DiffusionEBMPrior):
+    """A diffusion energy-based prior in z. Wherever a `DiffusionEBMPrior` has noise u, this one has latents z, all layers packed into one (N, D).
+
+    Args:
+        backbone: as of `LatentPrior`.
+        schedule: as of `EnergyModel`.
+        langevin: as of `EnergyModel`; steps are in units of the Gaussian part N(z; 0, I) N(z_{t+1}; alpha z, sigma^2 I).
+        energy: as of `EnergyModel`.
+        coupling: as of `EnergyModel`.
+        execution: as of `EnergyModel`.
+        base: "backbone" for p0 the backbone's prior, "normal" for N(z; 0, I), where F has the hierarchy to learn as well.
+
+    Raises:
+        TypeError, ValueError: as of `EnergyModel`, or an unknown base.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneAdapter | nn.Module,
+        *,
+        schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
+        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
+        coupling: Coupling | None = None,
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
+        base: Base = "backbone",
+    ) -> None:
+        if base not in ("backbone", "normal"):
+            raise ValueError(f'base: expected "backbone" or "normal", got {base!r}')
+        flat = backbone if isinstance(backbone, FlatAdapter) else FlatAdapter(NoiseTransform(find_adapter(backbone)))
+        super().__init__(flat, schedule=schedule, langevin=langevin, energy=energy, coupling=coupling, execution=execution)
+        self.base = base
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "base": self.base}
+
+    def corrections(
+        self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        f, logits = super().corrections(z, t, energies, heads)
+        if self.base == "normal":
+            return f, logits
+        flat: FlatAdapter = self.backbone  # type: ignore[assignment]
+        parts = [
+            (z_i**2 - ((z_i - mean) / std) ** 2).flatten(1).sum(1) / 2 - std.log().flatten(1).sum(1)
+            for z_i, (mean, std) in zip(z, flat.transform.gaussians(z), strict=True)
+        ]
+        return f + torch.stack(parts, dim=1).to(f), logits
+
+    def _check_request(
+        self,
+        n: int,
+        fixed: Mapping[int, Tensor] | None,
+        labels: "Mapping[str, Any] | Expression | None",
+        guidance: float,
+        temperature: float,
+        *observed: Any,
+    ) -> "Condition | None":
+        if temperature != 1:
+            raise ValueError(f"temperature: expected 1, got {temperature}; the diffusion of z has no Gaussian layers to multiply the std of")
+        return super()._check_request(n, fixed, labels, guidance, temperature, *observed)
