@@ -65,13 +65,8 @@ def test_core_never_imports_adapters():
 def test_only_required_packages_are_imported():
     code = (
         "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing, hvae_ebm_prior.cli\n"
-<<<<<<< HEAD
-        "import hvae_ebm_prior.likelihood\n"
-        "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate', 'torch_fidelity'} & set(sys.modules)\n"
-=======
         "import hvae_ebm_prior.likelihood, hvae_ebm_prior.baselines\n"
-        "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate'} & set(sys.modules)\n"
->>>>>>> baselines
+        "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate', 'torch_fidelity'} & set(sys.modules)\n"
         "sys.exit(', '.join(bad) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
