@@ -6,6 +6,7 @@ trains it on all 60,000 images (about 3 minutes on 2 cores) and writes examples/
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,6 +52,11 @@ def load_classifier() -> Classifier:
     model = Classifier()
     model.load_state_dict(load_file(WEIGHTS))
     return model.eval()
+
+
+def classifier_features() -> Callable[[Tensor], Tensor]:
+    """Its features, as `--features examples/classifier.py:classifier_features` of the commands evaluate and compare takes them."""
+    return load_classifier().features
 
 
 def main() -> None:

@@ -232,12 +232,12 @@ def run(
 
     options: dict[str, Any] = {}
     if contender.training is not None:
-        options = {"training": replace(contender.training, iterations=iterations), "callback": snapshot}
+        options = {"training": replace(contender.training, iterations=iterations), "callback": snapshot, "progress": False}
     generator, start, diverged = torch.Generator().manual_seed(seed), time.monotonic(), False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*back to the last good state", category=RuntimeWarning)
         try:
-            steps = len(prior.fit(train_images, generator=generator, progress=False, **options))  # type: ignore[operator]
+            steps = len(prior.fit(train_images, generator=generator, **options))  # type: ignore[operator]
         except TrainingDiverged as error:
             diverged, steps = True, len(error.history)
     seconds, begin = time.monotonic() - start - measuring, time.monotonic()
@@ -300,6 +300,8 @@ def table(results: Mapping[str, Mapping[str, Any]], names: Iterable[str], budget
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard error of the mean."""
+    """Mean and standard error of the mean; a dash where there is no value."""
+    if any(math.isnan(value) for value in values):
+        return "–"
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")

