@@ -82,6 +82,11 @@ class NCPPrior(DiffusionEBMPrior):
         """Shapes of what the networks see, without batch, top to bottom: `STACKED` times as many channels as the latents."""
         return tuple((STACKED * shape[0], *shape[1:]) for shape in self.latent_shapes)
 
+    @property
+    def gradients_per_step(self) -> int:
+        """One: there are no chains in training."""
+        return 1
+
     def couple(self, coupling: Coupling) -> None:
         """Raises TypeError: there is nothing here for labels to be bound to."""
         raise TypeError("an NCPPrior learns no labels; take a DiffusionEBMPrior")
