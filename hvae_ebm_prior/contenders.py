@@ -25,21 +25,19 @@ def contenders(preset: Preset = PRESETS["fast"]) -> dict[str, Contender]:
     """Ours and all baselines, by the names that `compare` takes.
 
     Args:
-        preset: settings of ours; baselines share its chains and networks, and have learning rates of their own.
+        preset: settings of ours; baselines have their own.
 
     Returns:
         The contenders.
     """
-    joint = partial(JointEBMPrior, langevin=preset.langevin, energy=preset.energy)
-    joint_training = replace(preset.training, learning_rate=5e-4)
-    ncp_training = replace(preset.training, learning_rate=1e-3)
+    joint, ncp = PRESETS["joint-ebm"].training, PRESETS["ncp"].training
     return {
         OURS: Contender(partial(build, preset), preset.training),
-        "joint-ebm": Contender(joint, joint_training),
-        "joint-ebm-persistent": Contender(partial(joint, chains="persistent"), joint_training),
-        "joint-ebm-published": Contender(partial(joint, target="published"), joint_training),
-        "ncp-sir": Contender(partial(NCPPrior, sampler="sir"), ncp_training),
-        "ncp-langevin": Contender(partial(NCPPrior, sampler="langevin"), ncp_training),
+        "joint-ebm": Contender(JointEBMPrior, joint),
+        "joint-ebm-persistent": Contender(partial(JointEBMPrior, chains="persistent"), joint),
+        "joint-ebm-published": Contender(partial(JointEBMPrior, target="published"), joint),
+        "ncp-sir": Contender(partial(NCPPrior, sampler="sir"), ncp),
+        "ncp-langevin": Contender(partial(NCPPrior, sampler="langevin"), ncp),
         "z-diffusion": Contender(partial(build, preset, kind=LatentDiffusionPrior), preset.training),
         "mixture": Contender(GaussianMixturePrior),
         **{f"gaussian-{t:g}": Contender(partial(GaussianPrior, temperature=t)) for t in (0.9, 0.8, 0.7, 0.6)},

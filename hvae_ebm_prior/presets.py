@@ -66,6 +66,19 @@ PRESETS = {
         EnergyConfig(),
         TrainingConfig(iterations=1150, learning_rate=3.5e-3, ema_decay=0.995),
     ),
+    # Of `hvae_ebm_prior.baselines`, found on the same HVAE (docs/baselines.md).
+    "joint-ebm": Preset(
+        DiffusionSchedule.marginal(),
+        LangevinConfig(steps=5, step_size=0.3, start="gaussian", top_steps=6),
+        EnergyConfig(),
+        TrainingConfig(iterations=480, learning_rate=5e-4),
+    ),
+    "ncp": Preset(
+        DiffusionSchedule.marginal(),
+        LangevinConfig(steps=15, step_size=0.1, top_steps=6),
+        EnergyConfig(),
+        TrainingConfig(iterations=1000, learning_rate=3e-3),
+    ),
     "paper-cifar10": published(steps=50, step_size=3e-5, width=128, batch_size=50, epoch_decay=0.9),
     "paper-celebahq256": published(steps=30, step_size=2e-5, width=64, batch_size=4, epoch_decay=0.98),
     # No settings are published for these two. The chains are those of CIFAR-10; the churches' width and batch are of the same authors' marginal EBM

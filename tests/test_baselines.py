@@ -13,7 +13,7 @@ from hvae_ebm_prior import Coupling, DiffusionSchedule, EnergyConfig, LabelSet, 
 from hvae_ebm_prior.baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
 from hvae_ebm_prior.baselines.ncp import pick
 from hvae_ebm_prior.execution import walk_gradient
-from hvae_ebm_prior.langevin import gaussian_part
+from hvae_ebm_prior.langevin import gaussian_part, langevin_coefficients
 
 SHAPES = [(2,), (1, 2, 2)]
 SMALL = EnergyConfig(width=8, vector_width=16)
@@ -236,6 +236,14 @@ def test_persistent_chains_go_on_where_they_were():
     assert found.recovery.mean().item() == pytest.approx(4, abs=0.4)
     noise = JointEBMPrior(IdentityBackbone((1,)), **settings).batch_loss(u, None, seed(0))
     assert noise.recovery.mean().item() < 1
+
+
+def test_published_chain_in_our_units():
+    """The page's settings: a drift of half of 1e-5, and noise of std sqrt(1e-5)."""
+    langevin = LangevinConfig(steps=10, step_size=5e-6, integrator="euler", drift_limit=math.inf)
+    prior = JointEBMPrior(IdentityBackbone((2,)), target="published", langevin=langevin)
+    found = langevin_coefficients(torch.zeros(1, dtype=torch.long), prior.schedule, prior.langevin, torch.float64)
+    torch.testing.assert_close(found, torch.tensor([[1 - 5e-6, 0, 5e-6, 1e-5**0.5]], dtype=torch.float64), atol=1e-9, rtol=1e-6)
 
 
 def test_joint_defaults_and_copies():

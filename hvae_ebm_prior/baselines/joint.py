@@ -26,6 +26,7 @@ from ..coupling import Coupling, Heads, Labels
 from ..energy import EnergyConfig
 from ..execution import Corrections, ExecutionConfig
 from ..langevin import LangevinConfig
+from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
 from ..recovery import RecoveryLoss, contrast, recovery_loss
 from ..schedule import DiffusionSchedule
@@ -45,7 +46,7 @@ class JointEBMPrior(DiffusionEBMPrior):
         backbone: as of `LatentPrior`.
         chains: where training's chains start: "noise" at N(0, I), "persistent" where they ended before.
         target: "u" for Eq. 8, "published" for the target of the published code, without the Jacobian.
-        langevin: the chains; None takes 15 steps of .3 with shorter ones in the top layer, and in sampling ten times as many where chains persist.
+        langevin: the chains; None takes those of PRESETS["joint-ebm"], and in sampling ten times as many where chains persist.
         energy: as of `EnergyModel`.
         coupling: as of `EnergyModel`.
         execution: as of `EnergyModel`.
@@ -76,7 +77,7 @@ class JointEBMPrior(DiffusionEBMPrior):
         if not 0 <= renewal <= 1:
             raise ValueError(f"renewal: expected a probability from 0 to 1, got {renewal}")
         if langevin is None:
-            langevin = LangevinConfig(steps=15, step_size=0.3, top_steps=6)
+            langevin = PRESETS["joint-ebm"].langevin
             langevin = replace(langevin, sampling_steps=LONGER * langevin.steps if chains == "persistent" else None)
         super().__init__(backbone, schedule=DiffusionSchedule.marginal(), langevin=langevin, energy=energy, coupling=coupling, execution=execution)
         self.chains, self.target, self.kept, self.renewal = chains, target, kept, renewal

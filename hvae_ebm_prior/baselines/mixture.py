@@ -47,7 +47,7 @@ class GaussianMixturePrior(LatentPrior):
     means: Tensor
     factors: Tensor
 
-    def __init__(self, backbone: BackboneAdapter | nn.Module, components: int = 100, covariance: Covariance = "full", dims: int = 64) -> None:
+    def __init__(self, backbone: BackboneAdapter | nn.Module, components: int = 50, covariance: Covariance = "full", dims: int = 16) -> None:
         check_count(components, "components")
         check_count(dims, "dims")
         if covariance not in ("diag", "full"):

@@ -11,7 +11,8 @@ prod_i p(z_i | z_<i) exp f_i(z_i, z_<i), where every factor is normalised if the
 - "langevin": chains in u over all layers, on sum_i f_i - |u|^2 / 2.
 
 What the original takes from its own decoder as a summary of z_<i is here what any backbone offers: the networks see z_i, u_i, mean_i and log std_i,
-stacked along the first dimension.
+stacked along the first dimension. Neither more proposals nor more steps are always better: classifiers have seen the posterior and the prior, nothing
+between or beyond, and the harder one looks for where f_i is high, the more one finds where it is wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from ..energy import EnergyConfig
 from ..execution import Corrections, ExecutionConfig
 from ..langevin import LangevinConfig
 from ..latent_prior import CHUNK_DIMENSIONS
+from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
 from ..recovery import RecoveryLoss
 from ..schedule import DiffusionSchedule
@@ -63,8 +65,8 @@ class NCPPrior(DiffusionEBMPrior):
         backbone: BackboneAdapter | nn.Module,
         *,
         sampler: Sampler = "sir",
-        proposals: int = 1000,
-        langevin: LangevinConfig = LangevinConfig(steps=100, step_size=0.1),  # noqa: B008
+        proposals: int = 100,
+        langevin: LangevinConfig = PRESETS["ncp"].langevin,
         energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
         execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:

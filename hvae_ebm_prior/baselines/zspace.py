@@ -3,8 +3,7 @@
     p(z_t | z_{t+1})  proportional to  exp(F(z_t, t)) p0(z_t) N(z_{t+1}; alpha z_t, sigma^2 I),      z_T ~ N(0, I),
 
 with p0(z) = prod_i N(z_i; mean_i(z_<i), std_i(z_<i)^2) the backbone's own prior. All layers and dimensions get noise of one size whatever their std
-given those above, so noise that is small for one layer wipes out another, and p0 is a density of very different scales, on which chains of one step
-size are slow or overshoot. That is what u is for.
+given those above, and p0 is a density of very different scales, on which chains of one step size creep or overshoot. That is what u is for.
 
 Here the backbone is seen through an adapter whose layers are all N(0, 1): its noise is z, and log p0(z) - log N(z; 0, I) joins F, unlearned.
 """
