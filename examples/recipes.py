@@ -31,7 +31,7 @@ from train_hvae import train as train_hvae
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig, NVAEAdapter, freeze, recalibrate_batch_norm
 from hvae_ebm_prior.cli import load_function
-from hvae_ebm_prior.commands import write_figures
+from hvae_ebm_prior.files import write_json
 from hvae_ebm_prior.pictures import save_grid
 from hvae_ebm_prior.presets import PRESETS, Preset
 
@@ -150,7 +150,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
 
     def save() -> None:
         write_whole(out / "prior.safetensors", lambda path: save_file(prior.state_dict(), path))
-        write_figures(out / "results.json", describe(run, preset, training, prior, history))
+        write_json(out / "results.json", describe(run, preset, training, prior, history))
 
     try:
         prior.fit(training_set, training=training, callback=follow, generator=generator)
@@ -358,7 +358,7 @@ def estimate(run: Run, out: Path, batches: list[int] | None) -> None:
     iterations = recipe.epochs * epoch if run.preset == "paper" else preset.training.iterations
     sizes = batches or ([1, batch] if prior.device.type == "cuda" else [1, 2])
     figures = report_costs(prior, image_size(run), sorted(set(sizes)), batch, epoch, iterations)
-    write_figures(out / "estimate.json", {"run": dataclasses.asdict(run), **figures})
+    write_json(out / "estimate.json", {"run": dataclasses.asdict(run), **figures})
 
 
 def make_parser() -> argparse.ArgumentParser:
