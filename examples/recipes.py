@@ -31,7 +31,7 @@ from train_hvae import train as train_hvae
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig, NVAEAdapter, freeze, recalibrate_batch_norm
 from hvae_ebm_prior.cli import load_function
-from hvae_ebm_prior.files import write_json
+from hvae_ebm_prior.files import write_atomically, write_json
 from hvae_ebm_prior.pictures import save_grid
 from hvae_ebm_prior.presets import PRESETS, Preset
 
@@ -149,7 +149,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
             print(f"iteration {record.iteration}: loss {record.loss:.2f}, energy gap per t {gaps}, {duration(record.seconds)}", flush=True)
 
     def save() -> None:
-        write_whole(out / "prior.safetensors", lambda path: save_file(prior.state_dict(), path))
+        write_atomically(out / "prior.safetensors", lambda path: save_file(prior.state_dict(), path))
         write_json(out / "results.json", describe(run, preset, training, prior, history))
 
     try:
@@ -170,7 +170,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
             "Gaussian prior": prior.decode(torch.randn(count, prior.dim, generator=generator).to(prior.device)),
             "ours": prior.sample(count, generator=generator),
         }
-    write_whole(out / "samples.png", lambda path: save_grid(path, list(rows.values()), list(rows)))
+    write_atomically(out / "samples.png", lambda path: save_grid(path, list(rows.values()), list(rows)))
     loader = shlex.quote(f"{os.path.relpath(__file__)}:load_prior")
     print(
         f"{out} written. Next:\n\n    hvae-ebm-prior evaluate {loader} {shlex.quote(str(out))} --images {shlex.quote(str(out / 'held_out.npy'))} "
@@ -249,7 +249,7 @@ def make_hvae(run: Run, training_set: Pictures, held_out: Pictures, out: Path, e
     target = out / "hvae.safetensors"
 
     def save(model: HVAE) -> None:
-        write_whole(target, model.save)
+        write_atomically(target, model.save)
 
     if run.checkpoint is not None:
         save(HVAE.load(run.checkpoint))
@@ -278,7 +278,7 @@ def recalibrated(run: Run, adapter: NVAEAdapter, out: Path) -> NVAEAdapter:
     generator = torch.Generator().manual_seed(run.seed)
     recalibrate_batch_norm(adapter, 1.0, iterations=2 if run.smoke else 500, batch_size=4 if run.smoke else 25, generator=generator)
     statistics = {name: value for name, value in adapter.model.state_dict().items() if name.endswith(("running_mean", "running_var"))}
-    write_whole(out / "batch_norm.safetensors", lambda path: save_file(statistics, path))
+    write_atomically(out / "batch_norm.safetensors", lambda path: save_file(statistics, path))
     return adapter
 
 
@@ -337,14 +337,7 @@ def export(path: Path, pictures: Pictures, count: int, levels: Callable[[int], t
     array = np.empty((count, 3, pictures.size, pictures.size), np.uint8)
     for i in range(count):
         array[i] = levels(i).numpy()
-    write_whole(path, lambda scratch: np.save(scratch, array))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file, whole or not at all."""
-    scratch = path.with_name(f"part.{os.getpid()}.{path.name}")
-    write(scratch)
-    os.replace(scratch, path)
+    write_atomically(path, lambda scratch: np.save(scratch, array))
 
 
 def estimate(run: Run, out: Path, batches: list[int] | None) -> None:
