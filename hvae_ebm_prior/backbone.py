@@ -291,7 +291,8 @@ def lock(adapter: BackboneAdapter) -> Callable[[], None]:
             elif isinstance(part, nn.Module):
                 part.training = flag
             else:
-                part.requires_grad_(flag)
+                # Garbage is collected at any moment, also inside a functorch transform, where requires_grad_() raises.
+                part.requires_grad = flag
 
     return release
 

@@ -225,3 +225,15 @@ def test_posterior_of_wrong_shape_is_refused():
     adapter.infer = lambda images: [torch.full((len(images), 2), torch.nan), torch.zeros(len(images), 3)]
     with pytest.raises(ValueError, match="posterior draws are not finite"):
         prior.encode(torch.zeros(4, 1, 1, 5))
+
+
+def test_a_prior_may_be_collected_inside_a_functorch_transform():
+    backbone = RandomBackbone([(2,)])
+    prior = DiffusionEBMPrior(backbone)
+
+    def release(x):
+        prior.release()
+        return x.sum()
+
+    torch.func.grad(release)(torch.ones(2))
+    assert all(parameter.requires_grad for parameter in backbone.model.parameters())
