@@ -141,12 +141,13 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
     from fashion_mnist import load_subset
-    from quickstart import make_prior, table
+    from quickstart import make_prior
     from safetensors.torch import load_file
 
     from hvae_ebm_prior.evaluation import evaluate
     from hvae_ebm_prior.features import extract
     from hvae_ebm_prior.reference import make_reference
+    from hvae_ebm_prior.report import table
 
     features, cpu = lite0_features(), torch.device("cpu")
     (train, train_labels), (test, test_labels) = load_subset("train"), load_subset("test")
@@ -162,7 +163,7 @@ def main() -> None:
             prior.load_state_dict(load_file(path))
         rows = evaluate(prior, test[: args.images], reference, features, temperatures=(0.9, 0.8), generator=torch.Generator().manual_seed(seed))
         rows = rows if path is not None else rows[:-1]
-        print(f"\n{path or ''}\n{table(rows)}", flush=True)
+        print(f"\n{path or ''}\n{table(rows, 'FD')}", flush=True)
         results["seeds"].append([{"name": row.name, "distance": row.distance, "closure": row.closure} for row in rows])
     Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
 

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
-from hvae_ebm_prior.evaluation import EvaluationRow, evaluate
+from hvae_ebm_prior.evaluation import evaluate
 from hvae_ebm_prior.presets import PRESETS
+from hvae_ebm_prior.report import table
 
 HERE = Path(__file__).parent
 FAST = PRESETS["fast"]
@@ -96,13 +97,6 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def table(rows: list[EvaluationRow]) -> str:
-    """The rows as text."""
-    lines = [f"{'':28}{'FD':>8}{'closure':>9}{'seconds':>9}"]
-    lines += [f"{row.name:28}{row.distance:8.2f}{row.closure:9.3f}{row.seconds:9.1f}" for row in rows]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=FAST.training.iterations, help="training steps")
@@ -129,7 +123,7 @@ def main() -> None:
 
     rows = evaluate(prior, test_images, train_images, load_classifier().features, generator=generator)
     memory = peak_memory_gib()
-    print(f"\n{table(rows)}\n\n{args.iterations} iterations in {seconds:.0f} s, {memory:.1f} GiB of memory at most; pictures in {args.out}")
+    print(f"\n{table(rows, 'FD')}\n\n{args.iterations} iterations in {seconds:.0f} s, {memory:.1f} GiB of memory at most; pictures in {args.out}")
     results = {
         "seed": args.seed,
         "schedule": args.schedule,

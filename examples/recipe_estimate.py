@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from hvae_ebm_prior import DiffusionEBMPrior
+from hvae_ebm_prior.lock import backbone_modules
 
 # What takes longer than so many seconds is not run again.
 SLOW = 20.0
@@ -78,7 +79,7 @@ def extrapolate(prior: DiffusionEBMPrior, found: Sequence[Measured], batch: int)
     steps, levels = prior.langevin.steps, prior.schedule.steps
     slope = (last.memory - first.memory) / (last.batch - first.batch) if len(found) > 1 else last.memory / last.batch
     # Energies stand seven times: the prior's, the trainee's, gradients, two moments of Adam, and two snapshots of the guard.
-    held = sum(tensor.nbytes for module in backbone_modules(prior) for tensor in (*module.parameters(), *module.buffers()))
+    held = sum(tensor.nbytes for module in backbone_modules(prior.backbone) for tensor in (*module.parameters(), *module.buffers()))
     held += 7 * sum(parameter.nbytes for parameter in prior.parameters())
     return {
         "seconds per gradient and image": last.langevin_seconds / last.batch,
@@ -126,11 +127,6 @@ def report_costs(prior: DiffusionEBMPrior, image_size: int, sizes: Sequence[int]
     )
     measured = [dataclasses.asdict(cost) for cost in found]
     return {"on": name, "torch": torch.__version__, "measured": measured, "extrapolated": costs, "epoch": epoch, "iterations": iterations}
-
-
-def backbone_modules(prior: DiffusionEBMPrior) -> list[torch.nn.Module]:
-    """The modules of the prior's adapter."""
-    return [value for value in vars(prior.backbone).values() if isinstance(value, torch.nn.Module)]
 
 
 def seconds(call: Callable[[], None], device: torch.device) -> float:

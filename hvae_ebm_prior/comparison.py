@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import BackboneAdapter
+from .baselines import GaussianPrior
 from .evaluation import closure, in_chunks
 from .features import Features, extract
 from .files import write_json
 from .latent_prior import LatentPrior
 from .metrics import frechet_distance, moments
-from .prior import DiffusionEBMPrior
-from .streams import draw_key, open_streams
 from .training import TrainingConfig, TrainingDiverged, TrainingRecord
 
 # Training steps that are timed to find how many fit into a budget, after as many that are not.
@@ -169,12 +168,12 @@ def compare(
                 if key(name, label, seed) in runs:
                     continue
                 # Worked out once, so that the runs of all seeds are alike.
-                if f"{name} | {label}" not in iterations:
-                    iterations[f"{name} | {label}"] = affordable(backbone, contender, train_images, budget)
-                count = iterations[f"{name} | {label}"]
-                same = (other for other, n in iterations.items() if n == count and other.startswith(f"{name} | "))
-                known = next((runs[f"{other} | seed {seed}"] for other in same if f"{other} | seed {seed}" in runs), None)
-                keep(name, label, seed, known or asdict(run(backbone, contender, train_images, yardstick, count, seed)))
+                counts = iterations.setdefault(name, {})
+                if label not in counts:
+                    counts[label] = affordable(backbone, contender, train_images, budget)
+                equal = (key(name, other, seed) for other, count in counts.items() if count == counts[label])
+                known = next((runs[other] for other in equal if other in runs), None)
+                keep(name, label, seed, known or asdict(run(backbone, contender, train_images, yardstick, counts[label], seed)))
     return runs
 
 
@@ -183,21 +182,13 @@ def key(name: str, budget: str, seed: int) -> str:
     return f"{name} | {budget} | seed {seed}"
 
 
-def closures(distances: Mapping[str, float], gaussian: Mapping[str, float], reconstruction: Mapping[str, float]) -> dict[str, float]:
-    """Closure by name of the features, of those under which there is a hole."""
-    return {name: closure(value, gaussian[name], reconstruction[name]) for name, value in distances.items() if reconstruction[name] < gaussian[name]}
-
-
 def floor_and_hole(backbone: BackboneAdapter | nn.Module, yardstick: Yardstick, seed: int) -> dict[str, dict[str, float]]:
     """Distances of held-out images, of their reconstructions and of the backbone's own samples."""
-    space, generator = DiffusionEBMPrior(backbone), torch.Generator().manual_seed(seed)
-    images = yardstick.images.to(space.device)
-    noise = open_streams(draw_key(generator), range(len(images)), space.device, space.dtype).normal(space.dim)
-    return {
-        REAL: yardstick.distances(images),
-        RECONSTRUCTION: yardstick.distances(in_chunks(lambda x: space.decode(space.encode(x, generator=generator)), images)),
-        GAUSSIAN: yardstick.distances(in_chunks(space.decode, noise)),
-    }
+    prior, generator = GaussianPrior(backbone), torch.Generator().manual_seed(seed)
+    samples = prior.sample(len(yardstick.images), generator=generator)
+    reconstructions = in_chunks(lambda x: prior.decode(prior.encode(x.to(prior.device), generator=generator)), yardstick.images)
+    found = {REAL: yardstick.images, RECONSTRUCTION: reconstructions, GAUSSIAN: samples}
+    return {name: yardstick.distances(images) for name, images in found.items()}
 
 
 def run(
@@ -285,9 +276,10 @@ def table(results: Mapping[str, Mapping[str, Any]], names: Iterable[str], budget
             continue
         cells = [name]
         for extractor in extractors:
-            ends = {seed: [results[key(end, "none", seed)]["distances"] for end in (GAUSSIAN, RECONSTRUCTION)] for seed in runs}
-            closed = [closures(result["distances"], *ends[seed]).get(extractor, math.nan) for seed, result in runs.items()]
-            cells += [spread([result["distances"][extractor] for result in runs.values()], 2), spread(closed, 3)]
+            distances = [result["distances"][extractor] for result in runs.values()]
+            ends = [[results[key(end, "none", seed)]["distances"][extractor] for end in (GAUSSIAN, RECONSTRUCTION)] for seed in runs]
+            closed = [closure(value, *pair) if pair[1] < pair[0] else math.nan for value, pair in zip(distances, ends, strict=True)]
+            cells += [spread(distances, 2), spread(closed, 3)]
         trained = any(result["iterations"] for result in runs.values())
         for field in ("iterations", "gradients", "seconds", "sampling_seconds"):
             values = [result[field] for result in runs.values()]

@@ -122,11 +122,14 @@ class EnergyModel(LatentPrior):
     def corrections(
         self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """F by layer (N, L), of all layers or of the first ones, and the logits of every label set.
+        """F by layer (N, L), of all layers or of the first ones, and the logits of every label set."""
+        f, logits = self.learned_corrections(z, t, energies, heads)
+        fixed = self.fixed_corrections(z)
+        return f if fixed is None else f + fixed.to(f), logits
 
-        All of it is learned here; subclasses may add what is not.
-        """
-        return self.learned_corrections(z, t, energies, heads)
+    def fixed_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
+        """What of F is not learned, (N, L); None, as here, for nothing."""
+        return None
 
     def learned_corrections(
         self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None

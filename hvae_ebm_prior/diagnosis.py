@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import BackboneAdapter, NoiseTransform, lock
+from .backbone import BackboneAdapter, NoiseTransform
+from .lock import lock
 from .streams import draw_seeds, seeded
 from .validation import check_images
 

@@ -29,8 +29,8 @@ class EnergyConfig:
     Attributes:
         width: feature channels of maps at the coarsest resolution; half as many at each finer one, but no fewer than 16 (or `width`).
         vector_width: features of vectors.
-        vector_size: maps of at most so many dimensions are treated as vectors; those up to 4x4 always are. Vectors learn fast, and overfit: on the
-            example, 1024 was ahead of 0 after 480 iterations and diverged before 1150.
+        vector_size: maps of at most so many dimensions are treated as vectors; those up to 4x4 always are. Networks over all
+            dimensions learn fast, and overfit and diverge sooner.
         blocks: residual blocks at the coarsest resolution, and of vectors; finer resolutions have one each.
         spectral_norm: divide the weight of every layer but the readout by its largest singular value, estimated once per chain.
     """

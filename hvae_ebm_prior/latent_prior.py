@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .backbone import BackboneAdapter, NoiseTransform, lock
+from .backbone import BackboneAdapter, NoiseTransform
 from .langevin import ChainDiverged
+from .lock import lock
 from .registry import find_adapter
 from .streams import draw_key, draw_seeds, seeded
 from .validation import check_count, check_images, check_noise

@@ -188,7 +188,7 @@ def save_progress(
     path: str | Path,
     curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
     levels: Mapping[str, float],
-    ylabel: str = "Fréchet distance",
+    ylabel: str,
 ) -> None:
     """Quality against training time: a line per run, one colour per prior.
 

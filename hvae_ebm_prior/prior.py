@@ -20,7 +20,7 @@ from .coupling import Labels
 from .density import EnergyModel
 from .langevin import LangevinConfig
 from .recovery import RecoveryLoss, recovery_loss
-from .sampling import held_states, sample_levels
+from .sampling import held_rows, held_states, sample_levels
 from .streams import draw_key, open_streams
 from .validation import check_count, check_fixed, check_temperature
 
@@ -99,8 +99,7 @@ class DiffusionEBMPrior(EnergyModel):
         key = draw_key(generator)
 
         def draw(chunk: slice) -> Tensor:
-            held = {i: part if len(part) == 1 else part[chunk] for i, part in (fixed or {}).items()}
-            return self._sample_levels(key, range(n)[chunk], held, temperature, condition and condition.rows(chunk))[0]
+            return self._sample_levels(key, range(n)[chunk], held_rows(fixed or {}, chunk), temperature, condition and condition.rows(chunk))[0]
 
         return self._images_in_chunks(n, draw, chunk_size)
 

@@ -49,6 +49,11 @@ def sample_levels(chain: Chain, steps: int, v: Tensor, *, held: tuple[Tensor, li
     return states
 
 
+def held_rows(fixed: Mapping[int, Tensor], rows: slice) -> dict[int, Tensor]:
+    """Noise of held layers for some rows of a call; one noise for all rows stays."""
+    return {i: part if len(part) == 1 else part[rows] for i, part in fixed.items()}
+
+
 def held_states(
     fixed: Mapping[int, Tensor], transform: NoiseTransform, schedule: DiffusionSchedule, streams: Streams, temperature: float
 ) -> tuple[Tensor, list[Tensor]]:

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backbone import BackboneAdapter, NoiseTransform, lock
+from .backbone import BackboneAdapter, NoiseTransform
 from .diagnosis import LayerReport, describe_layers, table
+from .lock import lock
 from .streams import draw_seeds, seeded
 from .validation import check_images
 

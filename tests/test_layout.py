@@ -15,7 +15,7 @@ PACKAGE = Path(hvae_ebm_prior.__file__).parent
 RANKS = [
     ["kernels"],
     ["schedule", "backbone", "streams", "validation", "files", "metrics", "loading"],
-    ["energy", "langevin", "sampling", "registry", "elbo", "features"],
+    ["energy", "langevin", "sampling", "registry", "elbo", "features", "lock"],
     ["execution", "coupling", "metropolis", "latent_prior", "reference"],
     ["density"],
     ["chain"],
@@ -23,7 +23,8 @@ RANKS = [
     ["prior"],
     ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
     ["control", "pictures", "presets", "testing"],
-    ["baselines", "comparison"],
+    ["baselines"],
+    ["comparison"],
     ["commands", "contenders"],
     ["report"],
     ["trials"],
@@ -82,6 +83,6 @@ def test_adapters_are_one_module_under_two_names():
 
 def test_files_stay_small():
     core = ("schedule", "backbone", "energy", "langevin", "latent_prior", "density", "prior")
-    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 1600
+    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 1550
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvae_ebm_prior.backbone import BackboneAdapter, NoiseTransform, backbone_modules
+from hvae_ebm_prior.backbone import BackboneAdapter, NoiseTransform
+from hvae_ebm_prior.lock import backbone_modules
 from hvae_ebm_prior.streams import draw_key, open_streams
 
 

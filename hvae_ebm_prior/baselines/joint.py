@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..backbone import BackboneAdapter
 from ..chain import draw_conditional
-from ..coupling import Coupling, Heads, Labels
+from ..coupling import Coupling, Labels
 from ..energy import EnergyConfig
-from ..execution import Corrections, ExecutionConfig
+from ..execution import ExecutionConfig
 from ..langevin import LangevinConfig
 from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
@@ -88,13 +88,11 @@ class JointEBMPrior(DiffusionEBMPrior):
         names = ("chains", "target", "langevin", "execution", "kept", "renewal")
         return {name: getattr(self, name) for name in names}
 
-    def corrections(
-        self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        f, logits = super().corrections(z, t, energies, heads)
+    def fixed_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
+        """-log|det J_T| by layer on the published target."""
         if self.target == "u":
-            return f, logits
-        return f - torch.stack([std.log().flatten(1).sum(1) for _, std in self.transform.gaussians(z)], dim=1).to(f), logits
+            return None
+        return -torch.stack([std.log().flatten(1).sum(1) for _, std in self.transform.gaussians(z)], dim=1)
 
     def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None) -> RecoveryLoss:
         if self.chains == "noise":

@@ -31,6 +31,7 @@ from ..latent_prior import CHUNK_DIMENSIONS
 from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
 from ..recovery import RecoveryLoss
+from ..sampling import held_rows
 from ..schedule import DiffusionSchedule
 from ..streams import draw_key, open_streams
 from ..validation import check_count
@@ -137,8 +138,7 @@ class NCPPrior(DiffusionEBMPrior):
         size, parts = max(1, CHUNK_DIMENSIONS // self.dim), []
         for first in range(0, len(samples), size):
             rows = slice(first, first + size)
-            held = {i: part if len(part) == 1 else part[rows] for i, part in fixed.items()}
-            parts.append(self._resample(key, samples[rows], held, temperature))
+            parts.append(self._resample(key, samples[rows], held_rows(fixed, rows), temperature))
         return [torch.cat(states) for states in zip(*parts, strict=True)]
 
     @torch.no_grad()

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..backbone import BackboneAdapter, NoiseTransform, backbone_modules, drive
-from ..coupling import Coupling, Heads
+from ..backbone import BackboneAdapter, NoiseTransform, drive
+from ..coupling import Coupling
 from ..density import DEFAULT_SCHEDULE
 from ..energy import EnergyConfig
-from ..execution import Corrections, ExecutionConfig
+from ..execution import ExecutionConfig
 from ..langevin import LangevinConfig
+from ..lock import backbone_modules
 from ..prior import DiffusionEBMPrior
 from ..registry import find_adapter
 from ..schedule import DiffusionSchedule
@@ -90,18 +91,16 @@ class LatentDiffusionPrior(DiffusionEBMPrior):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "base": self.base}
 
-    def corrections(
-        self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        f, logits = super().corrections(z, t, energies, heads)
+    def fixed_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
+        """log p0(z) - log N(z; 0, I) by layer, over the backbone's prior."""
         if self.base == "normal":
-            return f, logits
+            return None
         flat: FlatAdapter = self.backbone  # type: ignore[assignment]
         parts = [
             (z_i**2 - ((z_i - mean) / std) ** 2).flatten(1).sum(1) / 2 - std.log().flatten(1).sum(1)
             for z_i, (mean, std) in zip(z, flat.transform.gaussians(z), strict=True)
         ]
-        return f + torch.stack(parts, dim=1).to(f), logits
+        return torch.stack(parts, dim=1)
 
     def _check_request(
         self,
