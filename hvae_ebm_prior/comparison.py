@@ -83,7 +83,7 @@ class Result:
         seconds: training time.
         sampling_seconds: time to draw the samples.
         diverged: whether training gave up.
-        curve: (seconds of training, distances) on the way.
+        curve: (seconds of training, distance under the first features) on the way and at the end.
     """
 
     distances: dict[str, float]
@@ -92,7 +92,7 @@ class Result:
     seconds: float = 0.0
     sampling_seconds: float = 0.0
     diverged: bool = False
-    curve: Sequence[tuple[float, dict[str, float]]] = ()
+    curve: Sequence[tuple[float, float]] = ()
 
 
 class Yardstick:
@@ -112,9 +112,13 @@ class Yardstick:
     def _see(self, name: str, images: Tensor) -> Tensor:
         return extract(self.features[name], images, self.device)[0]
 
+    def distance(self, name: str, images: Tensor) -> float:
+        """Fréchet distance to the reference under the features of that name."""
+        return frechet_distance(self._see(name, images), self.targets[name])
+
     def distances(self, images: Tensor) -> dict[str, float]:
         """Fréchet distance to the reference by name of the features."""
-        return {name: frechet_distance(self._see(name, images), target) for name, target in self.targets.items()}
+        return {name: self.distance(name, images) for name in self.targets}
 
 
 def compare(
@@ -207,7 +211,7 @@ def run(
     Returns:
         The result.
     """
-    count, curve, measuring = len(yardstick.images), [], 0.0
+    count, first, curve, measuring = len(yardstick.images), next(iter(yardstick.features)), [], 0.0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         prior = contender.make(backbone)
@@ -218,7 +222,7 @@ def run(
         if record.iteration in marks:
             begin = time.monotonic()
             images = prior.sample(count, generator=torch.Generator().manual_seed(seed))
-            curve.append((begin - start - measuring, yardstick.distances(images)))
+            curve.append((begin - start - measuring, yardstick.distance(first, images)))
             measuring += time.monotonic() - begin
 
     options: dict[str, Any] = {}
@@ -236,7 +240,7 @@ def run(
     sampling_seconds = time.monotonic() - begin
     distances = yardstick.distances(images)
     gradients = steps * getattr(prior, "gradients_per_step", 0)
-    return Result(distances, steps, gradients, seconds, sampling_seconds, diverged, [*curve, (seconds, distances)])
+    return Result(distances, steps, gradients, seconds, sampling_seconds, diverged, [*curve, (seconds, distances[first])])
 
 
 def affordable(backbone: BackboneAdapter | nn.Module, contender: Contender, train_images: Tensor, budget: Budget) -> int:

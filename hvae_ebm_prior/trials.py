@@ -82,7 +82,7 @@ def draw_progress(
 ) -> None:
     """Quality against training time of one budget's runs, under one extractor."""
     curves = {
-        name: [[(seconds, distances[features]) for seconds, distances in runs[key(name, str(budget), seed)]["curve"]] for seed in seeds]
+        name: [runs[key(name, str(budget), seed)]["curve"] for seed in seeds]
         for name, contender in chosen.items()
         if contender.training
     }

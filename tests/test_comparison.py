@@ -51,7 +51,7 @@ def test_a_run_takes_the_gradients_it_was_given(yardstick):
     seconds = [point[0] for point in result.curve]
     assert len(seconds) == 4
     assert seconds == sorted(seconds)
-    assert result.curve[-1] == (result.seconds, result.distances)
+    assert result.curve[-1] == (result.seconds, result.distances["latents"])
 
 
 def test_seconds_buy_iterations_in_proportion():
