@@ -9,6 +9,7 @@ from torch import nn
 from .backbone import BackboneAdapter
 from .baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
 from .comparison import Contender
+from .layerwise import LayerwisePrior
 from .presets import PRESETS, Preset
 from .prior import DiffusionEBMPrior
 from .schedule import DiffusionSchedule
@@ -33,6 +34,7 @@ def contenders(preset: Preset = PRESETS["fast"]) -> dict[str, Contender]:
     joint, ncp = PRESETS["joint-ebm"].training, PRESETS["ncp"].training
     return {
         OURS: Contender(partial(build, preset), preset.training),
+        "ours-layerwise": Contender(LayerwisePrior, PRESETS["layerwise"].training),
         "joint-ebm": Contender(JointEBMPrior, joint),
         "joint-ebm-persistent": Contender(partial(JointEBMPrior, chains="persistent"), joint),
         "joint-ebm-published": Contender(partial(JointEBMPrior, target="published"), joint),

@@ -88,6 +88,10 @@ class EnergyModel(LatentPrior):
         """Shapes of what the energies are given, without batch, top to bottom: those of the latents."""
         return self.latent_shapes
 
+    def inputs(self, z: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the energies are given of latents `z` of all layers or of the first ones: the latents, as here."""
+        return z
+
     def couple(self, coupling: Coupling) -> None:
         """Bind label sets to layers, instead of those there were. Until `fit` has seen labels, F and samples are as before.
 
@@ -139,7 +143,7 @@ class EnergyModel(LatentPrior):
         A set's part of F counts to the lowest of its layers. The published step rule's networks stand for F = f / s_t.
         """
         z = [z_i.to(self.dtype) for z_i in z]
-        f = (energies or partial(one_by_one, list(self.energies)))(z, t)
+        f = (energies or partial(one_by_one, list(self.energies)))([x.to(self.dtype) for x in self.inputs(z)], t)
         if self.langevin.step_rule == "published":
             f = f / published_step(t, self.schedule, self.langevin, f.dtype)[:, None]
         if self.coupling is None:

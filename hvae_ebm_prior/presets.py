@@ -66,6 +66,13 @@ PRESETS = {
         EnergyConfig(),
         TrainingConfig(iterations=1150, learning_rate=3.5e-3, ema_decay=0.995),
     ),
+    # Of `LayerwisePrior`, which takes no chains; its default schedule is that of "fast".
+    "layerwise": Preset(
+        DiffusionSchedule.from_snr([200, 15, 3, 0]),
+        LangevinConfig(),
+        EnergyConfig(),
+        TrainingConfig(iterations=3000, learning_rate=3e-3, ema_decay=0.998),
+    ),
     # Of `hvae_ebm_prior.baselines`, found on the same HVAE (docs/baselines.md).
     "joint-ebm": Preset(
         DiffusionSchedule.marginal(),

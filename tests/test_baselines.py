@@ -11,7 +11,7 @@ from torch import nn
 
 from hvae_ebm_prior import Coupling, DiffusionSchedule, EnergyConfig, LabelSet, LangevinConfig, TrainingConfig
 from hvae_ebm_prior.baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
-from hvae_ebm_prior.baselines.ncp import pick
+from hvae_ebm_prior.layerwise import pick
 from hvae_ebm_prior.execution import walk_gradient
 from hvae_ebm_prior.langevin import gaussian_part, langevin_coefficients
 
@@ -363,7 +363,7 @@ def test_sir_weights():
 
 def test_sir_takes_many_proposals_in_parts(monkeypatch):
     """Exact ratio again, with parts of three proposals; held layers are exact, at any temperature."""
-    monkeypatch.setattr("hvae_ebm_prior.baselines.ncp.PROPOSED", 3)
+    monkeypatch.setattr("hvae_ebm_prior.layerwise.PROPOSED", 3)
     prior = NCPPrior(Pair((1,), (1,)), proposals=40, energy=[Polynomial(), Polynomial()])
     for network, w in zip(prior.energies, exact_ratio(), strict=True):
         network.w.data.copy_(w)
@@ -392,7 +392,7 @@ def test_ncp_activity_reaches_all_that_is_stacked():
 def test_ncp_record_says_how_much_better_than_chance():
     prior = NCPPrior(RandomBackbone(SHAPES), energy=SMALL)
     found = prior.batch_loss(torch.randn(8, prior.dim, generator=seed(0)), None, seed(1))
-    torch.testing.assert_close(found.total, torch.full((8,), 4 * math.log(2)))
+    assert found.total.abs().max() < 1e-6
     assert found.recovery.abs().max() < 1e-6
 
 
@@ -461,7 +461,7 @@ def test_learned_parts_that_are_fixed_do_not_enter_the_records():
         (lambda b: JointEBMPrior(b, renewal=2.0), ValueError, "renewal: expected a probability from 0 to 1, got 2.0"),
         (lambda b: NCPPrior(b, sampler="mala"), ValueError, 'sampler: expected "sir" or "langevin", got \'mala\''),
         (lambda b: NCPPrior(b, proposals=0), ValueError, "proposals: expected a positive integer"),
-        (lambda b: NCPPrior(b).couple(Coupling({"class": LabelSet(3)})), TypeError, "an NCPPrior learns no labels"),
+        (lambda b: NCPPrior(b).couple(Coupling({"class": LabelSet(3)})), TypeError, "a NCPPrior learns no labels"),
         (lambda b: NCPPrior(b).loss(torch.rand(2, 1, 2, 2), labels=torch.zeros(2)), ValueError, "labels: this prior is not coupled"),
         (lambda b: NCPPrior(b).posterior_sample(lambda x: x, 1), ValueError, 'make the prior with sampler="langevin"'),
         (lambda b: LatentDiffusionPrior(b, base="u"), ValueError, 'base: expected "backbone" or "normal", got \'u\''),

@@ -21,7 +21,7 @@ RANKS = [
     ["chain"],
     ["recovery"],
     ["prior"],
-    ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
+    ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood", "layerwise"],
     ["control", "pictures", "presets", "testing"],
     ["baselines"],
     ["comparison"],

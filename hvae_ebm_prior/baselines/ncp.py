@@ -18,47 +18,39 @@ between or beyond, and the harder one looks for where f_i is high, the more one 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import BackboneAdapter, drive
-from ..coupling import Coupling, Heads, Labels, check_labels
+from ..backbone import BackboneAdapter
 from ..energy import EnergyConfig
-from ..execution import Corrections, ExecutionConfig
+from ..execution import ExecutionConfig
 from ..langevin import LangevinConfig
-from ..latent_prior import CHUNK_DIMENSIONS
+from ..layerwise import LayerwisePrior
 from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
-from ..recovery import RecoveryLoss
-from ..sampling import held_rows
 from ..schedule import DiffusionSchedule
-from ..streams import draw_key, open_streams
-from ..validation import check_count
 
 if TYPE_CHECKING:
     from ..composition import Condition
 
 Sampler = Literal["sir", "langevin"]
-# Latents that the networks see side by side: z, u, mean and log std.
-STACKED = 4
-# Numbers per sample that the proposals looked at together may hold. It bounds memory, and samples depend on it by rounding alone.
-PROPOSED = 2**14
 
 
-class NCPPrior(DiffusionEBMPrior):
+class NCPPrior(LayerwisePrior):
     """Noise-contrastive priors over the layers of a hierarchical VAE; its `energy` is -sum_i f_i.
+
+    A `LayerwisePrior` of one level without noise, which tells one draw of each layer's prior from the data by a binary classifier.
 
     Args:
         backbone: as of `LatentPrior`.
         sampler: "sir" or "langevin".
         proposals: number M of proposals per layer of "sir".
         langevin: the chain of "langevin".
-        energy: settings of the default networks, or the user's own, one per layer: network(x, t) returns f_i, (N,), of x, (N, *input_shapes[i]).
+        energy: settings of the default networks, or the user's own, as of `LayerwisePrior`.
         execution: as of `EnergyModel`.
 
     Raises:
-        TypeError, ValueError: as of `EnergyModel`, or an unknown sampler or a wrong number of proposals.
+        TypeError, ValueError: as of `LayerwisePrior`, or an unknown sampler.
     """
 
     def __init__(
@@ -73,54 +65,16 @@ class NCPPrior(DiffusionEBMPrior):
     ) -> None:
         if sampler not in ("sir", "langevin"):
             raise ValueError(f'sampler: expected "sir" or "langevin", got {sampler!r}')
-        check_count(proposals, "proposals")
-        super().__init__(backbone, schedule=DiffusionSchedule.marginal(), langevin=langevin, energy=energy, execution=execution)
-        self.sampler, self.proposals = sampler, proposals
+        schedule = DiffusionSchedule.marginal()
+        super().__init__(backbone, schedule=schedule, langevin=langevin, proposals=proposals, negatives=1, energy=energy, execution=execution)
+        self.sampler = sampler
 
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("sampler", "proposals", "langevin", "execution")}
 
-    @property
-    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what the networks see, without batch, top to bottom: `STACKED` times as many channels as the latents."""
-        return tuple((STACKED * shape[0], *shape[1:]) for shape in self.latent_shapes)
-
-    @property
-    def gradients_per_step(self) -> int:
-        """One: there are no chains in training."""
-        return 1
-
-    def couple(self, coupling: Coupling) -> None:
-        """Raises TypeError: there is nothing here for labels to be bound to."""
-        raise TypeError("an NCPPrior learns no labels; take a DiffusionEBMPrior")
-
-    def learned_corrections(
-        self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """log q(z_i | z_<i) / p(z_i | z_<i), (N, L), as far as learned, of all layers or of the first ones, by a teacher-forced walk."""
-        seen = [stack(z_i, mean, std) for z_i, (mean, std) in zip(z, self.transform.gaussians(z), strict=True)]
-        return super().learned_corrections(seen, t, energies, heads)
-
-    def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None) -> RecoveryLoss:
-        """The classifiers' losses of posterior noise `u` (N, D): `total` is their sum, `recovery` their mean less that of chance, 2 log 2."""
-        if labels is not None:
-            check_labels(labels, self.coupling, len(u), u.device)
-        noise = self.split(open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, self.execution.backend).normal(self.dim))
-        posterior, seen = self.split(u), []
-
-        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            real, false = mean + std * posterior[i].to(mean), mean + std * noise[i].to(mean)
-            seen.append(torch.cat((stack(real, mean, std), stack(false, mean, std))))
-            return real
-
-        with torch.no_grad():
-            drive(self.backbone, len(u), draw, stop_after=len(noise))
-        t = torch.zeros(len(u), dtype=torch.long, device=u.device)
-        positive, negative = super().learned_corrections(seen, t.repeat(2))[0].chunk(2)
-        losses = F.softplus(-positive) + F.softplus(negative)
-        chance = F.softplus(torch.zeros(2)).sum().to(u)
-        squares = (positive.sum(1) ** 2 + negative.sum(1) ** 2) / 2
-        return RecoveryLoss(losses.sum(1), losses.mean(1) - chance, squares, torch.zeros_like(squares), 0, t)
+    def ranking_loss(self, f: Tensor) -> Tensor:
+        """The classifiers' losses (L, N), less that of chance, 2 log 2, of logits `f` (L, N, 2) of data and of a draw of the prior."""
+        return F.softplus(-f[:, :, 0]) + F.softplus(f[:, :, 1]) - 2 * F.softplus(f.new_zeros(()))
 
     def _sample_levels(
         self,
@@ -132,66 +86,7 @@ class NCPPrior(DiffusionEBMPrior):
         langevin: LangevinConfig | None = None,
     ) -> list[Tensor]:
         if self.sampler == "langevin":
-            return super()._sample_levels(key, samples, fixed, temperature, condition, langevin)
+            return DiffusionEBMPrior._sample_levels(self, key, samples, fixed, temperature, condition, langevin)
         if condition is not None:
             raise ValueError('conditions need chains: make the prior with sampler="langevin"')
-        size, parts = max(1, CHUNK_DIMENSIONS // self.dim), []
-        for first in range(0, len(samples), size):
-            rows = slice(first, first + size)
-            parts.append(self._resample(key, samples[rows], held_rows(fixed, rows), temperature))
-        return [torch.cat(states) for states in zip(*parts, strict=True)]
-
-    @torch.no_grad()
-    def _resample(self, key: int, samples: range, fixed: Mapping[int, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-        """Noise (N, D) by sampling-importance-resampling layer by layer, and every layer's first proposal."""
-        streams = open_streams(key, samples, self.device, self.dtype, self.execution.backend)
-        chosen: list[Tensor] = []
-        firsts: list[Tensor] = []
-
-        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            if i in fixed:
-                chosen.append(fixed[i].to(self.dtype).expand(len(samples), *mean.shape[1:]))
-                firsts.append(chosen[-1])
-                return mean + std * chosen[-1].to(mean)
-            size, together = mean[0].numel(), max(1, min(self.proposals, PROPOSED // mean[0].numel()))
-            best, score = torch.empty(0), torch.empty(0)
-            for first in range(0, self.proposals, together):
-                count = min(together, self.proposals - first)
-                u = temperature * streams.normal(count * size).reshape(len(samples) * count, *mean.shape[1:])
-                above = [part.repeat_interleave(count, dim=0) for part in (mean, std)]
-                x = stack(above[0] + above[1] * u.to(mean), *above).to(self.dtype)
-                t = torch.zeros(len(x), dtype=torch.long, device=x.device)
-                index, now = pick(self.energies[i](x, t).reshape(-1, count), streams.normal(count))
-                taken = u.reshape(len(samples), count, *mean.shape[1:])[torch.arange(len(samples), device=u.device), index]
-                if first == 0:
-                    firsts.append(u.reshape(len(samples), count, *mean.shape[1:])[:, 0])
-                    best, score = taken, now
-                else:
-                    better = now > score
-                    best, score = torch.where(better.reshape(-1, *[1] * (best.ndim - 1)), taken, best), torch.where(better, now, score)
-            chosen.append(best)
-            return mean + std * best.to(mean)
-
-        drive(self.backbone, len(samples), draw, stop_after=len(self.latent_shapes))
-        return self.join(chosen), self.join(firsts)
-
-
-def stack(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """What a layer's network sees, (N, STACKED C, ...): z, its noise u, and mean and log std of its Gaussian, each (N, C, ...)."""
-    return torch.cat((z, (z - mean) / std, mean, std.log()), dim=1)
-
-
-def pick(log_weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """One of M proposals, the k-th with probability proportional to its weight: the largest log-weight after Gumbel noise is added.
-
-    The largest of several calls' scores is one of all their proposals, so proposals may be looked at in parts.
-
-    Args:
-        log_weights: (N, M).
-        noise: standard normal numbers (N, M).
-
-    Returns:
-        Index (N,) and score (N,) of the proposal taken.
-    """
-    score, index = (log_weights - torch.log(-torch.special.log_ndtr(noise))).max(dim=1)
-    return index, score
+        return super()._sample_levels(key, samples, fixed, temperature, None)
