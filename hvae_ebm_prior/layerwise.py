@@ -1,18 +1,20 @@
-"""The diffusion prior layer by layer: each conditional prior p(u_t | u_{t+1}) is a product over the layers, and there are no chains.
+"""The diffusion prior layer by layer: every layer is diffused by itself, given the layers above it, and there are no chains.
 
-    p(u_t | u_{t+1}) = prod_i p(u_{t,i} | z_{t,<i}, u_{t+1,i}),      p(u_i | ...) proportional to exp f_i(z_i, t; z_<i) q(u_i)
-    q(u_i) = N(w u_{t+1,i}, 1/lambda), the Gaussian part N(u_i; 0, I) N(u_{t+1,i}; alpha u_i, sigma^2), drawn from exactly
+    p(u) = prod_i p(u_i | z_<i),      p(u_{t,i} | u_{t+1,i}, z_<i) proportional to exp f_i(z_{t,i}, t; z_<i) q(u_{t,i})
+    q(u) = N(u; w u_{t+1,i}, 1/lambda), the Gaussian part N(u; 0, I) N(u_{t+1,i}; alpha u, sigma^2), drawn from exactly
 
-Every factor has one layer and one level of the prior hole to close, so the Gaussian part is near it, and a few draws u_i^1..u_i^M of it stand for the
-rest. Learning is recovery likelihood (Eq. 11) with the normaliser estimated from them, the data among them so that the estimate is bounded:
+with z_{t,i} = mean_i(z_<i) + std_i(z_<i) u_{t,i} and z_<i of level 0. Every factor has one layer's share of one level of the prior hole to close, so
+its Gaussian part is near it, and a few draws u^1..u^M of that stand for the rest. Learning is recovery likelihood (Eq. 11) with the normaliser
+estimated from them, the data among them so that the estimate is bounded:
 
-    loss_i = log [(exp f_i(u_i) + sum_m exp f_i(u_i^m)) / (M + 1)] - f_i(u_i)
+    loss_i = log [(exp f_i(u_{t,i}) + sum_m exp f_i(u^m)) / (M + 1)] - f_i(u_{t,i})
 
-This is noise-contrastive estimation by ranking (Ma & Collins, 2018), which finds f_i for any M, up to what depends on u_{t+1} and z_<i alone: where
-layers and levels hang together is in the conditioning, the offsets cancel. Sampling goes down the layers of each level and takes one of M proposals of
-q with probability proportional to exp f_i. A step of either costs a walk through the backbone without its gradient, and gradients of the networks.
+This is noise-contrastive estimation by ranking (Ma & Collins, 2018), which finds f_i for any M, up to what depends on u_{t+1,i} and z_<i alone; that
+cancels, as proposals are compared under the same. Sampling goes down the layers, and through the levels of each: of M proposals of q one is taken,
+with probability proportional to exp f_i. Either costs one walk through the backbone, without its gradient, and passes of the networks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,8 @@ from .execution import ExecutionConfig
 from .langevin import LangevinConfig, gaussian_part
 from .latent_prior import CHUNK_DIMENSIONS
 from .prior import DiffusionEBMPrior
-from .recovery import RecoveryLoss, diffuse
-from .sampling import Held, held_rows, held_states, sample_levels
+from .recovery import RecoveryLoss
+from .sampling import held_rows
 from .schedule import DiffusionSchedule
 from .streams import Streams, draw_key, open_streams
 from .validation import check_count
@@ -44,11 +46,11 @@ SCHEDULE = DiffusionSchedule.from_snr((200, 15, 3, 0))
 
 
 class LayerwisePrior(DiffusionEBMPrior):
-    """A diffusion prior whose conditional priors are products over the layers; see the module's text.
+    """A prior that is a product of diffusion priors over the layers; see the module's text.
 
-    It learns and draws several times as fast as a `DiffusionEBMPrior`, and training cannot run away. What it cannot do is what needs one joint density
-    of all layers: labels, observations (`posterior_sample`), and energies of different samples side by side, as its f_i are found up to offsets that
-    depend on the layers above. Layers can be held.
+    It learns and draws several times as fast as a `DiffusionEBMPrior`, and training cannot run away. What it cannot do is what needs one density of
+    all layers together: labels, observations (`posterior_sample`), and energies of different samples side by side, as its f_i are found up to offsets
+    that depend on the layers above. Layers can be held.
 
     Args:
         backbone: as of `LatentPrior`.
@@ -89,7 +91,7 @@ class LayerwisePrior(DiffusionEBMPrior):
 
     def inputs(self, z: Sequence[Tensor]) -> list[Tensor]:
         """What the networks see, (N, *input_shapes[i]) of all layers or of the first ones, by a teacher-forced walk."""
-        return [stack(z_i, mean, std) for z_i, (mean, std) in zip(z, self.transform.gaussians(z), strict=True)]
+        return [stack(((z_i - mean) / std)[:, None], mean, std) for z_i, (mean, std) in zip(z, self.transform.gaussians(z), strict=True)]
 
     @property
     def gradients_per_step(self) -> int:
@@ -105,37 +107,31 @@ class LayerwisePrior(DiffusionEBMPrior):
         if labels is not None:
             check_labels(labels, self.coupling, len(u), u.device)
         streams = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, self.execution.backend)
-        t, u_t, u_next = diffuse(self.schedule, u, streams)
-        parts, below = self.split(u_t), self.split(u_next)
+        t, *states = diffuse_from_first(self.schedule, u, streams)
+        first, real, noisier = (self.split(state) for state in states)
         seen: list[Tensor] = []
 
         def show(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            real = mean + std * parts[i].to(mean)
-            false, above = self._propose(below[i], t, mean, std, self.negatives, streams)
-            candidates = torch.cat((stack(real, mean, std)[:, None], stack(false, *above).unflatten(0, (len(u), self.negatives))), dim=1)
-            seen.append(candidates.flatten(0, 1).to(self.dtype))
-            return real
+            false = self._propose(noisier[i], t, self.negatives, streams)
+            seen.append(stack(torch.cat((real[i][:, None], false), dim=1), mean, std).to(self.dtype))
+            return mean + std * first[i].to(mean)
 
         with torch.no_grad():
-            drive(self.backbone, len(u), show, stop_after=len(parts))
+            drive(self.backbone, len(u), show, stop_after=len(first))
         levels = t.repeat_interleave(self.negatives + 1)
         f = torch.stack([network(x, levels).unflatten(0, (len(u), -1)) for network, x in zip(self.energies, seen, strict=True)])
         losses = self.ranking_loss(f).T
         return RecoveryLoss(losses.sum(1), losses.mean(1), f.sum(0).square().mean(1), losses.new_zeros(len(u)), 0, t)
 
     def ranking_loss(self, f: Tensor) -> Tensor:
-        """Loss (L, N) of the values `f` (L, N, 1 + negatives) of data, which come first, and draws; 0 where all are alike."""
-        return f.logsumexp(2) - torch.zeros_like(f[0, 0]).logsumexp(0) - f[:, :, 0]
+        """Loss (L, N) of the values `f` (L, N, 1 + negatives) of data, which come first, and of draws; 0 where all are alike."""
+        return f.logsumexp(2) - math.log(f.shape[2]) - f[:, :, 0]
 
-    def _propose(
-        self, u_next: Tensor, t: Tensor, mean: Tensor, std: Tensor, count: int, streams: Streams, temperature: float = 1.0
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Latents of `count` draws of a layer's Gaussian part per sample, (N count, ...), and mean and std repeated as often."""
-        weight, precision = (x.reshape(-1, 1, *[1] * (mean.ndim - 1)) for x in gaussian_part(t, self.schedule, self.langevin, u_next.dtype))
-        noise = streams.normal(count * mean[0].numel()).reshape(len(mean), count, *mean.shape[1:])
-        u = temperature * (weight * u_next.reshape(len(mean), 1, *mean.shape[1:]) + noise * precision.rsqrt()).flatten(0, 1)
-        above = [part.repeat_interleave(count, dim=0) for part in (mean, std)]
-        return above[0] + above[1] * u.to(mean), above
+    def _propose(self, u_next: Tensor, t: Tensor, count: int, streams: Streams) -> Tensor:
+        """`count` draws (N, count, ...) of the Gaussian part of a layer given u_{t+1,i} (N, ...)."""
+        weight, precision = (x.reshape(-1, *[1] * u_next.ndim) for x in gaussian_part(t, self.schedule, self.langevin, u_next.dtype))
+        noise = streams.normal(count * u_next[0].numel()).reshape(len(u_next), count, *u_next.shape[1:])
+        return weight * u_next[:, None] + noise * precision.rsqrt()
 
     def _sample_levels(
         self,
@@ -147,58 +143,65 @@ class LayerwisePrior(DiffusionEBMPrior):
         langevin: LangevinConfig | None = None,
     ) -> list[Tensor]:
         if condition is not None:
-            raise ValueError(f"labels and observations need a density of all layers together, which a {type(self).__name__} has not; take a DiffusionEBMPrior")
+            raise ValueError(
+                f"labels and observations need a density of all layers together, which a {type(self).__name__} has not; take a DiffusionEBMPrior"
+            )
         size, states = max(1, CHUNK_DIMENSIONS // self.dim), []
-        for first in range(0, len(samples), size):
-            rows = slice(first, first + size)
+        for start in range(0, len(samples), size):
+            rows = slice(start, start + size)
             streams = open_streams(key, samples[rows], self.device, self.dtype, self.execution.backend)
-            part = held_rows(fixed, rows)
-            held = held_states(part, self.transform, self.schedule, streams, temperature) if part else None
-
-            def draw(v_next: Tensor, t: Tensor, /, *, hold: Held | None, streams: Streams = streams) -> Tensor:
-                return self._descend(v_next, t, hold, temperature, streams)
-
-            states.append(sample_levels(draw, self.schedule.steps, streams.normal(self.dim), held=held, temperature=temperature))
+            states.append(self._descend(streams, held_rows(fixed, rows), temperature))
         return [torch.cat(parts) for parts in zip(*states, strict=True)]
 
     @torch.no_grad()
-    def _descend(self, v_next: Tensor, t: Tensor, hold: Held | None, temperature: float, streams: Streams) -> Tensor:
-        """States v_t (N, D) given v_{t+1}, layer by layer, divided by the temperature as `v_next` is."""
-        below, held = self.split(v_next), None if hold is None else (self.transform.split(hold[0][None]), self.split(hold[1]))
-        chosen: list[Tensor] = []
+    def _descend(self, streams: Streams, fixed: Mapping[int, Tensor], temperature: float) -> list[Tensor]:
+        """States u_0..u_T, each (N, D); held layers are alike in all."""
+        found: list[list[Tensor]] = []
 
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            if held is not None and bool(held[0][i].all()):
-                chosen.append(held[1][i])
-                return mean + std * (temperature * held[1][i]).to(mean)
-            z = self._choose(i, below[i], t, mean, std, temperature, streams)
-            chosen.append(((z - mean) / (temperature * std)).to(self.dtype))
-            return z
-
-        drive(self.backbone, len(v_next), draw, stop_after=len(below))
-        return self.join(chosen)
-
-    def _choose(self, i: int, v_next: Tensor, t: Tensor, mean: Tensor, std: Tensor, temperature: float, streams: Streams) -> Tensor:
-        """One of `proposals` latents of layer `i` per sample, drawn in proportion to exp f_i."""
-        together = max(1, min(self.proposals, PROPOSED // mean[0].numel()))
-        best, score = torch.empty(0), torch.empty(0)
-        for first in range(0, self.proposals, together):
-            count = min(together, self.proposals - first)
-            z, above = self._propose(v_next, t, mean, std, count, streams, temperature)
-            f = self.energies[i](stack(z, *above).to(self.dtype), t.repeat_interleave(count))
-            index, now = pick(f.unflatten(0, (len(mean), count)), streams.normal(count))
-            taken = z.unflatten(0, (len(mean), count))[torch.arange(len(mean), device=z.device), index]
-            if first == 0:
-                best, score = taken, now
+            if i in fixed:
+                states = [fixed[i].to(self.dtype).expand(mean.shape)] * (self.schedule.steps + 1)
             else:
-                better = now > score
-                best, score = torch.where(better.reshape(-1, *[1] * (best.ndim - 1)), taken, best), torch.where(better, now, score)
+                states = [temperature * streams.normal(mean[0].numel()).reshape(mean.shape)]
+                for level in reversed(range(self.schedule.steps)):
+                    t = torch.full((len(mean),), level, dtype=torch.long, device=mean.device)
+                    states.insert(0, self._choose(i, states[0], t, mean, std, temperature, streams))
+            found.append(states)
+            return mean + std * states[0].to(mean)
+
+        drive(self.backbone, len(streams), draw, stop_after=len(self.latent_shapes))
+        return [self.join(parts) for parts in zip(*found, strict=True)]
+
+    def _choose(self, i: int, u_next: Tensor, t: Tensor, mean: Tensor, std: Tensor, temperature: float, streams: Streams) -> Tensor:
+        """One of `proposals` states of layer `i` per sample, (N, ...), drawn in proportion to exp f_i."""
+        together = max(1, min(self.proposals, PROPOSED // mean[0].numel()))
+        best, score = u_next, torch.full((len(mean),), -torch.inf, device=mean.device)
+        for start in range(0, self.proposals, together):
+            count = min(together, self.proposals - start)
+            # In units of the temperature the Gaussians are those of temperature 1.
+            u = temperature * self._propose(u_next / temperature, t, count, streams)
+            f = self.energies[i](stack(u, mean, std).to(self.dtype), t.repeat_interleave(count))
+            index, now = pick(f.unflatten(0, (len(mean), count)), streams.normal(count))
+            taken = u[torch.arange(len(mean), device=u.device), index]
+            best = torch.where((now > score).reshape(-1, *[1] * (best.ndim - 1)), taken, best)
+            score = torch.maximum(now, score)
         return best
 
 
-def stack(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """What a layer's network sees, (N, STACKED C, ...): z, its noise u, and mean and log std of its Gaussian, each (N, C, ...)."""
-    return torch.cat((z, (z - mean) / std, mean, std.log()), dim=1)
+def diffuse_from_first(schedule: DiffusionSchedule, u: Tensor, streams: Streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Levels t (N,), drawn uniformly, and states u_0, u_t and u_{t+1} (N, D) of one diffusion of noise `u` (N, D)."""
+    t = streams.levels(schedule.steps)
+    alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar))
+    first = alpha_bar[0] * u + sigma_bar[0] * streams.normal(u.shape[1])
+    kept = alpha_bar[t] / alpha_bar[0]
+    u_t = kept * first + (1 - kept**2).sqrt() * streams.normal(u.shape[1])
+    return t, first, u_t, alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(u.shape[1])
+
+
+def stack(u: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """What a layer's network sees of M states `u` (N, M, C, ...) per sample: z, u, mean and log std, (N M, STACKED C, ...)."""
+    mean, std = (part[:, None].expand_as(u) for part in (mean, std))
+    return torch.cat((mean + std * u.to(mean), u.to(mean), mean, std.log()), dim=2).flatten(0, 1)
 
 
 def pick(log_weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

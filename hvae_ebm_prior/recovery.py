@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .chain import draw_conditional
 from .coupling import Labels, check_labels, cross_entropy
-from .schedule import DiffusionSchedule
-from .streams import Streams, draw_key, open_streams
+from .streams import draw_key, open_streams
 
 if TYPE_CHECKING:
     from .prior import DiffusionEBMPrior
@@ -57,17 +56,12 @@ def recovery_loss(
         TypeError, ValueError: wrong labels, or labels for a prior that is not coupled.
         ChainDiverged: a chain left the finite numbers.
     """
-    streams = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, prior.execution.backend)
-    t, u_t, u_next = diffuse(prior.schedule, u, streams)
-    return contrast(prior, draw_conditional(prior, u_next, t, streams), u_t, t, labels)
-
-
-def diffuse(schedule: DiffusionSchedule, u: Tensor, streams: Streams) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels t (N,), drawn uniformly, and states u_t and u_{t+1} (N, D) of noise `u` (N, D) by the forward process (Eq. 5-7)."""
+    streams, schedule = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, prior.execution.backend), prior.schedule
     t = streams.levels(schedule.steps)
     alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar))
-    u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(u.shape[1])
-    return t, u_t, alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(u.shape[1])
+    u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(prior.dim)
+    u_next = alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(prior.dim)
+    return contrast(prior, draw_conditional(prior, u_next, t, streams), u_t, t, labels)
 
 
 def contrast(prior: "DiffusionEBMPrior", negative: Tensor, u_t: Tensor, t: Tensor, labels: Tensor | Labels | None = None) -> RecoveryLoss:

@@ -81,10 +81,6 @@ def draw_progress(
     path: Path, runs: Mapping[str, Mapping[str, Any]], chosen: Mapping[str, Contender], budget: Budget, seeds: list[int], features: str
 ) -> None:
     """Quality against training time of one budget's runs, under one extractor."""
-    curves = {
-        name: [runs[key(name, str(budget), seed)]["curve"] for seed in seeds]
-        for name, contender in chosen.items()
-        if contender.training
-    }
+    curves = {name: [runs[key(name, str(budget), seed)]["curve"] for seed in seeds] for name, contender in chosen.items() if contender.training}
     levels = {name: runs[key(name, "none", seeds[0])]["distances"][features] for name in (GAUSSIAN, RECONSTRUCTION)}
     write_atomically(path, lambda scratch: save_progress(scratch, curves, levels, f"Fréchet distance, {features}"))

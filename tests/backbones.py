@@ -61,6 +61,16 @@ class IdentityBackbone:
         return ((features + 10) / 20).clamp(0, 1)[:, None, None]
 
 
+class Pair(IdentityBackbone):
+    """z_1 ~ N(0, 1), z_2 | z_1 ~ N(z_1, 1/4)."""
+
+    def top_down(self, batch_size):
+        zeros = torch.zeros(batch_size, 1)
+        z_1 = yield zeros, zeros + 1
+        z_2 = yield z_1, zeros + 0.5
+        return torch.cat((z_1, z_2), dim=1)
+
+
 class Quadratic(nn.Module):
     """f(z) = w . z + v . z^2 with learnable w, v: the tilted Gaussian is still Gaussian, so everything has a closed form."""
 

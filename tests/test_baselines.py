@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
-from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from backbones import IdentityBackbone, Pair, Quadratic, RandomBackbone
 from scipy import stats
 from torch import nn
 
 from hvae_ebm_prior import Coupling, DiffusionSchedule, EnergyConfig, LabelSet, LangevinConfig, TrainingConfig
 from hvae_ebm_prior.baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
-from hvae_ebm_prior.layerwise import pick
 from hvae_ebm_prior.execution import walk_gradient
 from hvae_ebm_prior.langevin import gaussian_part, langevin_coefficients
+from hvae_ebm_prior.layerwise import LayerwisePrior
 
 SHAPES = [(2,), (1, 2, 2)]
 SMALL = EnergyConfig(width=8, vector_width=16)
@@ -45,6 +45,7 @@ MAKERS = {
     "published": lambda backbone: JointEBMPrior(backbone, energy=SMALL, langevin=SHORT, target="published"),
     "sir": lambda backbone: NCPPrior(backbone, energy=SMALL, proposals=30),
     "ncp langevin": lambda backbone: NCPPrior(backbone, energy=SMALL, sampler="langevin", langevin=SHORT),
+    "layerwise": lambda backbone: LayerwisePrior(backbone, energy=SMALL, proposals=30),
     "z": lambda backbone: LatentDiffusionPrior(backbone, energy=SMALL, langevin=SHORT),
 }
 
@@ -255,16 +256,6 @@ def test_joint_defaults_and_copies():
     assert coupled.sample(2, labels={"class": 1}, generator=seed(0)).shape == (2, 1, 2, 2)
 
 
-class Pair(IdentityBackbone):
-    """z_1 ~ N(0, 1), z_2 | z_1 ~ N(z_1, 1/4)."""
-
-    def top_down(self, batch_size):
-        zeros = torch.zeros(batch_size, 1)
-        z_1 = yield zeros, zeros + 1
-        z_2 = yield z_1, zeros + 0.5
-        return torch.cat((z_1, z_2), dim=1)
-
-
 # What the data of a Pair are: z_1 ~ N(.5, .8^2), z_2 | z_1 ~ N(.6 z_1 + .1, .4^2).
 TRUTH = ((0.5, 0.8), (0.6, 0.1, 0.4))
 
@@ -346,19 +337,6 @@ def test_ncp_samples_with_the_exact_ratio(sampler):
     assert z.mean(0).tolist() == pytest.approx([m, a * m + b], abs=0.05)
     cov = torch.tensor([[s**2, a * s**2], [a * s**2, a**2 * s**2 + r**2]])
     torch.testing.assert_close(z.T.cov(), cov, atol=0.04, rtol=0.05)
-
-
-def test_sir_weights():
-    """Frequencies are the softmax of the weights, also where proposals are looked at in two parts."""
-    log_weights = torch.tensor([0.0, 1.0, -2.0, 2.5, 0.5]).expand(40_000, 5)
-    noise = torch.randn(40_000, 5, generator=seed(0))
-    index, score = pick(log_weights, noise)
-    frequencies = index.bincount(minlength=5) / 40_000
-    torch.testing.assert_close(frequencies, log_weights[0].softmax(0), atol=0.01, rtol=0)
-    (first, a), (second, b) = pick(log_weights[:, :2], noise[:, :2]), pick(log_weights[:, 2:], noise[:, 2:])
-    assert torch.equal(torch.where(b > a, second + 2, first), index)
-    assert torch.equal(torch.maximum(a, b), score)
-    assert torch.isfinite(pick(torch.zeros(1, 3), torch.tensor([[-8.0, 0.0, 8.0]]))[1]).all()
 
 
 def test_sir_takes_many_proposals_in_parts(monkeypatch):
