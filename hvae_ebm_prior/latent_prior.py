@@ -18,8 +18,9 @@ from .registry import find_adapter
 from .streams import draw_key, draw_seeds, seeded
 from .validation import check_count, check_images, check_noise
 
-# Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded.
+# Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded; a GPU needs more at a time to be busy.
 CHUNK_DIMENSIONS = 2**18
+CHUNK_DIMENSIONS_GPU = 2**21
 
 
 class LatentPrior(nn.Module):
@@ -84,6 +85,11 @@ class LatentPrior(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the prior's parameters, in which u is kept; the backbone's own where it has none."""
         return next((parameter.dtype for parameter in self.parameters()), self._transform.dtype)
+
+    @property
+    def samples_per_chunk(self) -> int:
+        """How many samples are computed at a time where nobody says."""
+        return max(1, (CHUNK_DIMENSIONS if self.device.type == "cpu" else CHUNK_DIMENSIONS_GPU) // self.dim)
 
     def to_latents(self, u: Tensor) -> tuple[Tensor, ...]:
         """T: latents z, one tensor (N, *latent_shapes[i]) per layer, of noise `u` (N, D)."""
@@ -180,7 +186,7 @@ class LatentPrior(nn.Module):
 
     def _images_in_chunks(self, n: int, draw: Callable[[slice], Tensor], chunk_size: int | None) -> Tensor:
         """Images of the noise that `draw` returns for each chunk of the samples."""
-        chunk_size = max(1, CHUNK_DIMENSIONS // self.dim) if chunk_size is None else chunk_size
+        chunk_size = self.samples_per_chunk if chunk_size is None else chunk_size
         check_count(chunk_size, "chunk_size")
         return torch.cat([self._decode_finite(draw(slice(first, first + chunk_size))) for first in range(0, n, chunk_size)])
 

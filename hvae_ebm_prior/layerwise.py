@@ -26,7 +26,6 @@ from .coupling import Coupling, Labels, check_labels
 from .energy import EnergyConfig
 from .execution import ExecutionConfig
 from .langevin import LangevinConfig, gaussian_part
-from .latent_prior import CHUNK_DIMENSIONS
 from .prior import DiffusionEBMPrior
 from .recovery import RecoveryLoss
 from .sampling import held_rows
@@ -146,7 +145,7 @@ class LayerwisePrior(DiffusionEBMPrior):
             raise ValueError(
                 f"labels and observations need a density of all layers together, which a {type(self).__name__} has not; take a DiffusionEBMPrior"
             )
-        size, states = max(1, CHUNK_DIMENSIONS // self.dim), []
+        size, states = self.samples_per_chunk, []
         for start in range(0, len(samples), size):
             rows = slice(start, start + size)
             streams = open_streams(key, samples[rows], self.device, self.dtype, self.execution.backend)

@@ -35,7 +35,6 @@ from .density import Believer
 from .elbo import backbone_bound, density_adapter
 from .execution import walk_values_and_gradient
 from .langevin import ChainDiverged, LangevinConfig, gaussian_part
-from .latent_prior import CHUNK_DIMENSIONS
 from .metropolis import Proposal, ValueAndGradient, Visit, metropolis_step, plain_proposal
 from .prior import DiffusionEBMPrior
 from .streams import Streams, draw_key, draw_seeds, open_streams, seeded
@@ -219,7 +218,7 @@ def log_normalizer(
     check_normalised(prior)
     check_noise(u_next, prior.dim, prior.device)
     levels = check_levels(t, len(u_next), prior.schedule.steps, u_next.device)
-    chunk_size = max(1, CHUNK_DIMENSIONS // prior.dim) if chunk_size is None else chunk_size
+    chunk_size = prior.samples_per_chunk if chunk_size is None else chunk_size
     check_count(chunk_size, "chunk_size")
     forward_key, reverse_key = draw_key(generator), draw_key(generator)
     forward, acceptance = annealed_weights(prior, u_next, levels, forward_key, annealing, chunk_size)
@@ -285,7 +284,7 @@ def log_likelihood_bound(
     for t in range(schedule.steps):
         u_next = schedule.alpha[t + 1].item() * u_t + schedule.sigma[t + 1].item() * streams.normal(prior.dim)
         normalizers.append(log_normalizer(prior, u_next, t, u=u_t, annealing=annealing, chunk_size=chunk_size, generator=generator))
-        corrections.append(-torch.cat([prior.energy(part, t) for part in u_t.split(max(1, CHUNK_DIMENSIONS // prior.dim))]))
+        corrections.append(-torch.cat([prior.energy(part, t) for part in u_t.split(prior.samples_per_chunk)]))
         u_t = u_next
     names = [field.name for field in fields(LogNormalizer)]
     stacked = LogNormalizer(*(torch.stack([getattr(level, name) for level in normalizers], dim=1) for name in names))

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from .chain import draw_conditional
 from .elbo import density_adapter, teacher_forced
-from .latent_prior import CHUNK_DIMENSIONS
 from .prior import DiffusionEBMPrior
 from .sampling import held_states
 from .streams import Streams, draw_key, open_streams, sample_seeds, seeded
@@ -277,7 +276,7 @@ def averaged(
     check_count(draws, "draws")
     check_count(copies, "draws")
     images, scores = images.to(prior.device, prior.transform.dtype), []
-    chunk_size = max(1, CHUNK_DIMENSIONS // (copies * prior.dim))
+    chunk_size = max(1, prior.samples_per_chunk // copies)
     for _ in range(draws):
         key, noise, found = draw_key(generator), draw_key(generator), []
         for first in range(0, len(images), chunk_size):

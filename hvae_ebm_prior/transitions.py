@@ -26,7 +26,6 @@ from torch.nn.utils import parametrize
 
 from .execution import batched_energies, chain_gradient, walk_values_and_gradient
 from .langevin import langevin_chain
-from .latent_prior import CHUNK_DIMENSIONS
 from .metropolis import log_acceptance, plain_proposal, propose, visit
 from .prior import DiffusionEBMPrior
 from .sampling import Held, sample_levels
@@ -101,7 +100,7 @@ def langevin_transitions(
     kept = torch.linspace(0, len(recorded) - 1, min(columns, len(recorded))).round().long().tolist()
     times = torch.tensor(recorded), torch.tensor([recorded[i] for i in kept])
     # The chains' noise is that of sample_noise, so the first key must be.
-    keys, chunk_size = (draw_key(generator), draw_key(generator)), max(1, CHUNK_DIMENSIONS // prior.dim)
+    keys, chunk_size = (draw_key(generator), draw_key(generator)), prior.samples_per_chunk
     chunks = [run_chunk(prior, range(n)[first : first + chunk_size], keys, steps, times, shown) for first in range(0, n, chunk_size)]
     joined = {"recorded": times[0], "shown": times[1]}
     for name, axis in (("energies", 2), ("acceptance", 2), ("pixels", 2), ("states", 2), ("samples", 0)):

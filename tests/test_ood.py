@@ -8,7 +8,7 @@ from backbones import IdentityBackbone, Quadratic, RandomBackbone
 from torch import nn
 from torch.distributions import Normal
 
-from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig, ood
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.ood import (
     SCHEMES,
     bound_scores,
@@ -168,7 +168,7 @@ def test_scores_of_densities_do_not_depend_on_the_other_images(name, monkeypatch
     images = torch.rand(5, 1, 1, 1, generator=seed(0))
     whole = SCHEMES[name](prior, images, draws=2, generator=seed(1))
     torch.testing.assert_close(SCHEMES[name](prior, images[:2], draws=2, generator=seed(1)), whole[:2], atol=1e-4, rtol=1e-5)
-    monkeypatch.setattr(ood, "CHUNK_DIMENSIONS", 2 * prior.dim)
+    monkeypatch.setattr("hvae_ebm_prior.latent_prior.CHUNK_DIMENSIONS", 2 * prior.dim)
     torch.testing.assert_close(SCHEMES[name](prior, images, draws=2, generator=seed(1)), whole, atol=1e-4, rtol=1e-5)
     assert not torch.allclose(SCHEMES[name](prior, images, draws=2, generator=seed(2)), whole)
 
@@ -187,7 +187,7 @@ def test_scores_do_not_depend_on_the_other_images(name, monkeypatch):
     changed[3:] = 1 - changed[3:]
     torch.testing.assert_close(score(changed, draws=2, generator=seed(1))[:3], whole[:3], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(score(images[:2], draws=2, generator=seed(1)), whole[:2], atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(ood, "CHUNK_DIMENSIONS", 2 * prior.dim)
+    monkeypatch.setattr("hvae_ebm_prior.latent_prior.CHUNK_DIMENSIONS", 2 * prior.dim)
     torch.testing.assert_close(score(images, draws=2, generator=seed(1)), whole, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(score(images, draws=2, generator=seed(2)), whole)
 

@@ -57,7 +57,7 @@ def test_records_are_those_of_the_states():
 def test_records_do_not_depend_on_chunks_or_on_what_is_kept(monkeypatch):
     prior = make(step_size=0.3, top_steps=2)
     whole = langevin_transitions(prior, 5, steps=4, every=2, shown=3, generator=seed(0))
-    monkeypatch.setattr("hvae_ebm_prior.transitions.CHUNK_DIMENSIONS", 2 * prior.dim)
+    monkeypatch.setattr("hvae_ebm_prior.latent_prior.CHUNK_DIMENSIONS", 2 * prior.dim)
     chunked = langevin_transitions(prior, 5, steps=4, every=2, shown=3, generator=seed(0))
     for name in ("energies", "acceptance", "pixels", "states", "samples"):
         torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
@@ -76,7 +76,7 @@ def test_proposals_of_the_tests_have_noise_of_their_own(monkeypatch):
 
     prior = make()
     monkeypatch.setattr("hvae_ebm_prior.transitions.open_streams", opened)
-    monkeypatch.setattr("hvae_ebm_prior.transitions.CHUNK_DIMENSIONS", 2 * prior.dim)
+    monkeypatch.setattr("hvae_ebm_prior.latent_prior.CHUNK_DIMENSIONS", 2 * prior.dim)
     langevin_transitions(prior, 4, steps=1, generator=seed(0))
     assert keys[:2] == keys[2:]
     assert keys[0] != keys[1]
