@@ -6,6 +6,7 @@ from .coupling import Coupling, LabelSet
 from .energy import EnergyConfig
 from .execution import ExecutionConfig
 from .langevin import ChainDiverged, LangevinConfig, langevin_update
+from .layerwise import LayerwisePrior
 from .prior import DiffusionEBMPrior
 from .schedule import DiffusionSchedule
 from .training import TrainingConfig, TrainingDiverged, TrainingRecord
@@ -26,6 +27,7 @@ __all__ = [
     "Label",
     "LabelSet",
     "LangevinConfig",
+    "LayerwisePrior",
     "TrainingConfig",
     "TrainingDiverged",
     "TrainingRecord",
