@@ -69,7 +69,6 @@ class LayerwisePrior(DiffusionEBMPrior):
         backbone: BackboneAdapter | nn.Module,
         *,
         schedule: DiffusionSchedule = SCHEDULE,
-        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
         proposals: int = 128,
         negatives: int = 8,
         energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
@@ -77,11 +76,11 @@ class LayerwisePrior(DiffusionEBMPrior):
     ) -> None:
         check_count(proposals, "proposals")
         check_count(negatives, "negatives")
-        super().__init__(backbone, schedule=schedule, langevin=langevin, energy=energy, execution=execution)
+        super().__init__(backbone, schedule=schedule, energy=energy, execution=execution)
         self.proposals, self.negatives = proposals, negatives
 
     def settings(self) -> dict[str, Any]:
-        return super().settings() | {"proposals": self.proposals, "negatives": self.negatives}
+        return {name: getattr(self, name) for name in ("schedule", "proposals", "negatives", "execution")}
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -65,9 +65,11 @@ class NCPPrior(LayerwisePrior):
     ) -> None:
         if sampler not in ("sir", "langevin"):
             raise ValueError(f'sampler: expected "sir" or "langevin", got {sampler!r}')
+        if not isinstance(langevin, LangevinConfig):
+            raise TypeError(f"langevin: expected a LangevinConfig, got {type(langevin).__name__}")
         schedule = DiffusionSchedule.marginal()
-        super().__init__(backbone, schedule=schedule, langevin=langevin, proposals=proposals, negatives=1, energy=energy, execution=execution)
-        self.sampler = sampler
+        super().__init__(backbone, schedule=schedule, proposals=proposals, negatives=1, energy=energy, execution=execution)
+        self.sampler, self.langevin = sampler, langevin
 
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("sampler", "proposals", "langevin", "execution")}
