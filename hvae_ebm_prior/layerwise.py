@@ -47,9 +47,9 @@ SCHEDULE = DiffusionSchedule.from_snr((200, 15, 3, 0))
 class LayerwisePrior(DiffusionEBMPrior):
     """A prior that is a product of diffusion priors over the layers; see the module's text.
 
-    It learns and draws several times as fast as a `DiffusionEBMPrior`, and training cannot run away. What it cannot do is what needs one density of
-    all layers together: labels, observations (`posterior_sample`), and energies of different samples side by side, as its f_i are found up to offsets
-    that depend on the layers above. Layers can be held.
+    Training cannot run away and takes no gradient of the backbone; drawing takes `proposals` passes of every network per level. What it cannot do is
+    what needs one density of all layers together: labels, observations (`posterior_sample`), and energies of different samples side by side, as its
+    f_i are found up to offsets that depend on the layers above. Layers can be held.
 
     Args:
         backbone: as of `LatentPrior`.
