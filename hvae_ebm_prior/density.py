@@ -142,12 +142,12 @@ class EnergyModel(LatentPrior):
 
         A set's part of F counts to the lowest of its layers. The published step rule's networks stand for F = f / s_t.
         """
-        z = [z_i.to(self.dtype) for z_i in z]
         f = (energies or partial(one_by_one, list(self.energies)))([x.to(self.dtype) for x in self.inputs(z)], t)
         if self.langevin.step_rule == "published":
             f = f / published_step(t, self.schedule, self.langevin, f.dtype)[:, None]
         if self.coupling is None:
             return f, {}
+        z = [z_i.to(self.dtype) for z_i in z]
         logits = label_logits(self.heads if heads is None else heads, self.coupling, z, t)  # type: ignore[arg-type]
         parts = list(f.unbind(1))
         for name, values in logits.items():

@@ -26,6 +26,7 @@ from .coupling import Coupling, Labels, check_labels
 from .energy import EnergyConfig
 from .execution import ExecutionConfig
 from .langevin import LangevinConfig, gaussian_part
+from .presets import PRESETS
 from .prior import DiffusionEBMPrior
 from .recovery import RecoveryLoss
 from .sampling import held_rows
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 STACKED = 4
 # Numbers per sample that the proposals looked at together may hold. It bounds memory, and samples depend on it by rounding alone.
 PROPOSED = 2**14
-# A little noise is left at level 0, as noise-free posteriors can be too sharp to learn.
-SCHEDULE = DiffusionSchedule.from_snr((200, 15, 3, 0))
 
 
 class LayerwisePrior(DiffusionEBMPrior):
@@ -64,11 +63,14 @@ class LayerwisePrior(DiffusionEBMPrior):
         TypeError, ValueError: as of `EnergyModel`, or `proposals` or `negatives` is no positive integer.
     """
 
+    # As errors call it.
+    NAME = "a LayerwisePrior"
+
     def __init__(
         self,
         backbone: BackboneAdapter | nn.Module,
         *,
-        schedule: DiffusionSchedule = SCHEDULE,
+        schedule: DiffusionSchedule = PRESETS["layerwise"].schedule,
         proposals: int = 128,
         negatives: int = 8,
         energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
@@ -98,7 +100,7 @@ class LayerwisePrior(DiffusionEBMPrior):
 
     def couple(self, coupling: Coupling) -> None:
         """Raises TypeError: labels need a density of all layers together."""
-        raise TypeError(f"a {type(self).__name__} learns no labels; take a DiffusionEBMPrior")
+        raise TypeError(f"{self.NAME} learns no labels; take a DiffusionEBMPrior")
 
     def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None) -> RecoveryLoss:
         """The loss of posterior noise `u` (N, D): `total` is the sum over layers, `recovery` their mean; 0 while nothing is learned."""
@@ -141,9 +143,7 @@ class LayerwisePrior(DiffusionEBMPrior):
         langevin: LangevinConfig | None = None,
     ) -> list[Tensor]:
         if condition is not None:
-            raise ValueError(
-                f"labels and observations need a density of all layers together, which a {type(self).__name__} has not; take a DiffusionEBMPrior"
-            )
+            raise ValueError(f"labels and observations need a density of all layers together, which {self.NAME} has not; take a DiffusionEBMPrior")
         size, states = self.samples_per_chunk, []
         for start in range(0, len(samples), size):
             rows = slice(start, start + size)
@@ -198,8 +198,10 @@ def diffuse_from_first(schedule: DiffusionSchedule, u: Tensor, streams: Streams)
 
 def stack(u: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """What a layer's network sees of M states `u` (N, M, C, ...) per sample: z, u, mean and log std, (N M, STACKED C, ...)."""
-    mean, std = (part[:, None].expand_as(u) for part in (mean, std))
-    return torch.cat((mean + std * u.to(mean), u.to(mean), mean, std.log()), dim=2).flatten(0, 1)
+    u = u.to(mean)
+    # The logarithm is taken of N stds, not of the N M that they are repeated to.
+    above = [part[:, None].expand_as(u) for part in (mean, std.log())]
+    return torch.cat((mean[:, None] + std[:, None] * u, u, *above), dim=2).flatten(0, 1)
 
 
 def pick(log_weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,23 @@ class Pair(IdentityBackbone):
         return torch.cat((z_1, z_2), dim=1)
 
 
+# What the data of a Pair are: z_1 ~ N(.5, .8^2), z_2 | z_1 ~ N(.6 z_1 + .1, .4^2).
+TRUTH = ((0.5, 0.8), (0.6, 0.1, 0.4))
+
+
+def minimize_batch_loss(prior, u, *, steps, seed):
+    """Learn from all of the posterior noise `u` at once, under noise that stays the same."""
+    optimizer = torch.optim.LBFGS(prior.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = prior.batch_loss(u, None, torch.Generator().manual_seed(seed)).total.mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
 class Quadratic(nn.Module):
     """f(z) = w . z + v . z^2 with learnable w, v: the tilted Gaussian is still Gaussian, so everything has a closed form."""
 

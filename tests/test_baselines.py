@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backbones import IdentityBackbone, Pair, Quadratic, RandomBackbone
+from backbones import TRUTH, IdentityBackbone, Pair, Quadratic, RandomBackbone, minimize_batch_loss
 from scipy import stats
 from torch import nn
 
@@ -256,10 +256,6 @@ def test_joint_defaults_and_copies():
     assert coupled.sample(2, labels={"class": 1}, generator=seed(0)).shape == (2, 1, 2, 2)
 
 
-# What the data of a Pair are: z_1 ~ N(.5, .8^2), z_2 | z_1 ~ N(.6 z_1 + .1, .4^2).
-TRUTH = ((0.5, 0.8), (0.6, 0.1, 0.4))
-
-
 class Polynomial(nn.Module):
     """All products of two of (1, z, mean) of what a layer's network sees: a log-ratio of two linear Gaussians is one of them."""
 
@@ -291,15 +287,7 @@ def test_nce_recovers_a_known_density_ratio():
     prior = NCPPrior(Pair((1,), (1,)), energy=[Polynomial(), Polynomial()])
     z = pair_data(10_000)
     u = prior.encode(images_of(z))
-    optimizer = torch.optim.LBFGS(prior.parameters(), max_iter=25, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = prior.batch_loss(u, None, seed(1)).total.mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    minimize_batch_loss(prior, u, steps=25, seed=1)
     where = pair_data(500)
     parts = [where[:, :1], where[:, 1:]]
     expected = torch.stack([torch.from_numpy(values) for values in log_ratios(where)], dim=1).float()
@@ -439,7 +427,7 @@ def test_learned_parts_that_are_fixed_do_not_enter_the_records():
         (lambda b: JointEBMPrior(b, renewal=2.0), ValueError, "renewal: expected a probability from 0 to 1, got 2.0"),
         (lambda b: NCPPrior(b, sampler="mala"), ValueError, 'sampler: expected "sir" or "langevin", got \'mala\''),
         (lambda b: NCPPrior(b, proposals=0), ValueError, "proposals: expected a positive integer"),
-        (lambda b: NCPPrior(b).couple(Coupling({"class": LabelSet(3)})), TypeError, "a NCPPrior learns no labels"),
+        (lambda b: NCPPrior(b).couple(Coupling({"class": LabelSet(3)})), TypeError, "an NCPPrior learns no labels"),
         (lambda b: NCPPrior(b).loss(torch.rand(2, 1, 2, 2), labels=torch.zeros(2)), ValueError, "labels: this prior is not coupled"),
         (lambda b: NCPPrior(b).posterior_sample(lambda x: x, 1), ValueError, 'make the prior with sampler="langevin"'),
         (lambda b: LatentDiffusionPrior(b, base="u"), ValueError, 'base: expected "backbone" or "normal", got \'u\''),

@@ -5,15 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import Pair, RandomBackbone
+from backbones import TRUTH, Pair, RandomBackbone, minimize_batch_loss
 from torch import nn
 
 from hvae_ebm_prior import Coupling, DiffusionSchedule, EnergyConfig, LabelSet
 from hvae_ebm_prior.layerwise import LayerwisePrior, pick
 
 SCHEDULE = DiffusionSchedule.from_snr((20, 2, 0))
-# Data of a Pair: z_1 ~ N(.5, .8^2), z_2 | z_1 ~ N(.6 z_1 + .1, .4^2), so u_1 = z_1 and u_2 = (z_2 - z_1) / .5.
-MEAN_U, SLOPE, STD = torch.tensor([0.5, -0.2]), -0.8, (0.8, 0.8)
+# Of the data of a Pair in noise: u_1 = z_1 and u_2 = (z_2 - z_1) / .5, linear in u_1.
+(M, S), (A, B, R) = TRUTH
+SLOPE, STD = (A - 1) / 0.5, (S, R / 0.5)
+MEAN_U = torch.tensor([M, SLOPE * M + B / 0.5])
 COV_U = torch.tensor([[STD[0] ** 2, SLOPE * STD[0] ** 2], [SLOPE * STD[0] ** 2, SLOPE**2 * STD[0] ** 2 + STD[1] ** 2]])
 
 
@@ -63,15 +65,7 @@ def draw_noise(n):
 @pytest.mark.parametrize("negatives", [1, 4])
 def test_ranking_recovers_the_conditionals_of_a_gaussian(negatives):
     prior, u = make_prior(negatives=negatives), draw_noise(8_000)
-    optimizer = torch.optim.LBFGS(prior.parameters(), max_iter=15, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = prior.batch_loss(u, None, seed(1)).total.mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    minimize_batch_loss(prior, u, steps=15, seed=1)
     found = torch.stack([network.w.detach()[:, [1, 3, 4]] for network in prior.energies], dim=1)
     found[:, 0, 2] = 0  # the top layer's mean is constant
     torch.testing.assert_close(found, exact_slopes(), atol=0.12, rtol=0.1)

@@ -53,6 +53,8 @@ class NCPPrior(LayerwisePrior):
         TypeError, ValueError: as of `LayerwisePrior`, or an unknown sampler.
     """
 
+    NAME = "an NCPPrior"
+
     def __init__(
         self,
         backbone: BackboneAdapter | nn.Module,
