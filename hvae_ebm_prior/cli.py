@@ -12,6 +12,7 @@ import torch
 from .commands import run_edit, run_interpolate, run_ood, run_sample, run_transitions
 from .diagnosis import describe_layers, table
 from .files import write_json
+from .hub_commands import add_hub_commands, describe_saved, run_pull, run_push
 from .kernels import VARIABLE, choose_backend
 from .langevin import ChainDiverged
 from .loading import IMAGES, load_function, load_images
@@ -34,17 +35,21 @@ PRIOR_COMMANDS = {
     "ood": (run_ood, "score images by how far they are from what the prior learned", ("images", "outliers", "scheme")),
 }
 
+SAVED = "a saved prior, a folder or owner/name on the Hub, to be loaded onto the model that the function returns"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status, 2 with a message on stderr for what the user can mend."""
     options = make_parser().parse_args(arguments)
-    if options.command == "info":
-        print(describe_installation())
-        return 0
     try:
+        if options.command in WITHOUT_MODEL:
+            WITHOUT_MODEL[options.command](options)
+            return 0
         made = load_function(options.loader)(*([options.checkpoint] if options.checkpoint else []))
         if isinstance(made, torch.nn.Module):
             made = made.to(options.device)
+        if getattr(options, "prior", None):
+            made = DiffusionEBMPrior.from_pretrained(options.prior, backbone=made)
         generator = torch.Generator().manual_seed(getattr(options, "seed", 0))
         if options.command == "diagnose":
             images = load_images(options.images)[: options.limit]
@@ -89,7 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--draws", type=int, default=8, help="posterior draws per image (%(default)s)")
     for name, (_, text, own) in PRIOR_COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. Writes a picture, and its figures as JSON.")
-        add_loader(command, "your trained DiffusionEBMPrior")
+        add_loader(command, "your trained DiffusionEBMPrior, or your model with --prior")
+        command.add_argument("--prior", help=SAVED)
         command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="the picture; figures go beside it (%(default)s)")
         add_options(command, own)
     evaluate = commands.add_parser(
@@ -99,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
         "writes a record as JSON.",
     )
     add_loader(evaluate, "your trained DiffusionEBMPrior, or another prior with sample, encode and decode")
+    evaluate.add_argument("--prior", help=SAVED)
     add_evaluation(evaluate)
     for name, text in {
         "compare": "train our prior and baselines on your model, for an equal time and equal gradients, and see which is best",
@@ -107,7 +114,13 @@ def make_parser() -> argparse.ArgumentParser:
         trial = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. Goes on where it was interrupted.")
         add_loader(trial, "your trained model or an adapter of it", seed=False)
         add_trials(trial, name)
-    commands.add_parser("info", help="versions, devices, and the code that computes Langevin steps on each")
+    add_hub_commands(commands)
+    info = commands.add_parser(
+        "info",
+        help="what a saved prior says of itself; without one, versions, devices, and the code that computes Langevin steps on each",
+        description="Describe a saved prior, or this installation.",
+    )
+    info.add_argument("saved", nargs="?", help="a folder that save_pretrained wrote, or a repository of the Hub, as owner/name")
     return parser
 
 
@@ -143,6 +156,11 @@ def add_options(command: argparse.ArgumentParser, own: Sequence[str]) -> None:
         command.add_argument("--temperature", type=float, default=1.0, help="factor on the std of the model's Gaussians (%(default)s)")
 
 
+def run_info(options: argparse.Namespace) -> None:
+    """Print what there is to know of a saved prior, or of this installation."""
+    print(describe_saved(options.saved) if options.saved else describe_installation())
+
+
 def describe_installation() -> str:
     """Versions, and the backend of every device, one per line."""
     packages = ("hvae-ebm-prior", "torch", "numpy", "triton", "torch-fidelity")
@@ -155,3 +173,7 @@ def describe_installation() -> str:
     if os.environ.get(VARIABLE):
         lines.append(f"{VARIABLE} is set to {os.environ[VARIABLE]}")
     return "\n".join(lines)
+
+
+# Commands that need nobody's model.
+WITHOUT_MODEL = {"push": run_push, "pull": run_pull, "info": run_info}

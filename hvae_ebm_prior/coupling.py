@@ -135,7 +135,7 @@ def build_heads(
         for i in coupling.layers(name, len(shapes)):
             networks[str(i)] = network = LayerEnergy(shapes[i], steps, coupling.networks, labels.size).to(device)
             energy = energies[i]
-            if isinstance(energy, LayerEnergy) and bool((energy.activity != 1).any()):
+            if isinstance(energy, LayerEnergy) and not energy.activity.is_meta and bool((energy.activity != 1).any()):
                 network.set_activity(energy.activity)
         heads[name] = networks
     return heads

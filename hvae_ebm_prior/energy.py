@@ -125,7 +125,7 @@ class LayerEnergy(nn.Module):
 
     def __init__(self, shape: Sequence[int], steps: int, config: EnergyConfig, categories: int | None = None) -> None:
         super().__init__()
-        self.categories = categories
+        self.config, self.categories = config, categories
         is_map = len(shape) == 3 and max(shape[1:]) > READOUT_SIZE and math.prod(shape) > config.vector_size
         self.features = MapFeatures((shape[0], shape[1], shape[2]), steps, config) if is_map else VectorFeatures(math.prod(shape), steps, config)
         self.readout = nn.Linear(self.features.size, steps * (categories or 1))

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file beside `path`, then put it in its place: a reader, or a crash, never meets half a file.
+    """Let `write` write a file beside `path`, then put it in its place: a reader, a crash or a power cut never meets half a file.
 
     Args:
         path: the file to make or replace.

@@ -87,7 +87,7 @@ class LayerwisePrior(DiffusionEBMPrior):
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of what the networks see, without batch, top to bottom: `STACKED` times as many channels as the latents."""
-        return tuple((STACKED * shape[0], *shape[1:]) for shape in self.latent_shapes)
+        return stacked_shapes(self.latent_shapes)
 
     def inputs(self, z: Sequence[Tensor]) -> list[Tensor]:
         """What the networks see, (N, *input_shapes[i]) of all layers or of the first ones, by a teacher-forced walk."""
@@ -194,6 +194,11 @@ def diffuse_from_first(schedule: DiffusionSchedule, u: Tensor, streams: Streams)
     kept = alpha_bar[t] / alpha_bar[0]
     u_t = kept * first + (1 - kept**2).sqrt() * streams.normal(u.shape[1])
     return t, first, u_t, alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(u.shape[1])
+
+
+def stacked_shapes(shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what the networks see of latents of the given shapes: `STACKED` times as many channels."""
+    return tuple((STACKED * shape[0], *shape[1:]) for shape in shapes)
 
 
 def stack(u: Tensor, mean: Tensor, std: Tensor) -> Tensor:

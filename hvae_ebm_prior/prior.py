@@ -21,6 +21,7 @@ from .density import EnergyModel
 from .langevin import LangevinConfig
 from .recovery import RecoveryLoss, recovery_loss
 from .sampling import held_rows, held_states, sample_levels
+from .sharing import Shareable
 from .streams import draw_key, open_streams
 from .validation import check_count, check_fixed, check_temperature
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .training import Callback, TrainingConfig, TrainingRecord
 
 
-class DiffusionEBMPrior(EnergyModel):
+class DiffusionEBMPrior(Shareable, EnergyModel):
     """A learned prior for a hierarchical VAE; its arguments, densities and label sets are those of `EnergyModel`."""
 
     def sample_noise(

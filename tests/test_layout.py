@@ -14,10 +14,10 @@ PACKAGE = Path(hvae_ebm_prior.__file__).parent
 # Each module may import those before it; modules of one rank do not know each other.
 RANKS = [
     ["kernels"],
-    ["schedule", "backbone", "streams", "validation", "files", "metrics", "loading"],
-    ["energy", "langevin", "sampling", "registry", "elbo", "features", "lock"],
+    ["schedule", "backbone", "streams", "validation", "files", "metrics", "loading", "typed_json"],
+    ["energy", "langevin", "sampling", "registry", "elbo", "features", "lock", "weights_file", "sharing"],
     ["execution", "coupling", "metropolis", "latent_prior", "reference"],
-    ["density"],
+    ["density", "fingerprint"],
     ["chain"],
     ["recovery"],
     ["prior"],
@@ -25,10 +25,11 @@ RANKS = [
     ["control", "pictures", "presets", "testing"],
     ["layerwise"],
     ["baselines"],
-    ["comparison"],
-    ["commands", "contenders"],
+    ["comparison", "prior_config"],
+    ["commands", "contenders", "card"],
     ["report"],
-    ["trials"],
+    ["trials", "hub"],
+    ["hub_commands"],
     ["cli"],
     ["__init__", "adapters"],
 ]
