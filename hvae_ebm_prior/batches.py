@@ -5,6 +5,7 @@ data themselves draw from torch's global CPU generator (a DataLoader its order, 
 then the pass, the batches given of it, the seed, and the state that those draws have come to.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -126,14 +127,13 @@ class Batches:
         if self._whole:
             order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
             chosen = order.split(self.batch_size)[: max(1, len(order) // self.batch_size)][given:]
-            if isinstance(self.data, Tensor):
-                images, labels = self.data, self.labels
-                self._rest = (take(images, labels, part) for part in chosen)
-            else:
-                self._rest = iter_lazily(DataLoader(self.data, batch_sampler=[part.tolist() for part in chosen]))
+        if isinstance(self.data, Tensor):
+            self._rest = (take(self.data, self.labels, part) for part in chosen)
             return
-        self._rest = iter_lazily(self.data)
-        for done in range(given):
+        batches = DataLoader(self.data, batch_sampler=[part.tolist() for part in chosen]) if self._whole else self.data
+        with self._own_randomness():
+            self._rest = iter(batches)
+        for done in range(0 if self._whole else given):
             if self._read() is END:
                 raise ValueError(
                     f"data: pass {self.epoch + 1} ended after {done} batches, where training was interrupted after {given}; give the same"
@@ -143,16 +143,16 @@ class Batches:
         """The next batch of the pass, or `END`."""
         if isinstance(self.data, Tensor):
             return next(self._rest, END)
+        with self._own_randomness():
+            return next(self._rest, END)
+
+    @contextlib.contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Inside, torch's global CPU generator is where the data left it; outside, it is as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random)
-            batch = next(self._rest, END)
+            yield
             self._random = torch.get_rng_state()
-        return batch
-
-
-def iter_lazily(batches: Iterable[Any]) -> Iterator[Any]:
-    """As `iter`, but what that draws is drawn with the first batch."""
-    yield from batches
 
 
 def take(images: Tensor, labels: Labels | None, chosen: Tensor) -> tuple[Tensor, Labels | None]:
