@@ -23,8 +23,8 @@ RANKS = [
     ["prior", "batches"],
     ["checkpoint"],
     ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
-    ["control", "pictures", "presets", "testing"],
-    ["layerwise"],
+    ["control", "pictures", "presets", "testing", "image_data"],
+    ["layerwise", "train_command"],
     ["baselines"],
     ["comparison"],
     ["commands", "contenders"],
@@ -69,7 +69,7 @@ def test_only_required_packages_are_imported():
     code = (
         "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing, hvae_ebm_prior.cli\n"
         "import hvae_ebm_prior.likelihood, hvae_ebm_prior.baselines\n"
-        "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate', 'torch_fidelity'} & set(sys.modules)\n"
+        "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate', 'PIL', 'datasets', 'torch_fidelity'} & set(sys.modules)\n"
         "sys.exit(', '.join(bad) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
