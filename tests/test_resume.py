@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from hvae_ebm_prior import Coupling, DiffusionEBMPrior, EnergyConfig, LabelSet, LangevinConfig, LayerwisePrior, TrainingConfig
 from hvae_ebm_prior.baselines import JointEBMPrior, NCPPrior
 from hvae_ebm_prior.batches import Batches
-from hvae_ebm_prior.checkpoint import digest, find_checkpoints
+from hvae_ebm_prior.checkpoint import COLUMNS, digest, find_checkpoints
 
 IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 3
@@ -35,20 +35,27 @@ def seed(value):
     return torch.Generator().manual_seed(value)
 
 
+class Seeing(RandomBackbone):
+    """Posteriors that depend on the images, so that training depends on which images it sees."""
+
+    def infer(self, images):
+        return [noise + 4 * images.flatten(1)[:, : noise.shape[1]] - 2 for noise in super().infer(images)]
+
+
 def diffusion():
     torch.manual_seed(0)
-    return DiffusionEBMPrior(RandomBackbone(SHAPES), energy=SMALL, langevin=LangevinConfig(steps=2))
+    return DiffusionEBMPrior(Seeing(SHAPES), energy=SMALL, langevin=LangevinConfig(steps=2))
 
 
 def coupled():
     torch.manual_seed(0)
     coupling = Coupling({"class": LabelSet(3), "smile": LabelSet(2, layers=(1,))}, networks=SMALL)
-    return DiffusionEBMPrior(RandomBackbone(SHAPES), energy=SMALL, langevin=LangevinConfig(steps=2), coupling=coupling)
+    return DiffusionEBMPrior(Seeing(SHAPES), energy=SMALL, langevin=LangevinConfig(steps=2), coupling=coupling)
 
 
 def spectral():
     torch.manual_seed(0)
-    return DiffusionEBMPrior(RandomBackbone(SHAPES), energy=replace(SMALL, spectral_norm=True), langevin=LangevinConfig(steps=2))
+    return DiffusionEBMPrior(Seeing(SHAPES), energy=replace(SMALL, spectral_norm=True), langevin=LangevinConfig(steps=2))
 
 
 class Dropping(nn.Module):
@@ -64,22 +71,22 @@ class Dropping(nn.Module):
 
 def dropping():
     torch.manual_seed(0)
-    return DiffusionEBMPrior(RandomBackbone(SHAPES), energy=[Dropping(2), Dropping(3)], langevin=LangevinConfig(steps=2))
+    return DiffusionEBMPrior(Seeing(SHAPES), energy=[Dropping(2), Dropping(3)], langevin=LangevinConfig(steps=2))
 
 
 def layerwise():
     torch.manual_seed(0)
-    return LayerwisePrior(RandomBackbone(SHAPES), negatives=2, energy=SMALL)
+    return LayerwisePrior(Seeing(SHAPES), negatives=2, energy=SMALL)
 
 
 def ncp():
     torch.manual_seed(0)
-    return NCPPrior(RandomBackbone(SHAPES), energy=SMALL)
+    return NCPPrior(Seeing(SHAPES), energy=SMALL)
 
 
 def persistent():
     torch.manual_seed(0)
-    return JointEBMPrior(RandomBackbone(SHAPES), chains="persistent", kept=12, renewal=0.2, energy=SMALL, langevin=LangevinConfig(steps=2))
+    return JointEBMPrior(Seeing(SHAPES), chains="persistent", kept=12, renewal=0.2, energy=SMALL, langevin=LangevinConfig(steps=2))
 
 
 class Augmented(Dataset):
@@ -103,6 +110,20 @@ def state(prior):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def last_state(folder):
+    """All that the newest checkpoint holds, but for the time that steps took."""
+    newest = find_checkpoints(folder)[0]
+    tensors = load_file(newest.with_suffix(".safetensors"))
+    tensors["history"][:, COLUMNS.index("seconds")] = 0
+    # NaN stands for itself.
+    return json.loads(newest.read_text())["state"], {name: value.nan_to_num(-1.0) for name, value in tensors.items()}
+
+
+def same_state(folder, other):
+    (numbers, tensors), (others, other_tensors) = last_state(folder), last_state(other)
+    return numbers == others and same(tensors, other_tensors)
 
 
 def figures(history):
@@ -181,19 +202,25 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(name, tmp_path):
     make, data, arguments = RUNS[name]
-    expected, whole = whole_run(make, data, **arguments)
+    expected, whole = whole_run(make, data, **arguments, checkpoint_dir=tmp_path / "whole", checkpoint_every=100)
     # Before the first checkpoint, on one and between two, at the end of a pass (5 batches of 8 images), and twice between the same two.
-    prior, history = interrupted_run(make, data, tmp_path, [3, 8, 11, 15, 18, 19], every=4, **arguments)
+    folder = tmp_path / "interrupted"
+    prior, history = interrupted_run(make, data, folder, [3, 8, 11, 15, 18, 19], every=4, **arguments)
     assert same(state(prior), state(expected))
+    assert same_state(folder, tmp_path / "whole")
     assert figures(history) == figures(whole)
     assert all(a.seconds < b.seconds for a, b in pairwise(history))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08}.{kind}" for step in (20, 24) for kind in ("json", "safetensors")]
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_{step:08}.{kind}" for step in (20, 24) for kind in ("json", "safetensors")]
 
 
 def test_runs_of_this_file_can_be_told_apart():
-    """The comparison above would fail had the noise or the learning rate been others."""
-    for changes in ({"generator": lambda: seed(4)}, {"training": replace(SETTINGS, learning_rate=1.1e-3)}):
-        other, _ = whole_run(diffusion, lambda: IMAGES, **changes)
+    """The comparison above would fail had the noise, the learning rate or the order of the images been others."""
+    for data, changes in (
+        (IMAGES, {"generator": lambda: seed(4)}),
+        (IMAGES, {"training": replace(SETTINGS, learning_rate=1.1e-3)}),
+        (IMAGES.flip(0), {}),
+    ):
+        other, _ = whole_run(diffusion, lambda data=data: data, **changes)
         assert not same(state(other), uninterrupted()[0])
 
 
@@ -258,11 +285,12 @@ def test_the_guards_state_survives(steps, tmp_path):
     training = TrainingConfig(iterations=100, batch_size=8, warmup=10, restarts=5)
     data = lambda: torch.full((16, 1, 1, 2), 0.55)  # noqa: E731
     with pytest.warns(RuntimeWarning, match="back to the last good state") as caught:
-        expected, whole = whole_run(make, data, training=training)
+        expected, whole = whole_run(make, data, training=training, checkpoint_dir=tmp_path / "whole")
     assert len(caught) >= 2
     with pytest.warns(RuntimeWarning, match="back to the last good state"):
-        prior, history = interrupted_run(make, data, tmp_path, steps, every=6, training=training)
+        prior, history = interrupted_run(make, data, tmp_path / "interrupted", steps, every=6, training=training)
     assert same(state(prior), state(expected))
+    assert same_state(tmp_path / "interrupted", tmp_path / "whole")
     assert figures(history) == figures(whole)
     assert min(record.learning_rate for record in history[70:]) < 0.5 * 1e-3
 
@@ -425,12 +453,12 @@ def test_an_error_while_a_checkpoint_is_written_leaves_the_last_one(call, begun,
 
 def with_step_size():
     torch.manual_seed(0)
-    return DiffusionEBMPrior(RandomBackbone(SHAPES), energy=SMALL, langevin=LangevinConfig(steps=2, step_size=0.1))
+    return DiffusionEBMPrior(Seeing(SHAPES), energy=SMALL, langevin=LangevinConfig(steps=2, step_size=0.1))
 
 
 def wider():
     torch.manual_seed(0)
-    return DiffusionEBMPrior(RandomBackbone(SHAPES), energy=EnergyConfig(vector_width=16), langevin=LangevinConfig(steps=2))
+    return DiffusionEBMPrior(Seeing(SHAPES), energy=EnergyConfig(vector_width=16), langevin=LangevinConfig(steps=2))
 
 
 @pytest.mark.parametrize(
