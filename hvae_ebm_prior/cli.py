@@ -20,6 +20,8 @@ from .ood import SCHEMES
 from .prior import DiffusionEBMPrior
 from .registry import find_adapter
 from .report import add_evaluation, installed, run_evaluate
+from .train_command import add_train, run_train
+from .training import TrainingDiverged
 from .trials import TRIALS, add_trials, run_trials
 
 # What each command of a trained prior does, and its own options.
@@ -54,13 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "diagnose":
             images = load_images(options.images)[: options.limit]
             print(table(describe_layers(find_adapter(made), images, draws=options.draws, generator=generator)))
+        elif options.command == "train":
+            run_train(options, made, generator)
         elif options.command == "evaluate":
             run_evaluate(options, made, generator)
         elif options.command in TRIALS:
             run_trials(options, made)
         else:
             run_prior_command(options, made, generator)
-    except (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDiverged) as error:
+    except (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDiverged, TrainingDiverged) as error:
         print(f"hvae-ebm-prior: {error}", file=sys.stderr)
         return 2
     return 0
@@ -92,6 +96,12 @@ def make_parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--images", required=True, help=f"{IMAGES}, held out")
     diagnose.add_argument("--limit", type=int, default=500, help="use so many images from the start of the file (%(default)s)")
     diagnose.add_argument("--draws", type=int, default=8, help="posterior draws per image (%(default)s)")
+    train = commands.add_parser(
+        "train",
+        help="train a prior for your model on images; goes on where it was interrupted",
+        description="Train a prior for your model on images, with checkpoints. The same command, run again, goes on from the last one.",
+    )
+    add_train(train)
     for name, (_, text, own) in PRIOR_COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. Writes a picture, and its figures as JSON.")
         add_loader(command, "your trained DiffusionEBMPrior, or your model with --prior")

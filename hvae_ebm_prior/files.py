@@ -18,9 +18,22 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     scratch = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")  # some writers look at the suffix
     try:
         write(scratch)
+        sync(scratch)
         os.replace(scratch, path)
+        sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # where folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:

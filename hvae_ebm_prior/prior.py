@@ -9,6 +9,7 @@ On top of a frozen hierarchical VAE, T conditional energy-based priors p(u_t | u
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -211,13 +212,15 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
         training: "TrainingConfig | None" = None,
         callback: "Callback | None" = None,
         progress: bool | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 100,
+        resume: bool = False,
         generator: torch.Generator | None = None,
     ) -> "list[TrainingRecord]":
         """Learn the energies from images; the prior holds their moving average at every moment, also after Ctrl-C.
 
         Args:
-            data: images (N, C, H, W) in [0, 1], a dataset of them, or a loader of batches; of tuples the first entry is taken,
-                and the second one as labels if the prior is coupled.
+            data: images (N, C, H, W) in [0, 1], a dataset of them, or a loader of batches; of tuples the first entry, and the second as labels.
             labels: of the images of a tensor, by label set (or those of the only one): (N,) indices, -1 or NaN where unknown.
             iterations: optimiser steps; None as in `training`.
             batch_size: images per step; None as in `training`; not to be given with a loader, which has its own.
@@ -225,21 +228,19 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
             training: all other settings; None takes the defaults of `TrainingConfig`.
             callback: called as callback(prior, record) after every step.
             progress: show a progress bar; None shows one on a terminal only.
+            checkpoint_dir: a folder for checkpoints, each the whole state of the run, also one of the last step; None for none.
+            checkpoint_every: steps between checkpoints.
+            resume: go on from the newest checkpoint there, if any, as if never interrupted; see "Long runs" in the guide.
             generator: source of all randomness; None takes torch's global generators.
 
         Returns:
             One record per step.
 
         Raises:
-            TypeError, ValueError: data of the wrong type, empty or out of range, or a bad setting.
+            TypeError, ValueError, OSError: bad data or settings, or checkpoints that are broken, of another run, or there though not to be resumed.
             TrainingDiverged: training blew up again and again; the prior is at its last good state.
         """
-        from .training import TrainingConfig, fit
+        from .training import fit
 
-        if batch_size is not None and not isinstance(data, Tensor | Dataset):
-            raise ValueError(f"batch_size: a {type(data).__name__} has batches of its own; set the size there")
-        if labels is not None and not isinstance(data, Tensor):
-            raise ValueError(f"labels: they go with a tensor of images; a {type(data).__name__} gives (images, labels) itself")
-        given: dict[str, Any] = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
-        settings = replace(training or TrainingConfig(), **{name: value for name, value in given.items() if value is not None})
-        return fit(self, data, labels, settings, callback=callback, progress=progress, generator=generator)
+        given = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
+        return fit(self, data, labels, training, given, callback, progress, checkpoint_dir, checkpoint_every, resume, generator)

@@ -8,20 +8,22 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset
 
+from .batches import Batch, Batches
+from .checkpoint import Run, find_checkpoints, load_checkpoint, save_checkpoint
 from .coupling import Labels, check_labels
 from .energy import LayerEnergy
 from .langevin import ChainDiverged
-from .streams import draw_seeds
-from .validation import check_images
+from .validation import check_count
 
 if TYPE_CHECKING:
     from .prior import DiffusionEBMPrior
@@ -117,8 +119,6 @@ class TrainingRecord:
 
 
 Callback = Callable[["DiffusionEBMPrior", TrainingRecord], object]
-# Images (N, C, H, W), their labels if any, and the number of the pass over the data.
-Batch = tuple[Tensor, Tensor | Labels | None, int]
 # Steps between two snapshots of a healthy state, and the memory of the smoothed energy gap in steps.
 SNAPSHOT_EVERY = 25
 GAP_MEMORY = 10
@@ -128,48 +128,67 @@ def fit(
     prior: "DiffusionEBMPrior",
     data: Tensor | Dataset[Any] | Iterable[Any],
     labels: Tensor | Labels | None,
-    config: TrainingConfig,
-    *,
-    callback: Callback | None = None,
-    progress: bool | None = None,
-    generator: torch.Generator | None = None,
+    training: TrainingConfig | None,
+    given: Mapping[str, Any],
+    callback: Callback | None,
+    progress: bool | None,
+    checkpoint_dir: str | Path | None,
+    checkpoint_every: int,
+    resume: bool,
+    generator: torch.Generator | None,
 ) -> list[TrainingRecord]:
-    """Learn the energies of `prior`; see `DiffusionEBMPrior.fit`."""
+    """Learn the energies of `prior`; see `DiffusionEBMPrior.fit`, whose own settings are `given`."""
+    if given.get("batch_size") is not None and not isinstance(data, Tensor | Dataset):
+        raise ValueError(f"batch_size: a {type(data).__name__} has batches of its own; set the size there")
+    if labels is not None and not isinstance(data, Tensor):
+        raise ValueError(f"labels: they go with a tensor of images; a {type(data).__name__} gives (images, labels) itself")
+    config = replace(training or TrainingConfig(), **{name: value for name, value in given.items() if value is not None})
     if labels is not None:
         labels = check_labels(labels, prior.coupling, len(data), prior.device)  # type: ignore[arg-type]
-    measure_activity(prior, endless_batches(data, config.batch_size, generator), config.activity_images, generator)
+    if not list(prior.parameters()):
+        raise ValueError("the energy networks have no parameters, so there is nothing to learn")
+    folder = open_folder(checkpoint_dir, checkpoint_every, resume)
+    begun = folder is not None and bool(find_checkpoints(folder))
+    if not begun:
+        measure_activity(prior, Batches(data, config.batch_size, generator), config.activity_images, generator)
     trainee = copy.deepcopy(prior).train()
     try:
-        batches = endless_batches(data, config.batch_size, generator, labels)
-        return train(prior, trainee, batches, config, callback, progress, generator)
+        batches, guard = Batches(data, config.batch_size, generator, labels), Guard(prior, trainee, config)
+        run = Run(prior, trainee, config, batches, guard, make_optimizer(trainee, config), generator)
+        if folder is not None and begun:
+            load_checkpoint(folder, run)
+        train(run, callback, progress, folder, checkpoint_every)
+        return run.history
     finally:
         trainee.release()
 
 
-def train(
-    prior: "DiffusionEBMPrior",
-    trainee: "DiffusionEBMPrior",
-    batches: Iterator[Batch],
-    config: TrainingConfig,
-    callback: Callback | None,
-    progress: bool | None,
-    generator: torch.Generator | None,
-) -> list[TrainingRecord]:
-    """The loop of `fit`: the optimiser moves `trainee`, and `prior` follows."""
+def open_folder(checkpoint_dir: str | Path | None, every: int, resume: bool) -> Path | None:
+    """The folder of checkpoints, made if need be; None for none."""
+    check_count(every, "checkpoint_every")
+    if checkpoint_dir is None:
+        if resume:
+            raise ValueError("resume: there is nothing to go on from without checkpoint_dir")
+        return None
+    folder = Path(checkpoint_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume and find_checkpoints(folder):
+        raise FileExistsError(f"{folder} holds checkpoints of a run: resume=True goes on with it; to begin anew, give another checkpoint_dir")
+    return folder
+
+
+def train(run: Run, callback: Callback | None, progress: bool | None, folder: Path | None, every: int) -> None:
+    """The loop of `fit`: the optimiser moves the trainee, and the prior follows; a checkpoint goes to `folder` every so many steps and at the end."""
+    prior, trainee, config, guard, history = run.prior, run.trainee, run.config, run.guard, run.history
     parameters = list(trainee.parameters())
-    if not parameters:
-        raise ValueError("the energy networks have no parameters, so there is nothing to learn")
-    history: list[TrainingRecord] = []
-    guard = Guard(prior, trainee, config)
-    optimizer = make_optimizer(parameters, config)
-    begin, lr_scale, first = time.monotonic(), 1.0, 0
-    with tqdm(total=config.iterations, desc="prior", disable=None if progress is None else not progress) as bar:
+    begin = time.monotonic() - (history[-1].seconds if history else 0.0)
+    with tqdm(total=config.iterations, initial=len(history), desc="prior", disable=None if progress is None else not progress) as bar:
         while (step := len(history)) < config.iterations:
-            images, labels, epoch = next(batches)
-            u = prior.encode(images.to(prior.device), generator=generator)
-            optimizer.zero_grad()
+            images, labels, epoch = next(run.batches)
+            u = prior.encode(images.to(prior.device), generator=run.generator)
+            run.optimizer.zero_grad()
             try:
-                losses = trainee.batch_loss(u, labels if prior.coupling is not None else None, generator)
+                losses = trainee.batch_loss(u, labels if prior.coupling is not None else None, run.generator)
                 (losses.total + config.energy_penalty / math.sqrt(prior.dim) * losses.squares).mean().backward()
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
                 loss = losses.recovery.mean().item()
@@ -177,16 +196,16 @@ def train(
             except ChainDiverged as error:
                 trouble = str(error)
             if trouble:
-                lr_scale, first = lr_scale / 2, step
-                guard.restore(trouble, history, lr_scale * config.learning_rate)
-                optimizer = make_optimizer(parameters, config)
+                run.lr_scale, run.first = run.lr_scale / 2, step
+                guard.restore(trouble, history, run.lr_scale * config.learning_rate)
+                run.optimizer = make_optimizer(trainee, config)
                 continue
             follow(prior, trainee, min(config.ema_decay, (1 + step) / (10 + step)))
             guard.keep(step)
-            rate = lr_scale * learning_rate(config, step, epoch, first)
-            for group in optimizer.param_groups:
+            rate = run.lr_scale * learning_rate(config, step, epoch, run.first)
+            for group in run.optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
+            run.optimizer.step()
             gaps = tuple(-losses.recovery.detach()[losses.levels == level].mean().item() for level in range(prior.schedule.steps))
             entropy = losses.cross_entropy.sum().item() / losses.labelled if losses.labelled else math.nan
             history.append(TrainingRecord(step + 1, loss, gaps, norm, rate, time.monotonic() - begin, entropy))
@@ -195,7 +214,8 @@ def train(
             bar.update()
             if callback is not None:
                 callback(prior, history[-1])
-    return history
+            if folder is not None and (len(history) % every == 0 or len(history) == config.iterations):
+                save_checkpoint(folder, run)
 
 
 def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[Batch], count: int, generator: torch.Generator | None) -> None:
@@ -205,7 +225,7 @@ def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[Batch], count
 
     Args:
         prior: the prior; energies and label networks that know their activity already, and the user's own, are left alone.
-        batches: images, each batch with the number of its pass, as from `endless_batches`.
+        batches: images, each batch with the number of its pass, as from `Batches`.
         count: how many images to take.
         generator: source of the posterior draws.
     """
@@ -227,9 +247,9 @@ def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[Batch], count
         network.set_activity(parts[i][0])
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+def make_optimizer(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """A fresh Adam; its learning rate is set at every step."""
-    return torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    return torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def learning_rate(config: TrainingConfig, step: int, epoch: int, first: int = 0) -> float:
@@ -306,55 +326,3 @@ class Guard:
             RuntimeWarning,
             stacklevel=4,
         )
-
-
-def endless_batches(
-    data: Tensor | Dataset[Any] | Iterable[Any], batch_size: int, generator: torch.Generator | None, labels: Labels | None = None
-) -> Iterator[Batch]:
-    """Batches of images for ever.
-
-    Args:
-        data: images (N, C, H, W), a dataset, or an iterable of batches that can be started again.
-        batch_size: images per batch of a tensor or dataset.
-        generator: order of the images of a tensor or dataset.
-        labels: of the images of a tensor.
-
-    Yields:
-        Images (N, C, H, W), labels, and the pass from 0. Of a batch that is a tuple the second entry is its labels.
-
-    Raises:
-        TypeError: `data` is none of these.
-        ValueError: there are no images, or they are out of range.
-    """
-    if isinstance(data, Tensor):
-        check_images(data)
-    elif isinstance(data, IterableDataset):
-        data = DataLoader(data, batch_size)
-    elif isinstance(data, Dataset) and hasattr(data, "__len__"):
-        if len(data) == 0:
-            raise ValueError("data: the dataset is empty")
-        order = torch.Generator().manual_seed(draw_seeds(1, generator)[0])
-        data = DataLoader(data, batch_size, shuffle=True, generator=order, drop_last=len(data) >= batch_size)
-    elif not isinstance(data, Iterable):
-        raise TypeError(f"data: expected images (N, C, H, W), a dataset with a length, or an iterable of batches, got {type(data).__name__}")
-    epoch = 0
-    while True:
-        batches: Iterable[Any] = data
-        if isinstance(data, Tensor):
-            order_of_images = torch.randperm(len(data), generator=generator, device=generator.device if generator else None)
-            whole = max(1, len(data) // batch_size)
-            batches = (take(data, labels, chosen) for chosen in order_of_images.split(batch_size)[:whole])
-        empty = True
-        for batch in batches:
-            empty = False
-            images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
-            check_images(images)
-            yield images, rest[0] if rest else None, epoch
-        if empty:
-            raise ValueError(f"data: the {type(data).__name__} gave no batch in pass {epoch + 1}; it must hold images and allow several passes")
-        epoch += 1
-
-
-def take(images: Tensor, labels: Labels | None, chosen: Tensor) -> tuple[Tensor, Labels | None]:
-    """Images and labels of the given indices."""
-    return images[chosen.to(images.device)], labels and {name: values[chosen.to(values.device)] for name, values in labels.items()}

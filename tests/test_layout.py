@@ -20,10 +20,11 @@ RANKS = [
     ["density", "fingerprint"],
     ["chain"],
     ["recovery"],
-    ["prior"],
+    ["prior", "batches"],
+    ["checkpoint"],
     ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
-    ["control", "pictures", "presets", "testing"],
-    ["layerwise"],
+    ["control", "pictures", "presets", "testing", "image_data"],
+    ["layerwise", "train_command"],
     ["baselines"],
     ["comparison", "prior_config"],
     ["commands", "contenders", "card"],
@@ -69,7 +70,7 @@ def test_only_required_packages_are_imported():
     code = (
         "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing, hvae_ebm_prior.cli\n"
         "import hvae_ebm_prior.likelihood, hvae_ebm_prior.baselines\n"
-        "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate', 'torch_fidelity'} & set(sys.modules)\n"
+        "bad = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate', 'PIL', 'datasets', 'torch_fidelity'} & set(sys.modules)\n"
         "sys.exit(', '.join(bad) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

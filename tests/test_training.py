@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig, TrainingConfig, TrainingDiverged, recovery
-from hvae_ebm_prior.training import Guard, endless_batches, learning_rate
+from hvae_ebm_prior.batches import Batches
+from hvae_ebm_prior.training import Guard, learning_rate
 
 IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 
@@ -181,7 +182,7 @@ def test_gradient_norm_is_clipped(monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    history = tiny_prior().fit(IMAGES, training=TrainingConfig(iterations=5, clip_norm=1e-3), generator=seed(0), progress=False)
+    history = tiny_prior().fit(IMAGES, training=TrainingConfig(iterations=5, clip_norm=1e-3, activity_images=0), generator=seed(0), progress=False)
     assert all(norm <= 1.001e-3 for norm in norms)
     assert max(record.gradient_norm for record in history) > 1e-3
 
@@ -208,7 +209,7 @@ def test_a_loader_has_its_own_batch_size():
 
 def test_one_pass_over_a_tensor_sees_every_image_once():
     images = torch.arange(40.0)[:, None, None, None].expand(40, 1, 2, 2) / 40
-    batches = endless_batches(images, 8, seed(0))
+    batches = Batches(images, 8, seed(0))
     first, second = ([next(batches) for _ in range(5)] for _ in range(2))
     assert [epoch for _, _, epoch in first + second] == [0] * 5 + [1] * 5
     orders = [torch.cat([batch[:, 0, 0, 0] for batch, _, _ in part]) for part in (first, second)]
@@ -263,7 +264,13 @@ def test_absurd_learning_rate_ends_in_training_diverged_with_a_good_prior():
         pytest.warns(RuntimeWarning, match="back to the last good state, learning rate now at most") as warned,
         pytest.raises(TrainingDiverged, match=r"diverged 3 times.*last good state. Lower learning_rate") as raised,
     ):
-        prior.fit(IMAGES, training=TrainingConfig(iterations=200, warmup=0, restarts=2), learning_rate=1e6, generator=seed(0), progress=False)
+        prior.fit(
+            IMAGES,
+            training=TrainingConfig(iterations=200, warmup=0, restarts=2, activity_images=0),
+            learning_rate=1e6,
+            generator=seed(0),
+            progress=False,
+        )
     assert len(warned) == 2
     assert len(raised.value.history) >= 1
     assert finite(prior)

@@ -81,7 +81,7 @@ class JointEBMPrior(DiffusionEBMPrior):
             langevin = replace(langevin, sampling_steps=LONGER * langevin.steps if chains == "persistent" else None)
         super().__init__(backbone, schedule=DiffusionSchedule.marginal(), langevin=langevin, energy=energy, coupling=coupling, execution=execution)
         self.chains, self.target, self.kept, self.renewal = chains, target, kept, renewal
-        # States (M, D) of persistent chains. They are of training alone, so no part of the state dict.
+        # States (M, D) of persistent chains. They are of training alone, so no part of the state dict; checkpoints hold them as a tensor attribute.
         self.states: Tensor | None = None
 
     def settings(self) -> dict[str, Any]:

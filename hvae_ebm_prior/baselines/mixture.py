@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..backbone import BackboneAdapter
+from ..batches import Batches
 from ..latent_prior import LatentPrior
 from ..streams import draw_key, open_streams
-from ..training import TrainingRecord, endless_batches
+from ..training import TrainingRecord
 from ..validation import check_count
 
 Covariance = Literal["diag", "full"]
@@ -91,7 +92,7 @@ class GaussianMixturePrior(LatentPrior):
             raise ImportError("the Gaussian mixture needs scikit-learn; install hvae-ebm-prior[baselines]") from error
         check_count(images, "images")
         drawn: list[Tensor] = []
-        for batch, _, _ in takewhile(lambda batch: batch[2] == 0, endless_batches(data, min(images, 100), generator)):
+        for batch, _, _ in takewhile(lambda batch: batch[2] == 0, Batches(data, min(images, 100), generator)):
             drawn.append(torch.stack([self.encode(batch.to(self.device), generator=generator).cpu() for _ in range(2)]))
             if sum(pair.shape[1] for pair in drawn) >= images:
                 break

@@ -1,0 +1,138 @@
+"""Images to train on: a folder's files or a data set of the Hugging Face Hub, decoded as they are needed, or an array of NumPy's."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .loading import load_images
+from .validation import check_images
+
+DATA = "a folder of PNG, JPEG or WebP files, hf:NAME[:SPLIT[:COLUMN]] of the Hugging Face Hub, or file.npy or file.npz:name of images"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+MODES = {1: "L", 3: "RGB"}
+
+
+def open_images(source: str, shape: tuple[int, int, int], *, size: int | None = None, limit: int | None = None) -> Tensor | Dataset[Tensor]:
+    """The images that a source names.
+
+    Args:
+        source: a folder, whose files are taken in the order of their paths, those of folders in it too; `hf:NAME[:SPLIT[:COLUMN]]`, by default the
+            split "train" and the first column of images; or what `load_images` takes.
+        shape: shape (C, H, W) that they must have. Those of folders and the Hub become grey or RGB as C says.
+        size: side of the square that those of folders and the Hub are resized and, about their centre, cropped to; None leaves them as they are.
+        limit: use so many from the start; None for all.
+
+    Returns:
+        Images (N, C, H, W), or a dataset of images (C, H, W), in [0, 1].
+
+    Raises:
+        ValueError: there is no such source, it has no images, or they have another shape.
+        ImportError: a package is missing.
+        OSError: a file cannot be read.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected a positive number of images, got {limit}")
+    if size is not None and (size, size) != shape[1:]:
+        raise ValueError(f"size: expected {shape[1]}, as the backbone draws {shape[2]}x{shape[1]} pixels, got {size}")
+    if Path(source).is_dir():
+        return folder_images(Path(source), shape, size, limit)
+    if source.startswith("hf:"):
+        return hub_images(source, shape, size, limit)
+    if not source.partition(":")[0].endswith((".npy", ".npz")):
+        raise ValueError(f"data: expected {DATA}; there is no folder {source}")
+    if size is not None:
+        raise ValueError(f"size: images of {source} are taken as they are; resize them before they are saved")
+    images = load_images(source)[:limit]
+    check_images(images)
+    if images.shape[1:] != shape:
+        raise ValueError(f"{source}: expected images {shape} (channels, height, width), as the backbone draws, got {tuple(images.shape[1:])}")
+    return images
+
+
+class DecodedImages(Dataset[Tensor]):
+    """A dataset of images (C, H, W) in [0, 1] that are decoded when they are asked for.
+
+    Args:
+        count: how many there are.
+        read: the name and the Pillow image of an index.
+        shape: the shape (C, H, W) that they must have.
+        size: side to resize and crop to; None for none.
+    """
+
+    def __init__(self, count: int, read: Callable[[int], tuple[str, Any]], shape: tuple[int, int, int], size: int | None) -> None:
+        if shape[0] not in MODES:
+            raise ValueError(f"data: expected a backbone of grey or RGB images, this one's have {shape[0]} channels; give an array of NumPy's")
+        self.count, self.read, self.shape, self.size = count, read, shape, size
+        self[0]  # what is wrong with all of them is said at once
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        from PIL import Image, ImageOps
+
+        name, image = self.read(index)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{name}: expected an image, got {type(image).__name__}; name the column of images, as hf:NAME:SPLIT:COLUMN")
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{name}: expected 8 bits per channel, got an image of mode {image.mode}; convert it")
+        image = image.convert(MODES[self.shape[0]])
+        if self.size is not None:
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
+        if (image.height, image.width) != self.shape[1:]:
+            raise ValueError(
+                f"{name}: expected {self.shape[2]}x{self.shape[1]} pixels, as the backbone draws, got {image.width}x{image.height}; "
+                f"--size {self.shape[1]} resizes and crops"
+            )
+        pixels = torch.from_numpy(np.array(image)).reshape(*self.shape[1:], self.shape[0])
+        return pixels.permute(2, 0, 1).float() / 255
+
+
+def folder_images(folder: Path, shape: tuple[int, int, int], size: int | None, limit: int | None) -> Dataset[Tensor]:
+    """The images of a folder and the folders in it; see `open_images`."""
+    Image = import_pillow()
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:limit]
+    if not paths:
+        raise ValueError(f"data: {folder} holds no images; expected files {', '.join(sorted(SUFFIXES))}")
+
+    def read(index: int) -> tuple[str, Any]:
+        with Image.open(paths[index]) as image:
+            image.load()
+            return str(paths[index]), image
+
+    return DecodedImages(len(paths), read, shape, size)
+
+
+def hub_images(source: str, shape: tuple[int, int, int], size: int | None, limit: int | None) -> Dataset[Tensor]:
+    """The images of a data set of the Hub; see `open_images`."""
+    import_pillow()
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ImportError("data sets of the Hub need the package datasets; install hvae-ebm-prior[data]") from error
+    parts = source.split(":")[1:]
+    if not parts[0] or len(parts) > 3:
+        raise ValueError(f"data: expected hf:NAME[:SPLIT[:COLUMN]], got {source}")
+    name, split, column = [*parts, "", ""][:3]
+    rows = load_dataset(name, split=split or "train")
+    columns = [column] if column else [each for each, kind in rows.features.items() if type(kind).__name__ == "Image"]
+    if not columns or columns[0] not in rows.features:
+        raise ValueError(f"data: {source} has no column {column or 'of images'}, but {', '.join(rows.features)}")
+    count = len(rows) if limit is None else min(limit, len(rows))
+    if count == 0:
+        raise ValueError(f"data: {source} is empty")
+    return DecodedImages(count, lambda index: (f"{source}, image {index}", rows[index][columns[0]]), shape, size)
+
+
+def import_pillow() -> Any:
+    """Pillow's Image; ImportError that names the extra where there is none."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("images of folders and the Hub need Pillow; install hvae-ebm-prior[data]") from error
+    return Image
