@@ -86,7 +86,7 @@ class LayerwisePrior(DiffusionEBMPrior):
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what the networks see, without batch, top to bottom: `STACKED` times as many channels as the latents."""
+        """Shapes of what the networks see, without batch, top to bottom, with `STACKED` times as many channels as the latents."""
         return tuple((STACKED * shape[0], *shape[1:]) for shape in self.latent_shapes)
 
     def inputs(self, z: Sequence[Tensor]) -> list[Tensor]:
@@ -95,7 +95,7 @@ class LayerwisePrior(DiffusionEBMPrior):
 
     @property
     def gradients_per_step(self) -> int:
-        """One: there are no chains in training."""
+        """One, as there are no chains in training."""
         return 1
 
     def couple(self, coupling: Coupling) -> None:
