@@ -17,9 +17,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sp
 
 html_theme, html_title = "furo", f"hvae-ebm-prior {release}"
 html_show_copyright = False
+html_static_path, html_css_files = ["_static"], ["site.css"]
 
 # Markdown: formulas between dollars, and links to headings as on GitHub.
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
 # In docstrings single backticks are code; where the reference has the name, they are a link as well. Missing names are therefore no errors.
@@ -27,11 +28,12 @@ nitpicky, default_role = True, "py:obj"
 nitpick_ignore_regex = [("py:obj", r".*")]
 # Other projects' names have no page here, and the build fetches none.
 nitpick_ignore_regex += [("py:class", r"(torch|collections|pathlib)\..+")]
-# Names in quoted annotations, which only type checkers resolve, and a protocol's `dict[str, Tensor]`.
-nitpick_ignore_regex += [("py:class", r"Tensor|Dataset|Labels|Callback|Condition|dict\[str")]
+# Names in quoted annotations, which only type checkers resolve.
+nitpick_ignore_regex += [("py:class", r"Tensor|Dataset|Labels|Callback|Condition")]
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -49,25 +51,40 @@ def as_rst(app: Sphinx, what: str, name: str, thing: object, options: object, li
         if block is None and not before and indent >= 4:
             block = indent - 4
             text += [" " * block + "::", ""]
-        kept = r"(`[^`]*`|(?<!\S)\*\w+\*(?=\W))"  # code, and an emphasised word
-        text.append(line if block is not None else re.sub(kept + r"|([|*])", lambda found: found[1] or "\\" + found[2], line))
+        if block is None:
+            kept = r"(`[^`]*`|(?<!\S)\*\w+\*(?=\W))"  # code, and an emphasised word
+            line = re.sub(kept + r"|([|*])", lambda found: found[1] or "\\" + found[2], line)
+            line = re.sub(r"`([A-Z]\w+)`", r"`.\1`", line)  # a class, wherever it is
+        text.append(line)
     lines[:] = text
+
+
+def shorter_signature(
+    app: Sphinx, what: str, name: str, thing: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """Protocols are not called; a default that is made anew for each object is no name that Python can parse."""
+    if getattr(thing, "_is_protocol", False):
+        return "", None
+    return None if signature is None else (signature.replace("<factory>", "..."), returns)
 
 
 class CommandHelp(SphinxDirective):
     """What every command says to --help."""
 
     def run(self) -> list[nodes.Node]:
-        os.environ["COLUMNS"] = "110"
+        os.environ["COLUMNS"] = "92"
         parser = make_parser()
         (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         sections = [nodes.literal_block(text=parser.format_help(), language="text")]
         for name, command in commands.choices.items():
-            section = nodes.section("", nodes.title(text=name), nodes.literal_block(text=command.format_help(), language="text"), ids=[f"command-{name}"])
+            section = nodes.section(
+                "", nodes.title(text=name), nodes.literal_block(text=command.format_help(), language="text"), ids=[f"command-{name}"]
+            )
             sections.append(section)
         return sections
 
 
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", shorter_signature)
     app.add_directive("command-help", CommandHelp)

@@ -1,7 +1,7 @@
 """The picture of docs/concepts.md, computed: python docs/make_pictures.py (it takes matplotlib, and some seconds).
 
-The noise that an encoder gives is a mixture of three Gaussians in two dimensions. Diffused to any level it is such a mixture again, q_t(u), so the best
-energies are known, F(u, t) = log q_t(u) - log N(u; 0, I). The library's own chains follow their gradient.
+The noise that an encoder gives is here a mixture of three Gaussians in two dimensions. Diffused to any level it is such a mixture again, q_t(u), so
+the best energies are known, F(u, t) = log q_t(u) - log N(u; 0, I). The library's own chains follow their gradient.
 """
 
 import math
@@ -16,8 +16,8 @@ from hvae_ebm_prior.langevin import langevin_chain
 from hvae_ebm_prior.streams import open_streams
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 MEANS = torch.tensor([[1.25, 0.55], [-1.1, 0.8], [-0.1, -1.25]])
 STDS = torch.tensor([0.28, 0.33, 0.25])
