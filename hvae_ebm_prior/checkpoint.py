@@ -9,7 +9,6 @@ Each is written whole or not at all, and the JSON file last, so that a checkpoin
 newest turns out to be broken, it takes its place.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -22,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .batches import Batches
-from .files import write_atomically, write_json
+from .files import write_json
+from .typed_json import to_json
+from .weights_file import write_weights
 
 if TYPE_CHECKING:
     from .prior import DiffusionEBMPrior
@@ -85,9 +86,7 @@ def save_checkpoint(folder: Path, run: Run) -> None:
     tensors, numbers = pack(run)
     path = folder / f"step_{len(run.history):08}.json"
     weights = path.with_suffix(".safetensors")
-    # Copies, as networks may share tensors, which safetensors refuses.
-    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_atomically(weights, lambda scratch: save_file(copies, scratch))
+    write_weights(weights, tensors)
     write_json(path, {"format": FORMAT, "sha256": digest(weights), "run": describe(run), "state": numbers})
     kept = {f"step_{step:08}" for step in (len(run.history), run.saved)}
     run.saved = len(run.history)
@@ -167,20 +166,7 @@ def describe(run: Run) -> dict[str, Any]:
     weights = {name: f"{value.dtype} {tuple(value.shape)}" for name, value in prior.state_dict().items()}
     random = {name: generator.device.type for name, generator in generators(run).items()}
     about = {"prior": {"class": type(prior).__name__, "layers": prior.latent_shapes, **settings, "coupling": prior.coupling, "weights": weights}}
-    return plain({**about, "training": run.config, "data": run.batches.describe(), "random": random})
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    return to_json({**about, "training": run.config, "data": run.batches.describe(), "random": random})
 
 
 def compare(there: Any, here: Any, name: str = "") -> list[str]:

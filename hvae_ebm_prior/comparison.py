@@ -145,7 +145,7 @@ def compare(
         report: called with a line of text after each run.
 
     Returns:
-        Runs as in the file: "name | budget | seed" -> the fields of `Result`. Rows that learn nothing have the budget "none".
+        Runs as in the file, "name | budget | seed" -> the fields of `Result`. Rows that learn nothing have the budget "none".
 
     Raises:
         ValueError: no contender, budget or seed.

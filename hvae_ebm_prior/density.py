@@ -85,7 +85,7 @@ class EnergyModel(LatentPrior):
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what the energies are given, without batch, top to bottom: those of the latents."""
+        """Shapes of what the energies are given, without batch, top to bottom; here those of the latents."""
         return self.latent_shapes
 
     def inputs(self, z: Sequence[Tensor]) -> Sequence[Tensor]:

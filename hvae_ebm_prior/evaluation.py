@@ -83,7 +83,7 @@ def closure(distance: float, gaussian: float, reconstruction: float) -> float:
         reconstruction: of reconstructions.
 
     Returns:
-        The closure: 0 for the Gaussian prior, 1 for the reconstructions.
+        The closure, 0 for the Gaussian prior, 1 for the reconstructions.
 
     Raises:
         ValueError: reconstructions are no better than Gaussian samples, so there is no prior hole to close.
@@ -127,7 +127,7 @@ def evaluate(
         generator: source of all randomness.
 
     Returns:
-        Rows "real" (the held-out images: the floor for N images), "reconstruction", "Gaussian", "Gaussian, temperature ..." and `name`.
+        Rows "real" (the held-out images, the floor for N images), "reconstruction", "Gaussian", "Gaussian, temperature ..." and `name`.
 
     Raises:
         ValueError: fewer than two images, 10 with further metrics; a metric that does not exist, or needs features or logits that are not there.

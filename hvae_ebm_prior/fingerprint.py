@@ -1,8 +1,9 @@
 """The fingerprint of a backbone: by it a saved prior knows the model that it was learned for.
 
 Fixed noise, the same bits on every device, is walked through the backbone. Of every layer's mean and log std, and of the image, a few projections
-on fixed random directions are kept, in units of their size. A cast, a renamed or a folded copy of the model has nearly the same ones; another training of the same architecture
-has others, and so has one with its channels permuted. Files of weights are not compared: they differ where the model does not.
+on fixed random directions are kept, in units of their size. A cast, a renamed or a folded copy of the model has nearly the same ones; another
+training of the same architecture has others, and so has one with its channels permuted. Files of weights are not compared: they differ where the
+model does not.
 """
 
 from collections.abc import Sequence

@@ -49,7 +49,7 @@ class LatentPrior(nn.Module):
 
     @property
     def transform(self) -> NoiseTransform:
-        """T: u -> z of the backbone."""
+        """The map T from noise u to latents z of the backbone."""
         if not torch.compiler.is_compiling() and not self._release.alive:
             raise RuntimeError("this prior has released its backbone; make a new one and load the state dict into it")
         return self._transform

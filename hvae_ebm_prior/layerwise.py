@@ -86,7 +86,7 @@ class LayerwisePrior(DiffusionEBMPrior):
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what the networks see, without batch, top to bottom: `STACKED` times as many channels as the latents."""
+        """Shapes of what the networks see, without batch, top to bottom, with `STACKED` times as many channels as the latents."""
         return stacked_shapes(self.latent_shapes)
 
     def inputs(self, z: Sequence[Tensor]) -> list[Tensor]:
@@ -95,7 +95,7 @@ class LayerwisePrior(DiffusionEBMPrior):
 
     @property
     def gradients_per_step(self) -> int:
-        """One: there are no chains in training."""
+        """One, as there are no chains in training."""
         return 1
 
     def couple(self, coupling: Coupling) -> None:
@@ -197,7 +197,7 @@ def diffuse_from_first(schedule: DiffusionSchedule, u: Tensor, streams: Streams)
 
 
 def stacked_shapes(shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of what the networks see of latents of the given shapes: `STACKED` times as many channels."""
+    """Shapes of what the networks see of latents of the given shapes, with `STACKED` times as many channels."""
     return tuple((STACKED * shape[0], *shape[1:]) for shape in shapes)
 
 

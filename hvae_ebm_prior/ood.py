@@ -119,7 +119,7 @@ def restoration_scores(
         generator: source of all noise.
 
     Returns:
-        Scores (N, L) in nats, entry k for the cut k: the layers below it are the prior's own.
+        Scores (N, L) in nats, entry k for the cut k, the layers below which are the prior's own.
 
     Raises:
         TypeError: the adapter knows no densities, see `hvae_ebm_prior.elbo.DensityAdapter`, or images of a wrong type.

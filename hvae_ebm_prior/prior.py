@@ -183,7 +183,7 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
             generator: source of the posterior draw, the levels and the chains' noise; None takes torch's global generators.
 
         Returns:
-            F(T(u_t^-), t) - F(T(u_t), t) in nats, (N,). Its value is no measure of quality: near 0 is where data and chain agree.
+            F(T(u_t^-), t) - F(T(u_t), t) in nats, (N,). Its value is no measure of quality; near 0 is where data and chain agree.
 
         Raises:
             TypeError, ValueError: images of a wrong type, shape or range, or wrong labels.

@@ -236,7 +236,7 @@ def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[Batch], count
     pairs, seen = torch.zeros(5, prior.dim, dtype=torch.float64), 0
     while seen < count:
         images = next(batches)[0].to(prior.device)
-        a, b = (prior.encode(images, generator=generator).double().cpu() for _ in range(2))
+        a, b = (prior.encode(images, generator=generator).cpu().double() for _ in range(2))
         pairs += torch.stack((a, b, a * b, a * a, b * b)).sum(1)
         seen += len(images)
     mean_a, mean_b, product, square_a, square_b = pairs / seen

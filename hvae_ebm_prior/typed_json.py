@@ -27,16 +27,16 @@ class InvalidPrior(ValueError):
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass, or a list, mapping, number or text, as JSON values; infinite numbers become "inf" and "-inf"."""
+    """A dataclass, or a list, mapping, number or text, as JSON values; numbers that are not finite become texts, and so does whatever else there is."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {str(name): to_json(each) for name, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [to_json(each) for each in value]
-    if isinstance(value, float) and math.isinf(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def from_json(kind: type[T], values: Any, where: str) -> T:

@@ -22,7 +22,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors, of any device and layout, to a safetensors file."""
-    # Copies, as the format takes no tensors that share memory.
+    # Copies, as the format takes no tensors that share memory, and networks may.
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda scratch: save_file(plain, scratch, metadata=dict(metadata or {})))
 

@@ -1,13 +1,16 @@
-"""Pages whose code runs as it stands, and links between pages."""
+"""Pages whose code runs as it stands, links between pages, and names that the reference must have."""
 
+import pkgutil
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+import hvae_ebm_prior
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_bring_your_own_vae(monkeypatch, capsys):
@@ -43,3 +46,24 @@ def test_links_to_headings_exist(page):
         text = (page.parent / target if target else page).read_text()
         headings = [re.sub(r"[^\w\- ]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in text.splitlines() if line.startswith("#")]
         assert anchor in headings
+
+
+@pytest.mark.parametrize("module", ["hvae_ebm_prior", "hvae_ebm_prior.adapters", "hvae_ebm_prior.baselines"])
+def test_every_public_name_has_a_place_in_the_reference(module):
+    directives = re.findall(
+        r"^\.\. auto\w+:: (\S+)$", "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")), flags=re.MULTILINE
+    )
+    places = [name.removeprefix(f"{module}.") for name in directives]
+    assert {name: places.count(name) for name in pkgutil.resolve_name(module).__all__} == dict.fromkeys(pkgutil.resolve_name(module).__all__, 1)
+
+
+def test_overview_of_the_reference_is_complete():
+    table = (ROOT / "docs" / "api.md").read_text().split(".. autosummary::")[1].split("```")[0]
+    assert sorted(table.split()) == sorted(hvae_ebm_prior.__all__)
+
+
+def test_names_in_the_paper_to_code_map_exist():
+    names = re.findall(r"\{py:\w+\}`~([\w.]+)`", (ROOT / "docs" / "paper_to_code.md").read_text())
+    assert len(names) > 40
+    for name in names:
+        pkgutil.resolve_name(name)

@@ -29,7 +29,7 @@ class GaussianMixturePrior(LatentPrior):
     Args:
         backbone: as of `LatentPrior`.
         components: number of Gaussians K.
-        covariance: "full" or "diag"; full ones have `dims`^2 numbers each to hold and to estimate.
+        covariance: "full" or "diag"; full ones have A^2 numbers each to hold and to estimate.
         dims: number of dimensions A that the mixture is over; all D where there are no more.
 
     Attributes:
@@ -80,7 +80,7 @@ class GaussianMixturePrior(LatentPrior):
             generator: source of the order of the images, their posterior draws and the first clusters.
 
         Returns:
-            No records: EM has no steps like those of other priors.
+            No records, as EM has no steps like those of other priors.
 
         Raises:
             TypeError, ValueError: data of the wrong type, empty, out of range, or fewer images than components.
