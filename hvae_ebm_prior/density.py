@@ -56,8 +56,7 @@ class EnergyModel(LatentPrior):
         execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:
         super().__init__(backbone)
-        self.langevin, self.execution = langevin, execution
-        self.schedule, self.heads = schedule, nn.ModuleDict()
+        self.schedule, self.langevin, self.execution, self.heads = schedule, langevin, execution, nn.ModuleDict()
         self.coupling: Coupling | None = None
         try:
             for name, value, kind in zip(("schedule", "langevin", "execution"), (schedule, langevin, execution), KINDS, strict=True):

@@ -5,7 +5,7 @@ A prior is described by a table of kinds (`KINDS`), and made again from what a f
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +24,7 @@ from .langevin import LangevinConfig
 from .layerwise import LayerwisePrior, stacked_shapes
 from .prior import DiffusionEBMPrior
 from .schedule import DiffusionSchedule
+from .sharing import TrainingSummary
 from .typed_json import InvalidPrior, from_json, read
 
 # Grows when a file of this version means something else to an older one.
@@ -56,21 +57,6 @@ KINDS = MappingProxyType(
         "JointEBMPrior": Kind(JointEBMPrior, {"chains": Chains, "target": Target, "langevin": LangevinConfig, "kept": int, "renewal": float}),
     }
 )
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a prior was trained, for the record.
-
-    Attributes:
-        iterations: optimiser steps taken.
-        seconds: time they took.
-        settings: the `TrainingConfig`, by name.
-    """
-
-    iterations: int
-    seconds: float
-    settings: Mapping[str, int | float | str | tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,12 +101,12 @@ class PriorConfig:
     coupling: Coupling | None
     backbone: Fingerprint
     family: str = ""
-    training: Training | None = None
+    training: TrainingSummary | None = None
     metrics: tuple[Measured, ...] = ()
 
 
 def describe(
-    prior: DiffusionEBMPrior, backbone: Fingerprint, library: str, training: Training | None = None, metrics: Sequence[Measured] = ()
+    prior: DiffusionEBMPrior, backbone: Fingerprint, library: str, training: TrainingSummary | None = None, metrics: Sequence[Measured] = ()
 ) -> PriorConfig:
     """What there is to say of a prior.
 

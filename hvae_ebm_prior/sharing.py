@@ -1,6 +1,7 @@
 """What lets a prior be saved, shared and loaded: methods of `DiffusionEBMPrior`; the work is done in `hvae_ebm_prior.hub`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self
@@ -13,7 +14,22 @@ from .backbone import BackboneAdapter
 if TYPE_CHECKING:
     from .card import Card
     from .execution import ExecutionConfig
-    from .prior_config import Measured, Training
+    from .prior_config import Measured
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How a prior was trained, for the record.
+
+    Attributes:
+        iterations: optimiser steps taken.
+        seconds: time they took.
+        settings: the `TrainingConfig`, by name.
+    """
+
+    iterations: int
+    seconds: float
+    settings: Mapping[str, int | float | str | tuple[float, ...]] = field(default_factory=dict)
 
 
 class Shareable:
@@ -23,7 +39,7 @@ class Shareable:
         trained: what `fit` did last, or what the file said of it; None before.
     """
 
-    trained: "Training | None" = None
+    trained: TrainingSummary | None = None
 
     def save_pretrained(
         self, save_directory: str | Path, *, metrics: "Sequence[Measured]" = (), card: "Card | None" = None, samples: int = 0, seed: int = 0

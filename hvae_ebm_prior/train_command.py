@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .backbone import BackboneAdapter
 from .checkpoint import find_checkpoints
-from .files import write_atomically, write_json
+from .files import write_json
 from .image_data import DATA, open_images
 from .presets import PRESETS
 from .prior import DiffusionEBMPrior
@@ -74,8 +73,8 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from the last checkpoint in {folder}, if there is one yet", file=sys.stderr)
         raise SystemExit(130) from None
-    record = {**command, "images": len(data), "steps": len(history), "seconds": history[-1].seconds}  # type: ignore[arg-type]
-    print(f"{save_prior(prior, options.out, record)} written", file=sys.stderr)
+    prior.save_pretrained(options.out)
+    print(f"{len(history)} steps in {history[-1].seconds:.0f} s; saved in {options.out}, see hvae-ebm-prior info {options.out}", file=sys.stderr)
 
 
 def check_command(path: Path, command: Mapping[str, Any]) -> None:
@@ -87,11 +86,3 @@ def check_command(path: Path, command: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: expected the options that this run was begun with, got none ({error!r}); give another --out") from error
     if differences:
         raise ValueError(f"{path.parent} holds another run: {', '.join(differences)}; give the same options to go on with it, or another --out")
-
-
-def save_prior(prior: DiffusionEBMPrior, out: Path, record: Mapping[str, Any]) -> Path:
-    """Write a trained prior into the folder `out`, with a record of how it was trained; returns the file of its weights."""
-    path = out / "model.safetensors"
-    write_atomically(path, lambda scratch: save_file(prior.state_dict(), scratch))
-    write_json(out / "train.json", record)
-    return path

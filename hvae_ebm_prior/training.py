@@ -23,6 +23,8 @@ from .checkpoint import Run, find_checkpoints, load_checkpoint, save_checkpoint
 from .coupling import Labels, check_labels
 from .energy import LayerEnergy
 from .langevin import ChainDiverged
+from .sharing import TrainingSummary
+from .typed_json import to_json
 from .validation import check_count
 
 if TYPE_CHECKING:
@@ -157,7 +159,11 @@ def fit(
         run = Run(prior, trainee, config, batches, guard, make_optimizer(trainee, config), generator)
         if folder is not None and begun:
             load_checkpoint(folder, run)
-        train(run, callback, progress, folder, checkpoint_every)
+        try:
+            train(run, callback, progress, folder, checkpoint_every)
+        finally:
+            if run.history:
+                prior.trained = TrainingSummary(len(run.history), run.history[-1].seconds, to_json(config))
         return run.history
     finally:
         trainee.release()

@@ -27,7 +27,7 @@ class InvalidPrior(ValueError):
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass, or a list, mapping, number or text, as JSON values; numbers that are not finite become texts, and so does whatever else there is."""
+    """A dataclass, list, mapping, number or text as JSON values; numbers that are not finite become texts, and so does whatever else there is."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

@@ -53,7 +53,7 @@ def test_pushed_and_loaded_it_draws_the_same(hub):
     prior = make_prior()
     address = prior.push_to_hub("me/prior", samples=0, commit_message="The first")
     assert address.startswith(f"{hub.address}/me/prior/commit/")
-    assert FILES < hub.repositories["me/prior"].commits[address.rpartition("/")[2]].keys()
+    assert hub.repositories["me/prior"].commits[address.rpartition("/")[2]].keys() > FILES
     torch.testing.assert_close(draw(DiffusionEBMPrior.from_pretrained("me/prior", backbone=Pair((1,), (1,)))), draw(prior), rtol=0, atol=0)
 
 
@@ -98,7 +98,7 @@ def test_private_branch_subfolder_and_pull_request(hub):
         DiffusionEBMPrior.from_pretrained("me/prior", backbone=backbone, revision="next")
     assert prior.push_to_hub("me/prior", samples=0, create_pr=True).endswith("/discussions/1")
     assert not FILES & repository.commits[repository.heads["main"]].keys()
-    assert FILES < repository.commits[repository.heads["refs/pr/1"]].keys()
+    assert repository.commits[repository.heads["refs/pr/1"]].keys() > FILES
     with pytest.raises(RepositoryNotFoundError):
         DiffusionEBMPrior.from_pretrained("me/prior", backbone=backbone, token=False)
 

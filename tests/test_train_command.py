@@ -1,6 +1,5 @@
 """`hvae-ebm-prior train`: where images come from, what it writes, and that the same command goes on."""
 
-import json
 import sys
 import types
 
@@ -71,9 +70,19 @@ def test_a_prior_is_trained_from_an_array_as_fit_does_it(files, capsys):
     arguments = {"iterations": 6, "batch_size": 4, "learning_rate": 0.002, "training": preset.training}
     prior.fit(images, generator=torch.Generator().manual_seed(3), progress=False, **arguments)
     assert same(weights(files / "run"), prior.state_dict())
-    record = json.loads((files / "run" / "train.json").read_text())
-    assert {"steps": 6, "images": 12, "data": "images.npz:train", "seed": 3, "preset": "fast"}.items() <= record.items()
-    assert "run/model.safetensors written" in capsys.readouterr().err
+    assert "6 steps" in capsys.readouterr().err
+    loaded = DiffusionEBMPrior.from_pretrained(files / "run", backbone=backbone_then_energies)
+    assert (loaded.schedule, loaded.langevin) == (preset.schedule, preset.langevin)
+    assert loaded.trained.iterations == 6
+    assert loaded.trained.settings["learning_rate"] == 0.002
+
+
+def test_what_was_trained_can_be_sampled_and_described(files, capsys):
+    assert main(command("images.npz:train", "--iterations", "2")) == 0
+    assert main(["sample", "mine.py:load", "--prior", "run", "--count", "2", "--out", "samples.png"]) == 0
+    assert (files / "samples.png").exists()
+    assert main(["info", "run"]) == 0
+    assert "2 iterations" in capsys.readouterr().out
 
 
 @pytest.fixture(autouse=True)
