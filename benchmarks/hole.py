@@ -1,6 +1,6 @@
 """Where the prior hole of the example's HVAE is: in which layers, and between which noise levels.
 
-    .venv/bin/python benchmarks/hole.py [--prior examples/output/prior.safetensors]
+    .venv/bin/python benchmarks/hole.py [--prior examples/output/prior/model.safetensors]
 
 prints Markdown tables of Fréchet distances, mean and range over seeds. In the first, the noise of some layers comes from the posterior, the rest
 from N(0, I): a layer whose replacement costs much is where the prior has most to learn. In the second, posterior noise is diffused to a

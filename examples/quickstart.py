@@ -3,7 +3,7 @@
     python3 examples/quickstart.py
 
 makes its own environment, trains the prior (6 1/2 minutes on 2 cores), prints a table and writes to examples/output: samples.png (real images,
-reconstructions, Gaussian samples, ours), training.png, prior.safetensors and results.json.
+reconstructions, Gaussian samples, ours), training.png, results.json, and the prior itself in the folder prior.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import matplotlib.pyplot as plt
 import torch
 from classifier import load_classifier
 from fashion_mnist import load_subset
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, TrainingRecord
@@ -117,7 +116,7 @@ def main() -> None:
     training = dataclasses.replace(FAST.training, iterations=args.iterations, learning_rate=args.learning_rate)
     history = prior.fit(train_images, training=training, generator=generator, progress=True)
     seconds = time.monotonic() - start
-    save_file(prior.state_dict(), args.out / "prior.safetensors")
+    prior.save_pretrained(args.out / "prior")
     save_training(args.out / "training.png", history)
     save_samples(args.out / "samples.png", prior, test_images, generator)
 

@@ -127,7 +127,7 @@ class Shareable:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         strict: bool = True,
-        energy: "Sequence[nn.Module] | None" = None,
+        energy: Sequence[nn.Module] | None = None,
         execution: "ExecutionConfig | None" = None,
     ) -> Self:
         """A saved prior over the backbone that it was learned for. Nothing in its files is executed.

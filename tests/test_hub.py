@@ -1,18 +1,24 @@
 """Priors on the Hub: the stock client against a stand-in on loopback."""
 
+import contextlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from backbones import Pair
+from backbones import Pair, RandomBackbone
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file
+from test_saving import FIXTURE, SHAPES
 
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.card import Card
@@ -182,7 +188,7 @@ def test_a_fresh_process_with_nothing_but_the_environment(hub, tmp_path):
     prior.push_to_hub("me/prior", samples=0)
     code = """
         import json, sys, torch
-        from backbones import Pair
+        from backbones import Pair, RandomBackbone
         from hvae_ebm_prior import DiffusionEBMPrior
         prior = DiffusionEBMPrior.from_pretrained("me/prior", backbone=Pair((1,), (1,)))
         print(json.dumps(prior.sample(3, generator=torch.Generator().manual_seed(1)).flatten().tolist()))
@@ -202,3 +208,42 @@ def test_a_fresh_process_with_nothing_but_the_environment(hub, tmp_path):
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == draw(prior).flatten().tolist()
         assert bool(hub.requests) == (offline == "0")
+
+
+@pytest.fixture
+def olah(tmp_path):
+    """Olah, a Hub-compatible download server that others wrote, over a git repository that holds the fixture's prior."""
+    program = os.environ.get("OLAH_CLI") or shutil.which("olah-cli")
+    if not program or not shutil.which("git"):
+        pytest.skip("olah-cli (PyPI: olah, in an environment of its own; OLAH_CLI names it) or git is not installed")
+    repository = tmp_path / "mirror" / "models" / "me" / "prior"
+    shutil.copytree(FIXTURE, repository)
+    identity = ["-c", "user.name=me", "-c", "user.email=me@localhost"]
+    for arguments in (["init", "-q", "-b", "main"], ["add", "-A"], [*identity, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *arguments], cwd=repository, check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "olah.toml").write_text(
+        f'[basic]\nhost = "127.0.0.1"\nport = {port}\nrepos-path = "{tmp_path}/repos"\nmirrors-path = ["{tmp_path}/mirror"]\n'
+        f'log-path = "{tmp_path}/logs"\n[accessibility]\noffline = true\n'
+    )
+    with subprocess.Popen([program, "--config", str(tmp_path / "olah.toml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(300):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                    break
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+def test_a_server_of_others_serves_it(olah, hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", olah)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", olah + "/{repo_id}/resolve/{revision}/{filename}")
+    prior = DiffusionEBMPrior.from_pretrained("me/prior", backbone=RandomBackbone(SHAPES))
+    expected = load_file(FIXTURE / "expected.safetensors")
+    torch.testing.assert_close(prior.energy(expected["u"], 1), expected["energy"])
+    with pytest.raises(HfHubHTTPError):
+        DiffusionEBMPrior.from_pretrained("me/prior", backbone=RandomBackbone(SHAPES), revision="v9")
