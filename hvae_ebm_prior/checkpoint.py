@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .batches import Batches
 from .files import write_json
-from .typed_json import to_json
+from .fingerprint import Fingerprint, check_backbone, fingerprint
+from .typed_json import from_json, to_json
 from .weights_file import write_weights
 
 if TYPE_CHECKING:
@@ -126,10 +127,12 @@ def read(path: Path, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         about = json.loads(path.read_text())
         if about["format"] != FORMAT:
             raise BrokenCheckpoint(f"{path}: expected format {FORMAT}, got {about['format']!r}; read it with the version that wrote it")
-        differences = compare(about["run"], describe(run))
+        there, here = about["run"], describe(run)
+        backbones = [from_json(Fingerprint, each.pop("backbone"), "backbone") for each in (there, here)]
+        differences = compare(there, here) or [line for line in [check_backbone(*backbones)] if line]
         numbers = dict(about["state"])
         recorded = about["sha256"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise error if isinstance(error, BrokenCheckpoint) else BrokenCheckpoint(f"{path}: this is no whole checkpoint ({error!r})") from error
     if differences:
         differences[SHOWN:] = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
@@ -165,7 +168,10 @@ def describe(run: Run) -> dict[str, Any]:
     settings = {name: value for name, value in prior.settings().items() if name != "execution"}
     weights = {name: f"{value.dtype} {tuple(value.shape)}" for name, value in prior.state_dict().items()}
     random = {name: generator.device.type for name, generator in generators(run).items()}
-    about = {"prior": {"class": type(prior).__name__, "layers": prior.latent_shapes, **settings, "coupling": prior.coupling, "weights": weights}}
+    about = {
+        "backbone": fingerprint(prior),
+        "prior": {"class": type(prior).__name__, "layers": prior.latent_shapes, **settings, "coupling": prior.coupling, "weights": weights},
+    }
     return to_json({**about, "training": run.config, "data": run.batches.describe(), "random": random})
 
 

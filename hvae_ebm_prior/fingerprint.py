@@ -1,9 +1,9 @@
 """The fingerprint of a backbone: by it a saved prior knows the model that it was learned for.
 
-Fixed noise, the same bits on every device, is walked through the backbone. Of every layer's mean and log std, and of the image, a few projections
-on fixed random directions are kept, in units of their size. A cast, a renamed or a folded copy of the model has nearly the same ones; another
-training of the same architecture has others, and so has one with its channels permuted. Files of weights are not compared: they differ where the
-model does not.
+Fixed noise, the same bits on every device, is walked through the backbone. Of every layer's mean and log std a few projections on fixed random
+directions are kept, in units of their size. A cast, a renamed or a folded copy of the model has nearly the same ones; another training of the same
+architecture has others, and so has one with its channels permuted. Files of weights are not compared: they differ where the model does not. Neither
+are images: how they are made of the latents, mean or sample, is no matter of the prior's.
 """
 
 from collections.abc import Sequence
@@ -35,21 +35,17 @@ class Fingerprint:
 
     Attributes:
         latent_shapes: shapes of the latents without batch, top to bottom.
-        image_shape: shape (C, H, W) of its images.
         half: whether the backbone was in half precision.
         layers: per layer, projections of its means and of its log stds, `SAMPLES` each.
-        image: projections of its images, `SAMPLES`.
     """
 
     latent_shapes: tuple[tuple[int, ...], ...]
-    image_shape: tuple[int, ...]
     half: bool
     layers: tuple[tuple[float, ...], ...]
-    image: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if [len(values) for values in (*self.layers, self.image)] != [2 * SAMPLES] * len(self.latent_shapes) + [SAMPLES]:
-            raise ValueError(f"expected {2 * SAMPLES} projections of each of {len(self.latent_shapes)} layers, and {SAMPLES} of the image")
+        if [len(values) for values in self.layers] != [2 * SAMPLES] * len(self.latent_shapes):
+            raise ValueError(f"expected {2 * SAMPLES} projections of each of {len(self.latent_shapes)} layers")
 
 
 @torch.no_grad()
@@ -70,10 +66,8 @@ def fingerprint(prior: LatentPrior) -> Fingerprint:
         found.append((*project(mean, 2 * i), *project(std.log(), 2 * i + 1)))
         return mean + std * noise[i]
 
-    features = drive(transform.adapter, SAMPLES, note)[1]
-    image = transform.adapter.decode(features)
-    half = transform.dtype in (torch.float16, torch.bfloat16)
-    return Fingerprint(prior.latent_shapes, tuple(image.shape[1:]), half, tuple(found), project(image, 2 * len(found)))
+    drive(transform.adapter, SAMPLES, note, stop_after=len(noise))
+    return Fingerprint(prior.latent_shapes, transform.dtype in (torch.float16, torch.bfloat16), tuple(found))
 
 
 def project(values: Tensor, step: int) -> tuple[float, ...]:
@@ -96,22 +90,18 @@ def check_backbone(saved: Fingerprint, found: Fingerprint) -> str:
         What differs although all shapes agree, or an empty text.
 
     Raises:
-        BackboneMismatch: the latents' or the images' shapes differ.
+        BackboneMismatch: the latents' shapes differ.
     """
     if saved.latent_shapes != found.latent_shapes:
         raise BackboneMismatch(f"the prior was learned for a backbone with {differing(saved.latent_shapes, found.latent_shapes)}")
-    if saved.image_shape != found.image_shape:
-        raise BackboneMismatch(f"the prior was learned for a backbone with images of shape {saved.image_shape}, this one's are {found.image_shape}")
     tolerance = TOLERANCE_HALF if saved.half or found.half else TOLERANCE
-    pairs = zip((*saved.layers, saved.image), (*found.layers, found.image), strict=True)
-    apart = [max((abs(a - b) for a, b in zip(mine, yours, strict=True)), default=0.0) for mine, yours in pairs]
+    apart = [max(abs(a - b) for a, b in zip(mine, yours, strict=True)) for mine, yours in zip(saved.layers, found.layers, strict=True)]
     if max(apart) <= tolerance:
         return ""
     first = next(i for i, value in enumerate(apart) if value > tolerance)
-    where = f"the Gaussian of layer {first}" if first < len(found.layers) else "the image that it decodes"
     return (
-        f"{where} differs from that of the model which the prior was learned for, by {apart[first]:.3g} where {tolerance:g} can be rounding. The "
-        "shapes agree, so this is probably another training, or other weights, of the same architecture"
+        f"the Gaussian of layer {first} differs from that of the model which the prior was learned for, by {apart[first]:.3g} where {tolerance:g} can "
+        "be rounding. The shapes agree, so this is probably another training, or other weights, of the same architecture"
     )
 
 

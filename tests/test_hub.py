@@ -228,7 +228,9 @@ def olah(tmp_path):
         f'[basic]\nhost = "127.0.0.1"\nport = {port}\nrepos-path = "{tmp_path}/repos"\nmirrors-path = ["{tmp_path}/mirror"]\n'
         f'log-path = "{tmp_path}/logs"\n[accessibility]\noffline = true\n'
     )
-    with subprocess.Popen([program, "--config", str(tmp_path / "olah.toml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(
+        [program, "--config", str(tmp_path / "olah.toml")], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:
         try:
             for _ in range(300):
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):

@@ -461,9 +461,15 @@ def wider():
     return DiffusionEBMPrior(Seeing(SHAPES), energy=EnergyConfig(vector_width=16), langevin=LangevinConfig(steps=2))
 
 
+def over_another_training():
+    torch.manual_seed(0)
+    return DiffusionEBMPrior(Seeing(SHAPES, seed=1), energy=SMALL, langevin=LangevinConfig(steps=2))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"make": over_another_training}, r"the Gaussian of layer \d differs from that of the model which the prior was learned for"),
         ({"training": replace(SETTINGS, iterations=30)}, r"training\.iterations is 24 there and 30 here\. Give what .*depends on iterations"),
         ({"training": replace(SETTINGS, learning_rate=2e-3)}, r"training\.learning_rate is 0\.001 there and 0\.002 here"),
         ({"make": with_step_size}, r"prior\.langevin\.step_size is 0\.15 there and 0\.1 here"),
