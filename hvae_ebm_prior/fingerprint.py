@@ -100,8 +100,8 @@ def check_backbone(saved: Fingerprint, found: Fingerprint) -> str:
         return ""
     first = next(i for i, value in enumerate(apart) if value > tolerance)
     return (
-        f"the Gaussian of layer {first} differs from that of the model which the prior was learned for, by {apart[first]:.3g} where {tolerance:g} can "
-        "be rounding. The shapes agree, so this is probably another training, or other weights, of the same architecture"
+        f"the Gaussian of layer {first} differs from that of the model which the prior was learned for, by {apart[first]:.3g} where {tolerance:g} "
+        "can be rounding. The shapes agree, so this is probably another training, or other weights, of the same architecture"
     )
 
 

@@ -4,13 +4,15 @@ A saved prior is three files, and a picture where there is one. Files from elsew
 weights against the shapes that follow from it, and only these names are ever downloaded.
 """
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 
 from .backbone import BackboneAdapter
@@ -28,6 +30,10 @@ from .weights_file import read_weights, write_weights
 
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
 FILES = (CONFIG, WEIGHTS, CARD, SAMPLES)
+# Of the library that the client is built on, which differs between its versions.
+TRANSPORT_ERRORS: tuple[type[Exception], ...] = tuple(
+    base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError" and issubclass(base, Exception)
+)
 P = TypeVar("P", bound=DiffusionEBMPrior)
 
 
@@ -137,7 +143,8 @@ def fetch(repo_or_dir: str | Path, *, subfolder: str = "", local_dir: str | Path
         if isinstance(repo_or_dir, Path) or str(repo_or_dir).startswith((".", "/", "~")) or str(repo_or_dir).count("/") > 1:
             raise FileNotFoundError(f"{repo_or_dir}: there is no such folder, and no repository of the Hub has such a name")
         names = [f"{subfolder}/{name}" if subfolder else name for name in FILES]
-        folder = Path(snapshot_download(str(repo_or_dir), allow_patterns=names, local_dir=local_dir, library_name=LIBRARY, **options))
+        with reachable():
+            folder = Path(snapshot_download(str(repo_or_dir), allow_patterns=names, local_dir=local_dir, library_name=LIBRARY, **options))
     return folder / subfolder
 
 
@@ -155,10 +162,10 @@ def upload(
     """Upload a saved prior in one commit; see `Shareable.push_to_hub`. Only the files of a saved prior go up, whatever else the folder holds."""
     load_config(Path(folder))
     api = HfApi(library_name=LIBRARY, token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    try:
+    with reachable():
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -168,6 +175,16 @@ def upload(
             create_pr=create_pr,
             revision=revision,
         )
-    except RuntimeError as error:  # as the client puts it where a large file did not arrive
-        raise ConnectionError(f"the upload to {repo_id} broke off ({error.__cause__ or error}); nothing was committed, so run it again") from error
     return str(commit.pr_url or commit.commit_url)
+
+
+@contextlib.contextmanager
+def reachable() -> Iterator[None]:
+    """What the client raises where the Hub cannot be reached, or a large file does not arrive, as ConnectionError; the Hub's own answers stay."""
+    try:
+        yield
+    except HfHubHTTPError:
+        raise
+    except (RuntimeError, *TRANSPORT_ERRORS) as error:
+        why = error.__cause__ or error
+        raise ConnectionError(f"the Hub could not be reached, or a transfer broke off; nothing was committed, so try again ({why})") from error

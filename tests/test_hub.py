@@ -132,12 +132,24 @@ def test_interrupted_upload_leaves_the_repository_as_it_was_and_can_be_repeated(
     with torch.no_grad():
         next(prior.parameters()).add_(1.0)
     hub.cut_uploads = 1000
-    with pytest.raises(ConnectionError, match="nothing was committed, so run it again"):
+    with pytest.raises(ConnectionError, match="nothing was committed, so try again"):
         prior.push_to_hub("me/prior", samples=0)
     assert hub.repositories["me/prior"].heads == before
     hub.cut_uploads = 1  # the client tries again by itself
     prior.push_to_hub("me/prior", samples=0)
     torch.testing.assert_close(draw(DiffusionEBMPrior.from_pretrained("me/prior", backbone=Pair((1,), (1,)))), draw(prior), rtol=0, atol=0)
+
+
+def test_no_hub_is_said(hub, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        make_prior().save_pretrained(tmp_path / "saved")
+        assert main(["push", str(tmp_path / "saved"), "me/prior"]) == 2
+        assert "the Hub could not be reached" in capsys.readouterr().err
+        assert main(["pull", "me/prior", str(tmp_path / "pulled")]) == 2
+        assert capsys.readouterr().err.startswith("hvae-ebm-prior: ")
 
 
 def test_offline_with_a_warm_cache(hub, monkeypatch):
