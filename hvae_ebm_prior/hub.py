@@ -30,10 +30,8 @@ from .weights_file import read_weights, write_weights
 
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
 FILES = (CONFIG, WEIGHTS, CARD, SAMPLES)
-# Of the library that the client is built on, which differs between its versions.
-TRANSPORT_ERRORS: tuple[type[Exception], ...] = tuple(
-    base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError" and issubclass(base, Exception)
-)
+# Those of the library that the client is built on, which differs between its versions; and the client's own, of a file that did not arrive.
+TRANSPORT_ERRORS: tuple[type[Exception], ...] = (RuntimeError, *(each for each in HfHubHTTPError.__mro__ if each.__name__ == "HTTPError"))
 P = TypeVar("P", bound=DiffusionEBMPrior)
 
 
@@ -185,6 +183,6 @@ def reachable() -> Iterator[None]:
         yield
     except HfHubHTTPError:
         raise
-    except (RuntimeError, *TRANSPORT_ERRORS) as error:
+    except TRANSPORT_ERRORS as error:
         why = error.__cause__ or error
         raise ConnectionError(f"the Hub could not be reached, or a transfer broke off; nothing was committed, so try again ({why})") from error
