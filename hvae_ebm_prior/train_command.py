@@ -15,12 +15,13 @@ from .backbone import BackboneAdapter
 from .checkpoint import find_checkpoints
 from .files import write_json
 from .image_data import DATA, open_images
+from .layerwise import LayerwisePrior
 from .presets import PRESETS
 from .prior import DiffusionEBMPrior
 from .streams import seeded
 
-# Those of other priors are left out.
-SUITED = [name for name in PRESETS if name not in ("layerwise", "joint-ebm", "ncp")]
+# Those of baselines are left out.
+SUITED = [name for name in PRESETS if name not in ("joint-ebm", "ncp")]
 # What a run that is gone on with must have been begun with, besides the settings, which its checkpoints know.
 GIVEN = ("loader", "checkpoint", "data", "size", "limit", "preset", "seed")
 
@@ -38,7 +39,9 @@ def add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", type=int, help="resize images, and crop them about their centre, to squares of this side (as they are)")
     command.add_argument("--limit", type=int, help="use so many images from the start (all)")
     command.add_argument("--out", type=Path, required=True, help="folder of the trained prior, and of checkpoints on the way to it")
-    command.add_argument("--preset", choices=SUITED, default="fast", help="settings of the prior and its training (%(default)s)")
+    command.add_argument(
+        "--preset", choices=SUITED, default="fast", help="settings of the prior and its training; layerwise makes a LayerwisePrior (%(default)s)"
+    )
     command.add_argument("--iterations", type=int, help="optimiser steps (the preset's)")
     command.add_argument("--batch-size", type=int, help="images per step (the preset's)")
     command.add_argument("--learning-rate", type=float, help="largest learning rate (the preset's)")
@@ -54,7 +57,10 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
     training = replace(preset.training, **{name: value for name, value in given.items() if value is not None})
     # The first weights follow from the seed as well.
     with seeded(options.seed, torch.device("cpu")):
-        prior = DiffusionEBMPrior(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
+        if options.preset == "layerwise":
+            prior: DiffusionEBMPrior = LayerwisePrior(backbone, schedule=preset.schedule, energy=preset.energy)
+        else:
+            prior = DiffusionEBMPrior(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
     with torch.no_grad():
         channels, height, width = prior.decode(torch.zeros(1, prior.dim, device=prior.device, dtype=prior.dtype)).shape[1:]
     data = open_images(options.data, (channels, height, width), size=options.size, limit=options.limit)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvae_ebm_prior import DiffusionEBMPrior, training
+from hvae_ebm_prior import DiffusionEBMPrior, LayerwisePrior, training
 from hvae_ebm_prior.cli import main
 from hvae_ebm_prior.image_data import open_images
 from hvae_ebm_prior.presets import PRESETS
@@ -91,6 +91,15 @@ def _mine_loaded(monkeypatch):
     module = types.ModuleType("mine_loaded")
     exec(LOADER, module.__dict__)
     monkeypatch.setitem(sys.modules, "mine_loaded", module)
+
+
+def test_layer_by_layer(files):
+    from mine_loaded import load
+
+    assert main(command("images.npz:train", "--iterations", "2", "--preset", "layerwise")) == 0
+    loaded = LayerwisePrior.from_pretrained(files / "run", backbone=load())
+    assert loaded.schedule == PRESETS["layerwise"].schedule
+    assert loaded.sample(2).shape == (2, 1, 8, 8)
 
 
 def test_a_folder_gives_the_same_prior_as_its_array(folder, files):
