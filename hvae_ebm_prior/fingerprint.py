@@ -85,12 +85,13 @@ def project(values: Tensor, step: int) -> tuple[float, ...]:
     return tuple(float(f"{value:.{DIGITS}g}") for value in (x @ direction / size).tolist())
 
 
-def check_backbone(saved: Fingerprint, found: Fingerprint) -> str:
+def check_backbone(saved: Fingerprint, found: Fingerprint, origin: str = "the prior was learned for") -> str:
     """Compare the fingerprint in a file with that of the backbone at hand.
 
     Args:
         saved: of the file.
         found: of the backbone.
+        origin: what the file has to do with its backbone, for messages.
 
     Returns:
         What differs although all shapes agree, or an empty text.
@@ -99,9 +100,9 @@ def check_backbone(saved: Fingerprint, found: Fingerprint) -> str:
         BackboneMismatch: the latents' or the images' shapes differ.
     """
     if saved.latent_shapes != found.latent_shapes:
-        raise BackboneMismatch(f"the prior was learned for a backbone with {differing(saved.latent_shapes, found.latent_shapes)}")
+        raise BackboneMismatch(f"{origin} a backbone with {differing(saved.latent_shapes, found.latent_shapes)}")
     if saved.image_shape != found.image_shape:
-        raise BackboneMismatch(f"the prior was learned for a backbone with images of shape {saved.image_shape}, this one's are {found.image_shape}")
+        raise BackboneMismatch(f"{origin} a backbone with images of shape {saved.image_shape}, this one's are {found.image_shape}")
     tolerance = TOLERANCE_HALF if saved.half or found.half else TOLERANCE
     pairs = zip((*saved.layers, saved.image), (*found.layers, found.image), strict=True)
     apart = [max((abs(a - b) for a, b in zip(mine, yours, strict=True)), default=0.0) for mine, yours in pairs]
@@ -110,7 +111,7 @@ def check_backbone(saved: Fingerprint, found: Fingerprint) -> str:
     first = next(i for i, value in enumerate(apart) if value > tolerance)
     where = f"the Gaussian of layer {first}" if first < len(found.layers) else "the image that it decodes"
     return (
-        f"{where} differs from that of the model which the prior was learned for, by {apart[first]:.3g} where {tolerance:g} can be rounding. The "
+        f"{where} differs from that of the model which {origin}, by {apart[first]:.3g} where {tolerance:g} can be rounding. The "
         "shapes agree, so this is probably another training, or other weights, of the same architecture"
     )
 
