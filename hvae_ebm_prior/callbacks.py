@@ -196,7 +196,7 @@ class Trackio(Logger):
         with quiet():
             if self._run is None:
                 resume = "never" if self.name is None else "allow"
-                self._run = self._trackio.init(project=self.project, name=self.name, space_id=self.space_id, resume=resume, embed=False)
+                self._run = self._trackio.init(project=self.project, name=self.name, space_id=self.space_id, resume=resume)
             values: dict[str, Any] = dict(numbers)
             if picture is not None:
                 pixels = (picture * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3)
@@ -221,12 +221,13 @@ def quiet() -> Iterator[None]:
             yield
 
 
-def open_log(place: str, samples_every: int) -> "Callback":
+def open_log(place: str, samples_every: int, name: str) -> "Callback":
     """The callback that `hvae-ebm-prior train --log` names.
 
     Args:
         place: tensorboard:FOLDER or trackio:PROJECT.
         samples_every: steps between two pictures of samples; 0 for none.
+        name: of a run of Trackio.
 
     Returns:
         The callback.
@@ -238,4 +239,4 @@ def open_log(place: str, samples_every: int) -> "Callback":
     kind, _, where = place.partition(":")
     if kind not in ("tensorboard", "trackio") or not where:
         raise ValueError(f"log: expected {LOGS}, got {place!r}")
-    return TensorBoard(where, samples_every=samples_every) if kind == "tensorboard" else Trackio(where, samples_every=samples_every)
+    return TensorBoard(where, samples_every=samples_every) if kind == "tensorboard" else Trackio(where, name=name, samples_every=samples_every)

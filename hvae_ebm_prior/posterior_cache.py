@@ -38,6 +38,8 @@ from .weights_file import write_weights
 
 # Draws per image where nobody says and the posterior is no Gaussian of u.
 DRAWS = 8
+# Standard deviations by which statistics of posterior draws may be off.
+DEVIATIONS = 6
 
 
 @runtime_checkable
@@ -169,10 +171,10 @@ class PosteriorCache(Dataset[Tensor]):
             key = int(before.key, 16)
         first, kept = next(read_data(data, labels, range(min(batch_size, images)), batch_size, key, 0))
         if draws is None:
-            draws = DRAWS if gaussian_noise(prior, first) is None else 0
+            draws = 0 if knows_posterior(prior, first, key) else DRAWS
         dtype = dtype or prior.dtype
         rows = max(1, shard_size // (prior.dim * (draws or 2) * dtype.itemsize))
-        about = {"images": images, "draws": draws, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "labels": sorted(kept)}
+        about = {"images": images, "draws": draws, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "labels": tuple(sorted(kept))}
         index = CacheIndex(**about, key=f"{key:x}", data=digest_of(first), fingerprint=fingerprint(prior))  # type: ignore[arg-type]
         if before is not None:
             index = replace(index, shards=same_cache(folder, before, index).shards)
@@ -266,6 +268,23 @@ def gaussian_noise(prior: LatentPrior, images: Tensor) -> tuple[Tensor, Tensor] 
     if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std > 0).all()):
         raise ValueError(f"{type(prior.backbone).__name__}.posterior: expected finite means and positive, finite stds of u, got others")
     return mean, std
+
+
+def knows_posterior(prior: LatentPrior, images: Tensor, key: int) -> bool:
+    """Whether the adapter knows mean and std of u given images; raise ValueError where its own posterior draws are others."""
+    if (found := gaussian_noise(prior, images)) is None:
+        return False
+    mean, std = found
+    residual = (prior.encode(images.to(prior.device), generator=torch.Generator().manual_seed(key)) - mean) / std
+    # Of n standard normal numbers the mean is N(0, 1/n), and that of the squares nearly N(1, 2/n); half precision adds a little.
+    n = residual.numel()
+    off = max(abs(residual.mean().item()) / (1 / n) ** 0.5, abs(residual.square().mean().item() - 1) / ((2 / n) ** 0.5 + 0.01))
+    if off > DEVIATIONS:
+        raise ValueError(
+            f"{type(prior.backbone).__name__}.posterior: expected mean and std of the u that `infer` draws, got others: {off:.3g} standard "
+            "deviations apart over the first images; return None where the layers' posteriors depend on each other"
+        )
+    return True
 
 
 def digest_of(images: Tensor) -> str:

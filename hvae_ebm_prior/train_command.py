@@ -63,7 +63,7 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
     with torch.no_grad():
         channels, height, width = prior.decode(torch.zeros(1, prior.dim, device=prior.device, dtype=prior.dtype)).shape[1:]
     data = open_images(options.data, (channels, height, width), size=options.size, limit=options.limit)
-    logs = [open_log(place, options.samples_every) for place in options.log]
+    logs = [open_log(place, options.samples_every, options.out.name) for place in options.log]
     folder, about = options.out / "checkpoints", options.out / "train.json"
     command = {name: getattr(options, name) for name in GIVEN}
     if begun := find_checkpoints(folder):
