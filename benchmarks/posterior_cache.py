@@ -128,9 +128,8 @@ def main() -> None:
         if args.quality:
             results["quality"] = found = measure_quality(train, args.seeds, args.draws, args.training, Path(folder))
             passes = args.training * PRESETS["fast"].training.batch_size / len(train)
-            print(
-                f"\n{args.training} iterations, {passes:.1f} passes over the data.\n\n| draws per image | FD, median (range) over seeds |\n|---|---|"
-            )
+            print(f"\n{args.training} iterations, {passes:.1f} passes over the data.\n")
+            print("| draws per image | FD, median (range) over seeds |\n|---|---|")
             for m, values in found.items():
                 print(f"| {'encoder at every step' if m == '0' else m} | {spread(values, 2)} |")
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
