@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .coupling import Labels
+from .latent_prior import LatentPrior
+from .posterior_cache import PosteriorCache
 from .streams import draw_key
 from .validation import check_images
 
-# Images (N, C, H, W), their labels if any, and the number of the pass over the data.
+# Images (N, C, H, W), or numbers (N,) of rows of a posterior cache; their labels if any, and the number of the pass over the data.
 Batch = tuple[Tensor, Tensor | Labels | None, int]
 END = object()
 
@@ -25,8 +27,10 @@ END = object()
 class Batches:
     """An endless iterator over batches: images (N, C, H, W), labels, and the pass from 0. Of a batch that is a tuple the second entry is its labels.
 
+    Of a posterior cache, numbers of rows come in the place of images; `noise` gives the posterior noise of either.
+
     Args:
-        data: images (N, C, H, W), a dataset, or an iterable of batches that can be started again.
+        data: images (N, C, H, W), a dataset, a posterior cache, or an iterable of batches that can be started again.
         batch_size: images per batch of a tensor or dataset; what is left over at the end of a pass is not given.
         generator: source of every pass's seed; None takes torch's default generator.
         labels: of the images of a tensor.
@@ -84,14 +88,33 @@ class Batches:
             )
         self.index += 1
         images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
-        check_images(images)
+        if not isinstance(self.data, PosteriorCache):
+            check_images(images)
         return images, rest[0] if rest else None, self.epoch
+
+    def noise(self, prior: LatentPrior, images: Tensor, draw: int, generator: torch.Generator | None) -> Tensor:
+        """Posterior noise of what a batch holds.
+
+        Args:
+            prior: the prior that learns from it.
+            images: of a batch, images or rows of a cache.
+            draw: which draw to take of a cache that holds several, modulo their number; in training the pass over the data.
+            generator: source of the posterior noise that is not in a cache.
+
+        Returns:
+            Noise (N, D), of the prior's dtype and device.
+        """
+        if isinstance(self.data, PosteriorCache):
+            return self.data.noise(images, draw, generator).to(prior.device, prior.dtype)
+        return prior.encode(images.to(prior.device), generator=generator)
 
     def describe(self) -> dict[str, Any]:
         """What the data are, as far as it shows without reading them."""
         if isinstance(self.data, Tensor):
             labels = sorted(self.labels) if self.labels else None
             return {"kind": "tensor", "shape": list(self.data.shape), "dtype": str(self.data.dtype), "labels": labels}
+        if isinstance(self.data, PosteriorCache):
+            return {"kind": "posterior cache", "length": len(self.data), "digest": self.data.digest}
         try:
             length = len(self.data)
         except TypeError:  # a loader of a stream has the method and no length
@@ -129,6 +152,9 @@ class Batches:
             chosen = order.split(self.batch_size)[: max(1, len(order) // self.batch_size)][given:]
         if isinstance(self.data, Tensor):
             self._rest = (take(self.data, self.labels, part) for part in chosen)
+            return
+        if isinstance(self.data, PosteriorCache):
+            self._rest = ((part, self.data.labels(part)) for part in chosen)
             return
         batches = DataLoader(self.data, batch_sampler=[part.tolist() for part in chosen]) if self._whole else self.data
         with self._own_randomness():

@@ -4,6 +4,7 @@ At a temperature the backbone's stds are multiplied by it; the chain then runs i
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ def draw_conditional(
     temperature: float = 1.0,
     hold: Held | None = None,
     condition: "Condition | None" = None,
+    report: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Draw u_t given u_{t+1}.
 
@@ -44,6 +46,7 @@ def draw_conditional(
         temperature: factor on the std of the backbone's Gaussian layers.
         hold: mask (D,) of dimensions to hold, and the states (N, D) to hold them at.
         condition: what takes the place of F; None for F.
+        report: given each sample's mean acceptance probability (N,) of the Metropolis steps, where there are any.
 
     Returns:
         States (N, D), finite, divided by the temperature.
@@ -77,4 +80,7 @@ def draw_conditional(
             return f, temperature * gradient
 
         corrector = partial(metropolis_chain, schedule=model.schedule, config=config, streams=streams, hold=hold)
-        return corrector(valued, u, u_next, t, steps=config.corrector_steps)[0]
+        u, acceptance = corrector(valued, u, u_next, t, steps=config.corrector_steps)
+        if report is not None:
+            report(acceptance)
+        return u

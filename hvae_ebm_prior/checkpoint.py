@@ -9,7 +9,6 @@ Each is written whole or not at all, and the JSON file last, so that a checkpoin
 newest turns out to be broken, it takes its place.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -25,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .batches import Batches
-from .files import write_json
+from .files import digest, write_json
 from .fingerprint import Fingerprint, check_backbone, fingerprint
 from .typed_json import from_json, to_json
 from .weights_file import write_weights
@@ -34,11 +33,12 @@ if TYPE_CHECKING:
     from .prior import DiffusionEBMPrior
     from .training import Guard, TrainingConfig, TrainingRecord
 
-FORMAT = 1
+FORMAT = 2
 # Differences between two runs that an error names.
 SHOWN = 5
 ADAM = {"step", "exp_avg", "exp_avg_sq"}
-COLUMNS = ("loss", "gradient_norm", "learning_rate", "seconds", "cross_entropy")
+# Numbers of a record in the history; the gap of every level and the gradient norm of every layer follow.
+COLUMNS = ("loss", "gradient_norm", "learning_rate", "seconds", "cross_entropy", "displacement", "acceptance", "gradients_per_second")
 
 
 @dataclass
@@ -128,8 +128,8 @@ def read(path: Path, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if about["format"] != FORMAT:
             raise BrokenCheckpoint(f"{path}: expected format {FORMAT}, got {about['format']!r}; read it with the version that wrote it")
         there, here = about["run"], describe(run)
-        backbones = [from_json(Fingerprint, each.pop("backbone"), "backbone") for each in (there, here)]
-        differences = compare(there, here) or [line for line in [check_backbone(*backbones)] if line]
+        saved, found = (from_json(Fingerprint, each.pop("backbone"), "backbone") for each in (there, here))
+        differences = compare(there, here) or [line for line in [check_backbone(saved, found)] if line]
         numbers = dict(about["state"])
         recorded = about["sha256"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -154,12 +154,6 @@ def read(path: Path, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if wrong:
         raise BrokenCheckpoint(f"{path}: the checkpoint is damaged: {wrong}")
     return tensors, numbers
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -208,7 +202,7 @@ def pack(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for i, moments in run.optimizer.state_dict()["state"].items():
         parts[f"adam.{i}"] = moments
     tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-    rows = [[getattr(record, name) for name in COLUMNS] + list(record.gaps) for record in run.history]
+    rows = [[*(getattr(record, name) for name in COLUMNS), *record.gaps, *record.gradient_norms] for record in run.history]
     tensors["history"] = torch.tensor(rows, dtype=torch.float64)
     numbers = {"first": run.first, "lr_scale": run.lr_scale, "smoothed": run.guard.smoothed, "restarts_left": run.guard.restarts_left}
     return tensors, {**numbers, **place}
@@ -237,8 +231,9 @@ def unpack(run: Run, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) 
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": moments})
     run.history = []
     for step, row in enumerate(tensors["history"].tolist(), 1):
-        columns = dict(zip(COLUMNS, row, strict=False))
-        run.history.append(TrainingRecord(iteration=step, gaps=tuple(row[len(COLUMNS) :]), **columns))
+        columns, rest = dict(zip(COLUMNS, row, strict=False)), row[len(COLUMNS) :]
+        levels = run.prior.schedule.steps
+        run.history.append(TrainingRecord(iteration=step, gaps=tuple(rest[:levels]), gradient_norms=tuple(rest[levels:]), **columns))
     run.saved = len(run.history)
     for name, generator in generators(run).items():
         generator.set_state(tensors[f"random.{name}"])
@@ -248,7 +243,7 @@ def misfit(run: Run, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[
     """What of a checkpoint of `step` does not fit a run, or an empty string."""
     expected, known = pack(run)
     sizes = {name: (value.dtype, tuple(value.shape)) for name, value in expected.items() if not name.startswith(("adam.", "kept."))}
-    sizes["history"] = torch.float64, (step, len(COLUMNS) + run.prior.schedule.steps)
+    sizes["history"] = torch.float64, (step, len(COLUMNS) + run.prior.schedule.steps + len(run.prior.energies))
     parameters = list(run.trainee.parameters())
     for i in {name.split(".")[1] for name in tensors if name.startswith("adam.")}:
         if not i.isdecimal() or int(i) >= len(parameters):

@@ -79,12 +79,13 @@ def project(values: Tensor, step: int) -> tuple[float, ...]:
     return tuple(float(f"{value:.{DIGITS}g}") for value in (x @ direction / size).tolist())
 
 
-def check_backbone(saved: Fingerprint, found: Fingerprint) -> str:
+def check_backbone(saved: Fingerprint, found: Fingerprint, origin: str = "the prior was learned for") -> str:
     """Compare the fingerprint in a file with that of the backbone at hand.
 
     Args:
         saved: of the file.
         found: of the backbone.
+        origin: what the file has to do with its backbone, for messages.
 
     Returns:
         What differs although all shapes agree, or an empty text.
@@ -93,15 +94,15 @@ def check_backbone(saved: Fingerprint, found: Fingerprint) -> str:
         BackboneMismatch: the latents' shapes differ.
     """
     if saved.latent_shapes != found.latent_shapes:
-        raise BackboneMismatch(f"the prior was learned for a backbone with {differing(saved.latent_shapes, found.latent_shapes)}")
+        raise BackboneMismatch(f"{origin} a backbone with {differing(saved.latent_shapes, found.latent_shapes)}")
     tolerance = TOLERANCE_HALF if saved.half or found.half else TOLERANCE
     apart = [max(abs(a - b) for a, b in zip(mine, yours, strict=True)) for mine, yours in zip(saved.layers, found.layers, strict=True)]
     if max(apart) <= tolerance:
         return ""
     first = next(i for i, value in enumerate(apart) if value > tolerance)
     return (
-        f"the Gaussian of layer {first} differs from that of the model which the prior was learned for, by {apart[first]:.3g} where {tolerance:g} "
-        "can be rounding. The shapes agree, so this is probably another training, or other weights, of the same architecture"
+        f"the Gaussian of layer {first} differs from that of the model which {origin}, by {apart[first]:.3g} where {tolerance:g} can be rounding. "
+        "The shapes agree, so this is probably another training, or other weights, of the same architecture"
     )
 
 

@@ -6,7 +6,7 @@ On top of a frozen hierarchical VAE, T conditional energy-based priors p(u_t | u
     loss(u_t, u_{t+1}) = F(T(u_t^-), t) - F(T(u_t), t),     u_t^- by Langevin steps on p(. | u_{t+1})
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -210,7 +210,7 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
         batch_size: int | None = None,
         learning_rate: float | None = None,
         training: "TrainingConfig | None" = None,
-        callback: "Callback | None" = None,
+        callback: "Callback | Sequence[Callback] | None" = None,
         progress: bool | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 100,
@@ -220,13 +220,13 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
         """Learn the energies from images; the prior holds their moving average at every moment, also after Ctrl-C.
 
         Args:
-            data: images (N, C, H, W) in [0, 1], a dataset of them, or a loader of batches; of tuples the first entry, and the second as labels.
+            data: images (N, C, H, W) in [0, 1], a dataset, posterior cache or loader of batches; of tuples the first entry, the second as labels.
             labels: of the images of a tensor, by label set (or those of the only one): (N,) indices, -1 or NaN where unknown.
             iterations: optimiser steps; None as in `training`.
             batch_size: images per step; None as in `training`; not to be given with a loader, which has its own.
             learning_rate: largest learning rate; None as in `training`.
             training: all other settings; None takes the defaults of `TrainingConfig`.
-            callback: called as callback(prior, record) after every step.
+            callback: called as callback(prior, record) after every step; or several; see `hvae_ebm_prior.callbacks`.
             progress: show a progress bar; None shows one on a terminal only.
             checkpoint_dir: a folder for checkpoints, each the whole state of the run, also one of the last step; None for none.
             checkpoint_every: steps between checkpoints.

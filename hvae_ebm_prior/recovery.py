@@ -5,6 +5,7 @@
 The chain is drawn from and not differentiated. Labels add the cross-entropy of p(y | u_t).
 """
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ class RecoveryLoss(NamedTuple):
         cross_entropy: -log p(y | u_t) summed over label sets; 0 where no label is known.
         labelled: how many labels were known and at a coupled level.
         levels: the level t at which each sample was taken.
+        displacement: |u_t^- - start| / sqrt(D) of every sample, its start being u_{t+1} or a persistent chain's last state; None without chains.
+        acceptance: every sample's mean acceptance probability of Metropolis steps; None without any.
     """
 
     total: Tensor
@@ -36,6 +39,8 @@ class RecoveryLoss(NamedTuple):
     cross_entropy: Tensor
     labelled: int
     levels: Tensor
+    displacement: Tensor | None = None
+    acceptance: Tensor | None = None
 
 
 def recovery_loss(
@@ -61,7 +66,15 @@ def recovery_loss(
     alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar))
     u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(prior.dim)
     u_next = alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(prior.dim)
-    return contrast(prior, draw_conditional(prior, u_next, t, streams), u_t, t, labels)
+    acceptance: list[Tensor] = []
+    negative = draw_conditional(prior, u_next, t, streams, report=acceptance.append)
+    return observed(contrast(prior, negative, u_t, t, labels), negative, u_next, acceptance)
+
+
+def observed(loss: RecoveryLoss, negative: Tensor, start: Tensor, acceptance: list[Tensor]) -> RecoveryLoss:
+    """The loss, with what its chains did from `start` to `negative`, both (N, D), and their `acceptance`, if it was reported."""
+    moved = torch.linalg.vector_norm(negative - start, dim=1) / math.sqrt(start.shape[1])
+    return loss._replace(displacement=moved, acceptance=acceptance[0] if acceptance else None)
 
 
 def contrast(prior: "DiffusionEBMPrior", negative: Tensor, u_t: Tensor, t: Tensor, labels: Tensor | Labels | None = None) -> RecoveryLoss:

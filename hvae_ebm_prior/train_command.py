@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .backbone import BackboneAdapter
+from .callbacks import LOGS, open_log
 from .checkpoint import find_checkpoints
 from .files import write_json
 from .image_data import DATA, open_images
@@ -46,6 +47,10 @@ def add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, help="images per step (the preset's)")
     command.add_argument("--learning-rate", type=float, help="largest learning rate (the preset's)")
     command.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
+    command.add_argument(
+        "--log", action="append", default=[], metavar="PLACE", help=f"write numbers and samples to {LOGS}; may be given several times"
+    )
+    command.add_argument("--samples-every", type=int, default=500, help="steps between samples in the logs, 0 for none (%(default)s)")
     command.add_argument("--device", default="cpu", help="where to put the model, if it is a module (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
 
@@ -64,6 +69,7 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
     with torch.no_grad():
         channels, height, width = prior.decode(torch.zeros(1, prior.dim, device=prior.device, dtype=prior.dtype)).shape[1:]
     data = open_images(options.data, (channels, height, width), size=options.size, limit=options.limit)
+    logs = [open_log(place, options.samples_every, options.out.name) for place in options.log]
     folder, about = options.out / "checkpoints", options.out / "train.json"
     command = {name: getattr(options, name) for name in GIVEN}
     if begun := find_checkpoints(folder):
@@ -74,7 +80,13 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
         write_json(about, command)
     try:
         history = prior.fit(
-            data, training=training, checkpoint_dir=folder, checkpoint_every=options.checkpoint_every, resume=True, generator=generator
+            data,
+            training=training,
+            callback=logs,
+            checkpoint_dir=folder,
+            checkpoint_every=options.checkpoint_every,
+            resume=True,
+            generator=generator,
         )
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from the last checkpoint in {folder}, if there is one yet", file=sys.stderr)

@@ -4,11 +4,12 @@ Two copies of the energies exist while `fit` runs: a trainee that the optimiser 
 moving average. Weights enter the average only after a batch showed them healthy, so whatever ends the loop leaves the prior in a good state.
 """
 
+import contextlib
 import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,13 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .batches import Batch, Batches
+from .batches import Batches
 from .checkpoint import Run, find_checkpoints, load_checkpoint, save_checkpoint
 from .coupling import Labels, check_labels
 from .energy import LayerEnergy
 from .langevin import ChainDiverged
+from .observation import gradient_norms, list_callbacks, mean, parameters_by_layer
+from .posterior_cache import PosteriorCache
 from .sharing import TrainingSummary
 from .typed_json import to_json
 from .validation import check_count
@@ -109,6 +112,10 @@ class TrainingRecord:
         learning_rate: learning rate of the step.
         seconds: time since the start.
         cross_entropy: mean of -log p(y | u_t) in nats over the labels that were known; NaN where none was.
+        gradient_norms: of every layer's networks, before clipping; the root of the sum of their squares is `gradient_norm`.
+        displacement: mean over chains of |end - start| / sqrt(D), dimensionless, the start being u_{t+1}; NaN without chains.
+        acceptance: mean acceptance probability of the Metropolis steps; NaN where `LangevinConfig.corrector_steps` is 0.
+        gradients_per_second: gradients of single images' energies per second of this step, those of the chain included.
     """
 
     iteration: int
@@ -118,8 +125,13 @@ class TrainingRecord:
     learning_rate: float
     seconds: float
     cross_entropy: float = math.nan
+    gradient_norms: tuple[float, ...] = ()
+    displacement: float = math.nan
+    acceptance: float = math.nan
+    gradients_per_second: float = math.nan
 
 
+# Called after every step; `close` of those that have it, when training ends in whatever way. See `hvae_ebm_prior.callbacks`.
 Callback = Callable[["DiffusionEBMPrior", TrainingRecord], object]
 # Steps between two snapshots of a healthy state, and the memory of the smoothed energy gap in steps.
 SNAPSHOT_EVERY = 25
@@ -132,7 +144,7 @@ def fit(
     labels: Tensor | Labels | None,
     training: TrainingConfig | None,
     given: Mapping[str, Any],
-    callback: Callback | None,
+    callback: Callback | Sequence[Callback] | None,
     progress: bool | None,
     checkpoint_dir: str | Path | None,
     checkpoint_every: int,
@@ -149,6 +161,9 @@ def fit(
         labels = check_labels(labels, prior.coupling, len(data), prior.device)  # type: ignore[arg-type]
     if not list(prior.parameters()):
         raise ValueError("the energy networks have no parameters, so there is nothing to learn")
+    callbacks = list_callbacks(callback)
+    if isinstance(data, PosteriorCache):
+        data.check(prior)
     folder = open_folder(checkpoint_dir, checkpoint_every, resume)
     begun = folder is not None and bool(find_checkpoints(folder))
     if not begun:
@@ -160,7 +175,11 @@ def fit(
         if folder is not None and begun:
             load_checkpoint(folder, run)
         try:
-            train(run, callback, progress, folder, checkpoint_every)
+            with contextlib.ExitStack() as closing:
+                for close in (getattr(each, "close", None) for each in callbacks):
+                    if close is not None:
+                        closing.callback(close)
+                train(run, callbacks, progress, folder, checkpoint_every)
         finally:
             if run.history:
                 prior.trained = TrainingSummary(len(run.history), run.history[-1].seconds, to_json(config))
@@ -183,19 +202,21 @@ def open_folder(checkpoint_dir: str | Path | None, every: int, resume: bool) -> 
     return folder
 
 
-def train(run: Run, callback: Callback | None, progress: bool | None, folder: Path | None, every: int) -> None:
+def train(run: Run, callbacks: Sequence[Callback], progress: bool | None, folder: Path | None, every: int) -> None:
     """The loop of `fit`: the optimiser moves the trainee, and the prior follows; a checkpoint goes to `folder` every so many steps and at the end."""
     prior, trainee, config, guard, history = run.prior, run.trainee, run.config, run.guard, run.history
-    parameters = list(trainee.parameters())
+    parameters, layers = list(trainee.parameters()), parameters_by_layer(trainee)
     begin = time.monotonic() - (history[-1].seconds if history else 0.0)
     with tqdm(total=config.iterations, initial=len(history), desc="prior", disable=None if progress is None else not progress) as bar:
         while (step := len(history)) < config.iterations:
+            began = time.monotonic()
             images, labels, epoch = next(run.batches)
-            u = prior.encode(images.to(prior.device), generator=run.generator)
+            u = run.batches.noise(prior, images, epoch, run.generator)
             run.optimizer.zero_grad()
             try:
                 losses = trainee.batch_loss(u, labels if prior.coupling is not None else None, run.generator)
                 (losses.total + config.energy_penalty / math.sqrt(prior.dim) * losses.squares).mean().backward()
+                norms = gradient_norms(layers)
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
                 loss = losses.recovery.mean().item()
                 trouble = guard.trouble(loss, norm)
@@ -214,35 +235,46 @@ def train(run: Run, callback: Callback | None, progress: bool | None, folder: Pa
             run.optimizer.step()
             gaps = tuple(-losses.recovery.detach()[losses.levels == level].mean().item() for level in range(prior.schedule.steps))
             entropy = losses.cross_entropy.sum().item() / losses.labelled if losses.labelled else math.nan
-            history.append(TrainingRecord(step + 1, loss, gaps, norm, rate, time.monotonic() - begin, entropy))
+            moved, accepted = mean(losses.displacement), mean(losses.acceptance)
+            now = time.monotonic()
+            speed = len(u) * prior.gradients_per_step / max(now - began, 1e-9)
+            history.append(TrainingRecord(step + 1, loss, gaps, norm, rate, now - begin, entropy, norms, moved, accepted, speed))
             labelled = f", labels {entropy:.2f}" if losses.labelled else ""
             bar.set_postfix_str(f"loss {loss:.2f}, gap per t {' '.join(f'{gap:.1f}' for gap in gaps)}{labelled}", refresh=False)
             bar.update()
-            if callback is not None:
+            for callback in callbacks:
                 callback(prior, history[-1])
             if folder is not None and (len(history) % every == 0 or len(history) == config.iterations):
                 save_checkpoint(folder, run)
 
 
-def measure_activity(prior: "DiffusionEBMPrior", batches: Iterator[Batch], count: int, generator: torch.Generator | None) -> None:
+def measure_activity(prior: "DiffusionEBMPrior", batches: Batches, count: int, generator: torch.Generator | None) -> None:
     """Tell fresh default energies what part of each dimension's variance images determine: the correlation of two posterior draws of one image.
 
     In a deep VAE most dimensions are inactive: their posterior is the prior whatever the image. Energies need not look at them.
 
     Args:
         prior: the prior; energies and label networks that know their activity already, and the user's own, are left alone.
-        batches: images, each batch with the number of its pass, as from `Batches`.
+        batches: the images.
         count: how many images to take.
         generator: source of the posterior draws.
+
+    Raises:
+        ValueError: the images come from a posterior cache of one draw each.
     """
     layers = [*enumerate(prior.energies), *((int(i), network) for networks in prior.heads.values() for i, network in networks.items())]  # type: ignore[operator]
     fresh = [(i, network) for i, network in layers if isinstance(network, LayerEnergy) and bool((network.activity == 1).all())]
     if not fresh or count == 0:
         return
+    if isinstance(batches.data, PosteriorCache) and batches.data.index.draws == 1:
+        raise ValueError(
+            "activity_images: activity is the correlation of two posterior draws of an image, and this cache has one of each; build it with "
+            "draws=2 or more, call measure_activity on images before, or set TrainingConfig(activity_images=0)"
+        )
     pairs, seen = torch.zeros(5, prior.dim, dtype=torch.float64), 0
     while seen < count:
-        images = next(batches)[0].to(prior.device)
-        a, b = (prior.encode(images, generator=generator).cpu().double() for _ in range(2))
+        images = next(batches)[0]
+        a, b = (batches.noise(prior, images, number, generator).cpu().double() for number in range(2))
         pairs += torch.stack((a, b, a * b, a * a, b * b)).sum(1)
         seen += len(images)
     mean_a, mean_b, product, square_a, square_b = pairs / seen

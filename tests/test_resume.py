@@ -116,7 +116,7 @@ def last_state(folder):
     """All that the newest checkpoint holds, but for the time that steps took."""
     newest = find_checkpoints(folder)[0]
     tensors = load_file(newest.with_suffix(".safetensors"))
-    tensors["history"][:, COLUMNS.index("seconds")] = 0
+    tensors["history"][:, [COLUMNS.index(name) for name in ("seconds", "gradients_per_second")]] = 0
     # NaN stands for itself.
     return json.loads(newest.read_text())["state"], {name: value.nan_to_num(-1.0) for name, value in tensors.items()}
 
@@ -128,7 +128,7 @@ def same_state(folder, other):
 
 def figures(history):
     """Records without the time, NaN as text so that they can be compared."""
-    return [repr(replace(record, seconds=0.0)) for record in history]
+    return [repr(replace(record, seconds=0.0, gradients_per_second=0.0)) for record in history]
 
 
 class Interrupted(Exception):

@@ -135,6 +135,19 @@ def test_the_same_command_goes_on(files, monkeypatch, capsys):
     assert same(weights(files / "run"), weights(files / "whole"))
 
 
+def test_logs_are_written_where_the_command_says(files, monkeypatch, capsys):
+    calls = []
+    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, "samples" in values)), finish=lambda: calls.append("finish"))
+    stub = types.SimpleNamespace(init=lambda **settings: calls.append(settings) or run, Image=lambda pixels, caption: pixels)
+    monkeypatch.setitem(sys.modules, "trackio", stub)
+    assert main(command("images.npz:train", out="plain")) == 0
+    assert main(command("images.npz:train", "--log", "trackio:p", "--samples-every", "3")) == 0
+    settings, *steps, end = calls
+    assert (settings["project"], settings["name"], settings["resume"], end) == ("p", "run", "allow", "finish")
+    assert steps == [(step, step % 3 == 0) for step in range(1, 7)]
+    assert same(weights(files / "run"), weights(files / "plain"))
+
+
 def test_the_models_file_is_handed_on(files):
     from mine_loaded import load
 
@@ -160,6 +173,7 @@ def test_the_models_file_is_handed_on(files):
         (["images.npz:train", "--batch-size", "0"], "batch_size must be a positive integer, got 0"),
         (["images.npz:train", "--checkpoint-every", "0"], "checkpoint_every: expected a positive integer, got 0"),
         (["images.npz:train", "--learning-rate", "1e9", "--iterations", "60"], "training diverged"),
+        (["images.npz:train", "--log", "runs"], "log: expected tensorboard:FOLDER or trackio:PROJECT, got 'runs'"),
         (["hf:"], "expected hf:NAME[:SPLIT[:COLUMN]], got hf:"),
     ],
 )

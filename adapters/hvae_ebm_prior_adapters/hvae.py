@@ -216,6 +216,14 @@ class HVAEAdapter:
     def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(z, log_density) for _, _, z, log_density, _ in self.model.posterior_walk(images, None)]
 
+    def posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        # With more layers, shift and ratio of the lower ones depend on the latents drawn above.
+        if len(self.model.blocks) > 1:
+            return None
+        features = self.model.start.expand(len(images), -1, -1, -1)
+        shift, log_ratio = self.model.blocks[0].posterior(features, self.model.bottom_up(images)[0])
+        return [(shift, log_ratio.exp())]
+
     def log_likelihood(self, features: Tensor, images: Tensor) -> Tensor:
         return self.model.log_likelihood(features, images)
 

@@ -78,6 +78,16 @@ class NVAEAdapter:
 
         return posterior_draws(self._walk(len(images)), draw)
 
+    def posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        model = self.model
+        # With more groups, or flows, u is no Gaussian given the images alone.
+        if len(model.enc_sampler) > 1 or model.num_flows:
+            return None
+        place_masks(model)
+        mean, std = gaussian(*model.enc_sampler[0](model.enc0(self._encode(images)[0])).chunk(2, dim=1))
+        prior_mean, prior_std = gaussian(torch.zeros_like(mean), torch.zeros_like(mean))
+        return [((mean - prior_mean) / prior_std, std / prior_std)]
+
     def decode(self, features: Tensor) -> Tensor:
         logits = self._logits(features)
         images = self._observe(logits, self.model.decoder_output(logits))

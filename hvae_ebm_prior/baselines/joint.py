@@ -28,7 +28,7 @@ from ..execution import ExecutionConfig
 from ..langevin import LangevinConfig
 from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
-from ..recovery import RecoveryLoss, contrast, recovery_loss
+from ..recovery import RecoveryLoss, contrast, observed, recovery_loss
 from ..schedule import DiffusionSchedule
 from ..streams import draw_key, open_streams
 from ..validation import check_count
@@ -106,9 +106,11 @@ class JointEBMPrior(DiffusionEBMPrior):
         anew = (torch.rand(len(u), 1, generator=choice) < self.renewal).to(u.device)
         t = torch.zeros(len(u), dtype=torch.long, device=u.device)
         # There is no kernel at the only level, so "next" does nothing but say where the chain starts.
-        negative = draw_conditional(self, torch.where(anew, fresh, self.states[rows]), t, streams, langevin=replace(self.langevin, start="next"))
+        start = torch.where(anew, fresh, self.states[rows])
+        acceptance: list[Tensor] = []
+        negative = draw_conditional(self, start, t, streams, langevin=replace(self.langevin, start="next"), report=acceptance.append)
         self.states[rows] = negative
-        return contrast(self, negative, u, t, labels)
+        return observed(contrast(self, negative, u, t, labels), negative, start, acceptance)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; persistent chains belong to the energies that drew them, so new ones begin."""
