@@ -32,10 +32,15 @@ SHOWN = 112
 GAP = 0.04
 ANY = "any"
 STYLE = """<style>
-.crisp img { image-rendering: pixelated; }
-.crisp, .crisp .image-container, .crisp .image-frame { background: transparent !important; }
-.strip img { image-rendering: pixelated; height: 224px; display: block; margin: 0 auto; }
-.quiet { opacity: .75; }
+.gradio-container { --slider-color: #4b5563; --color-accent: #374151; --checkbox-background-color-selected: #374151;
+  --button-primary-background-fill: #1f2937; --button-primary-background-fill-hover: #374151; }
+.crisp img { image-rendering: pixelated; width: 100%; }
+.crisp { border: none !important; background: transparent !important; }
+.crisp .icon-button-wrapper { opacity: 0; transition: opacity .15s; }
+.crisp:hover .icon-button-wrapper { opacity: 1; }
+.strip img { image-rendering: pixelated; max-width: 100%; height: auto; }
+.go { max-width: 220px; }
+.quiet { opacity: .65; }
 footer { display: none !important; }
 </style>"""
 
@@ -283,7 +288,7 @@ def build_demo(prior: DiffusionEBMPrior, *, title: str | None = None) -> "gradio
         begins = [i for i in range(1, len(levels)) if levels[i] != levels[i - 1]]
         # All levels' ends: there is nothing to set apart.
         strip = tile(frames.transpose(0, 1).flatten(0, 1), len(frames), wide=begins if len(begins) < len(levels) - 1 else None)
-        return animate(frames), strip, f"Noise on the left, samples on the right; levels {', '.join(str(t) for t in dict.fromkeys(levels))}."
+        return animate(frames), strip, f"Levels {', '.join(str(t) for t in dict.fromkeys(levels))}"
 
     with gr.Blocks(title=title or "hvae-ebm-prior", fill_width=True, analytics_enabled=False) as page:
         gr.HTML(STYLE)
@@ -305,7 +310,7 @@ def build_demo(prior: DiffusionEBMPrior, *, title: str | None = None) -> "gradio
             controls = [count, seed, temperature, guidance, *choices]
             with gr.Column(scale=4), gr.Tabs():
                 with gr.Tab("Sample"):
-                    go = gr.Button("Sample", variant="primary")
+                    go = gr.Button("Sample", variant="primary", elem_classes="go")
                     with gr.Row():
                         shown = [picture(gr, "Gaussian prior"), picture(gr, "This prior")]
                     on(go.click, on_sample, controls, shown, "sample")
@@ -314,20 +319,20 @@ def build_demo(prior: DiffusionEBMPrior, *, title: str | None = None) -> "gradio
                     with gr.Row():
                         number = gr.Slider(1, MAX_COUNT, 1, step=1, label="Sample, by its number")
                         held = gr.CheckboxGroup(layers, value=layers[:1], label="Layers to hold")
-                    again = gr.Button("Draw the rest anew", variant="primary")
+                    again = gr.Button("Draw the rest anew", variant="primary", elem_classes="go")
                     with gr.Row():
                         with gr.Column(scale=1, min_width=160):
                             original = picture(gr, "Held")
                             upload = gr.Image(label="Or your own", type="numpy", image_mode="RGB", sources=["upload", "clipboard"], height=160)
-                        with gr.Column(scale=4):
+                        with gr.Column(scale=5):
                             varied = picture(gr, "The rest drawn anew")
                     on(again.click, on_hold, [number, upload, held, *controls], [original, varied], "hold")
                 with gr.Tab("Watch a chain"):
                     steps = gr.Slider(1, MAX_STEPS, 15, step=1, label="Langevin steps per level")
-                    run = gr.Button("Run", variant="primary")
+                    run = gr.Button("Run", variant="primary", elem_classes="go")
                     moving = gr.HTML(elem_classes="strip")
-                    strip = picture(gr, "From noise to samples")
                     note = gr.Markdown(elem_classes="quiet")
+                    strip = picture(gr, "From noise, left, to samples, right")
                     on(run.click, on_watch, [steps, *controls], [moving, strip, note], "watch")
     # One request computes at a time, whoever asks; so many may wait.
     return page.queue(max_size=32)
@@ -339,8 +344,10 @@ def on(event: Any, compute: Callable[..., Any], inputs: list[Any], outputs: list
 
 
 def picture(gr: Any, label: str) -> Any:
-    """A place for a picture, kept as it is."""
-    return gr.Image(label=label, format="png", image_mode="RGBA", interactive=False, elem_classes="crisp")
+    """A place for a picture, kept as it is, under its name."""
+    with gr.Column(min_width=160):
+        gr.Markdown(f"**{label}**", elem_classes="quiet")
+        return gr.Image(label=label, show_label=False, format="png", image_mode="RGBA", interactive=False, elem_classes="crisp")
 
 
 def run_demo(prior: object, *, port: int | None = None, share: bool = False) -> None:
