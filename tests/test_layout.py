@@ -1,6 +1,8 @@
 """The rules of the package: imports flow one way, nothing happens at import, and the adapters have one name."""
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +84,13 @@ def test_adapters_are_one_module_under_two_names():
 
     assert hvae_ebm_prior.adapters.HVAEAdapter is hvae_ebm_prior_adapters.HVAEAdapter
     assert set(hvae_ebm_prior.adapters.__all__) == set(hvae_ebm_prior_adapters.__all__)
+
+
+def test_the_version_has_one_place():
+    """`__version__`; what is installed says the same, and the changelog begins with it."""
+    assert importlib.metadata.version("hvae-ebm-prior") == hvae_ebm_prior.__version__
+    changes = (PACKAGE.parent / "CHANGELOG.md").read_text()
+    assert re.search(r"^## (\S+)", changes, flags=re.MULTILINE)[1] == hvae_ebm_prior.__version__
 
 
 def test_files_stay_small():
