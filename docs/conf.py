@@ -27,7 +27,7 @@ myst_heading_anchors = 4
 nitpicky, default_role = True, "py:obj"
 nitpick_ignore_regex = [("py:obj", r".*")]
 # Other projects' names have no page here, and the build fetches none.
-nitpick_ignore_regex += [("py:class", r"(torch|collections|pathlib)\..+")]
+nitpick_ignore_regex += [("py:class", r"(torch|collections|pathlib|gradio)\..+")]
 # Names in quoted annotations, which only type checkers resolve.
 nitpick_ignore_regex += [("py:class", r"Tensor|Dataset|Labels|Callback|Condition")]
 

@@ -20,8 +20,8 @@ def run_in_environment(script: str) -> None:
     if Path(sys.prefix).resolve() == ENVIRONMENT.resolve():
         return
     python = str(ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    inputs = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
-    # The folder and the interpreter are part of the stamp: an environment does not survive a move.
+    inputs = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "hvae_ebm_prior/__init__.py"))
+    # An environment does not survive a move, so folder and interpreter are part of the stamp; the version is, as the installation keeps a copy.
     wanted = hashlib.sha256(inputs + str(ROOT).encode() + sys.version.encode()).hexdigest()
     if not STAMP.exists() or STAMP.read_text() != wanted:
         print(f"Making {ENVIRONMENT} (about a minute, 1 GB) ...", flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .commands import run_edit, run_interpolate, run_ood, run_sample, run_transitions
+from .demo import run_demo
 from .diagnosis import describe_layers, table
 from .files import write_json
 from .hub_commands import add_hub_commands, describe_saved, run_pull, run_push
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_train(options, made, generator)
         elif options.command == "evaluate":
             run_evaluate(options, made, generator)
+        elif options.command == "demo":
+            run_demo(made, port=options.port, share=options.share)
         elif options.command in TRIALS:
             run_trials(options, made)
         else:
@@ -124,6 +127,15 @@ def make_parser() -> argparse.ArgumentParser:
         trial = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. Goes on where it was interrupted.")
         add_loader(trial, "your trained model or an adapter of it", seed=False)
         add_trials(trial, name)
+    demo = commands.add_parser(
+        "demo",
+        help="a page in the browser: samples, labels, held layers, chains",
+        description="Serve a page to play with a prior; needs hvae-ebm-prior[demo].",
+    )
+    add_loader(demo, "your trained DiffusionEBMPrior, or your model with --prior", seed=False)
+    demo.add_argument("--prior", help=SAVED)
+    demo.add_argument("--port", type=int, help="where to serve it on this machine (the first free one from 7860 on)")
+    demo.add_argument("--share", action="store_true", help="ask Gradio for a public address as well")
     add_hub_commands(commands)
     info = commands.add_parser(
         "info",
@@ -174,7 +186,9 @@ def run_info(options: argparse.Namespace) -> None:
 def describe_installation() -> str:
     """Versions, and the backend of every device, one per line."""
     packages = ("hvae-ebm-prior", "torch", "numpy", "triton", "torch-fidelity")
-    lines = [f"{name:16}{installed(name) or 'not installed'}" for name in packages]
+    # Torch's own word names its build, +cpu or +cu124, which some releases' metadata leave out.
+    versions = {name: installed(name) for name in packages} | {"torch": torch.__version__}
+    lines = [f"{name:16}{version or 'not installed'}" for name, version in versions.items()]
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     devices += [torch.device("mps")] if torch.backends.mps.is_available() else []
     for device in devices:

@@ -170,6 +170,12 @@ def test_a_right_gradient_passes_the_gate(monkeypatch):
 
 def test_the_walk_compiles_in_dynamo():
     """The real compiler's front end (without its back end, which takes minutes): the gradient through an adapter's coroutine is the plain one."""
+    if not hasattr(torch._dynamo.variables.functions, "LocalGeneratorObjectVariable"):  # before PyTorch 2.7 generators are not traced
+        prior = make_prior(execution=ExecutionConfig(compile=True))
+        with pytest.warns(UserWarning, match=r"(?s)torch.compile failed .* the plain gradient is used"):
+            samples = prior.sample_noise(3, generator=seed(0))
+        assert torch.equal(samples, make_prior().sample_noise(3, generator=seed(0)))
+        return
     prior = make_prior()
     u, t = torch.randn(3, prior.dim, generator=seed(0)), torch.tensor([0, 1, 2])
     compiled = torch.compile(prior._total, backend="aot_eager")

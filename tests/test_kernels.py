@@ -1,5 +1,6 @@
 """The update and its noise: known answers, moments, and the fused kernel (in Triton's interpreter) against its twin, bit for bit."""
 
+import importlib.metadata
 import math
 import os
 import subprocess
@@ -216,7 +217,9 @@ def test_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
     command = [sys.executable, "-m", "hvae_ebm_prior.kernels.aot_check"]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("| ok |") == 18
+    # Before Triton 3.3 AMD's linker is ROCm's, which is not here.
+    assert done.stdout.count("| ok |") == (12 if "no AMD target" in done.stderr else 18)
+    assert ("no AMD target" not in done.stderr) or importlib.metadata.version("triton") < "3.3"
 
 
 def test_triton_is_imported_only_where_it_is_used():

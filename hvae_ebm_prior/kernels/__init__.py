@@ -180,8 +180,11 @@ def check(
         "u_next": (u_next, (n, dim)),
         "gradient": (gradient, (n, dim)),
         "coefficients": (coefficients, (n, 4)),
+        "noise": (noise, (n, dim)),
+        "key": (key, (2,)),
+        "held": (held, (dim,)),
+        "statistics": (statistics, (n, 4)),
     }
-    expected |= {"noise": (noise, (n, dim)), "key": (key, (2,)), "held": (held, (dim,)), "statistics": (statistics, (n, 4))}
     for name, (value, shape) in expected.items():
         if value is not None and (tuple(value.shape) != shape or value.device != u.device):
             raise ValueError(f"{name}: expected shape {shape} on {u.device}, got {tuple(value.shape)} on {value.device}")
