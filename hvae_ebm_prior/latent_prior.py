@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .backbone import BackboneAdapter, NoiseTransform
 from .langevin import ChainDiverged
 from .lock import lock
+from .processes import agree, collect, join, share
 from .registry import find_adapter
 from .streams import draw_key, draw_seeds, seeded
 from .validation import check_count, check_images, check_noise
@@ -181,14 +182,15 @@ class LatentPrior(nn.Module):
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
         check_count(n)
-        key = draw_key(generator)
+        key = agree(draw_key(generator))
         return self._images_in_chunks(n, lambda chunk: self._draw(key, range(n)[chunk]), chunk_size)
 
     def _images_in_chunks(self, n: int, draw: Callable[[slice], Tensor], chunk_size: int | None) -> Tensor:
-        """Images of the noise that `draw` returns for each chunk of the samples."""
-        chunk_size = self.samples_per_chunk if chunk_size is None else chunk_size
-        check_count(chunk_size, "chunk_size")
-        return torch.cat([self._decode_finite(draw(slice(first, first + chunk_size))) for first in range(0, n, chunk_size)])
+        """Images of the noise that `draw` returns for each chunk of the samples; every process computes its share and gets all."""
+        size, mine, images = self.samples_per_chunk if chunk_size is None else chunk_size, share(n), []
+        check_count(size, "chunk_size")
+        collect(lambda: images.extend(self._decode_finite(draw(slice(i, min(i + size, mine.stop)))) for i in mine[::size]))
+        return join(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive
 
     @torch.no_grad()
     def _decode_finite(self, u: Tensor) -> Tensor:

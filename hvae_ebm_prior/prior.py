@@ -20,6 +20,7 @@ from .chain import draw_conditional
 from .coupling import Labels
 from .density import EnergyModel
 from .langevin import LangevinConfig
+from .processes import agree
 from .recovery import RecoveryLoss, recovery_loss
 from .sampling import held_rows, held_states, sample_levels
 from .sharing import Shareable
@@ -98,7 +99,7 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
         condition = self._check_request(n, fixed, labels, guidance, temperature)
-        key = draw_key(generator)
+        key = agree(draw_key(generator))
 
         def draw(chunk: slice) -> Tensor:
             return self._sample_levels(key, range(n)[chunk], held_rows(fixed or {}, chunk), temperature, condition and condition.rows(chunk))[0]
@@ -197,9 +198,11 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
         corrector = self.langevin.corrector_steps
         return self.langevin.steps + (corrector and corrector + 1) + 1
 
-    def batch_loss(self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None) -> RecoveryLoss:
-        """What `fit` learns from at every step, of posterior noise `u` (N, D) of images; see `recovery_loss`."""
-        return recovery_loss(self, u, labels, generator)
+    def batch_loss(
+        self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None, rows: range | None = None
+    ) -> RecoveryLoss:
+        """What `fit` learns from at every step, of posterior noise `u` (N, D) of images, the given rows of a batch if any; see `recovery_loss`."""
+        return recovery_loss(self, u, labels, generator, rows)
 
     def fit(
         self,

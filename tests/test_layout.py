@@ -14,7 +14,7 @@ PACKAGE = Path(hvae_ebm_prior.__file__).parent
 # Each module may import those before it; modules of one rank do not know each other.
 RANKS = [
     ["kernels"],
-    ["schedule", "backbone", "streams", "validation", "files", "metrics", "loading", "typed_json"],
+    ["schedule", "backbone", "streams", "validation", "files", "metrics", "processes", "loading", "typed_json"],
     ["energy", "langevin", "sampling", "registry", "elbo", "features", "lock", "weights_file", "sharing"],
     ["execution", "coupling", "metropolis", "latent_prior", "reference"],
     ["density", "fingerprint"],
@@ -22,6 +22,7 @@ RANKS = [
     ["recovery"],
     ["prior", "batches"],
     ["checkpoint"],
+    ["gradients"],
     ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
     ["control", "pictures", "presets", "testing", "image_data"],
     ["layerwise", "train_command"],
