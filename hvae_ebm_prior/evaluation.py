@@ -225,6 +225,8 @@ def join_features(found: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor
     """Features, and logits if there are any, of all processes in their order, from what this one has of them."""
     seen = join(torch.cat([part for part, _ in found]) if found else None)
     logits = [part for _, part in found if part is not None]
+    if seen is None:
+        raise ValueError("there are no images to see")
     return seen, join(torch.cat(logits) if logits else None)
 
 

@@ -19,7 +19,7 @@ from .recovery import RecoveryLoss
 from .streams import draw_key, sample_seeds
 
 if TYPE_CHECKING:
-    from .prior import DiffusionEBMPrior
+    pass
 
 # Relative difference of batches' means at which processes read different images.
 DIFFERENT = 1e-3
@@ -149,7 +149,9 @@ def summed(losses: RecoveryLoss, steps: int) -> Tensor:
     by_level = torch.nn.functional.one_hot(losses.levels.cpu(), steps).double()
     # 0 times infinity would be NaN at every level.
     gaps = torch.where(by_level > 0, recovery[:, None], 0.0).sum(0)
-    return torch.cat((torch.stack((recovery.sum(), losses.cross_entropy.double().sum().cpu(), torch.tensor(float(losses.labelled)))), gaps, by_level.sum(0)))
+    return torch.cat(
+        (torch.stack((recovery.sum(), losses.cross_entropy.double().sum().cpu(), torch.tensor(float(losses.labelled)))), gaps, by_level.sum(0))
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -187,7 +187,7 @@ class LatentPrior(nn.Module):
 
     def _images_in_chunks(self, n: int, draw: Callable[[slice], Tensor], chunk_size: int | None) -> Tensor:
         """Images of the noise that `draw` returns for each chunk of the samples; every process computes its share and gets all."""
-        size, mine, images = self.samples_per_chunk if chunk_size is None else chunk_size, share(n), []
+        size, mine, images = self.samples_per_chunk if chunk_size is None else chunk_size, share(n), list[Tensor]()
         check_count(size, "chunk_size")
         collect(lambda: images.extend(self._decode_finite(draw(slice(i, min(i + size, mine.stop)))) for i in mine[::size]))
         return join(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive

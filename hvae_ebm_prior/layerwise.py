@@ -102,9 +102,7 @@ class LayerwisePrior(DiffusionEBMPrior):
         """Raises TypeError: labels need a density of all layers together."""
         raise TypeError(f"{self.NAME} learns no labels; take a DiffusionEBMPrior")
 
-    def batch_loss(
-        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
-    ) -> RecoveryLoss:
+    def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None) -> RecoveryLoss:
         """The loss of posterior noise `u` (N, D): `total` is the sum over layers, `recovery` their mean; 0 while nothing is learned."""
         if labels is not None:
             check_labels(labels, self.coupling, len(u), u.device)

@@ -198,9 +198,7 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
         corrector = self.langevin.corrector_steps
         return self.langevin.steps + (corrector and corrector + 1) + 1
 
-    def batch_loss(
-        self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None, rows: range | None = None
-    ) -> RecoveryLoss:
+    def batch_loss(self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None, rows: range | None = None) -> RecoveryLoss:
         """What `fit` learns from at every step, of posterior noise `u` (N, D) of images, the given rows of a batch if any; see `recovery_loss`."""
         return recovery_loss(self, u, labels, generator, rows)
 

@@ -93,9 +93,9 @@ def collect(work: Callable[[], T]) -> list[T]:
     dist.all_gather_object(results, found)
     for i, result in enumerate(results):
         if isinstance(result, Failure):
-            error = found.error if i == rank() else result.error
-            error.add_note(f"(in process {i} of {world()})")
-            raise error
+            raised = found.error if i == rank() else result.error
+            raised.add_note(f"(in process {i} of {world()})")
+            raise raised
     return results
 
 
@@ -167,7 +167,8 @@ def join(rows: Tensor | None) -> Tensor | None:
     for i, about in enumerate(shapes):
         if about is not None:
             shape, dtype, kind = about
-            part = rows.contiguous() if i == rank() and rows is not None else torch.empty(shape, dtype=dtype, device=kind if rows is None else rows.device)
+            mine = rows.contiguous() if i == rank() and rows is not None else None
+            part = torch.empty(shape, dtype=dtype, device=kind if rows is None else rows.device) if mine is None else mine
             dist.broadcast(part, i)
             found.append(part)
     return torch.cat(found) if found else None

@@ -239,7 +239,7 @@ def train(run: Run, callback: Callback | None, progress: bool | None, folder: Pa
 
 
 def report(run: Run, callback: Callback | None, folder: Path | None) -> None:
-    """After a step the first process, by itself, calls `callback`, and writes a checkpoint if there is a folder; others wait to hear that all is well."""
+    """After a step the first process, by itself, calls `callback`, and writes a checkpoint to a folder if there is one."""
     if rank() == 0:
         with alone():
             if callback is not None:

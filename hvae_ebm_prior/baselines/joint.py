@@ -94,9 +94,7 @@ class JointEBMPrior(DiffusionEBMPrior):
             return None
         return -torch.stack([std.log().flatten(1).sum(1) for _, std in self.transform.gaussians(z)], dim=1)
 
-    def batch_loss(
-        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
-    ) -> RecoveryLoss:
+    def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None) -> RecoveryLoss:
         if self.chains == "noise":
             return recovery_loss(self, u, labels, generator, rows)
         if rows is not None:
