@@ -29,6 +29,7 @@ from .validation import check_count, check_fixed, check_temperature
 
 if TYPE_CHECKING:
     from .composition import Condition, Expression
+    from .memory import MemoryEstimate
     from .training import Callback, TrainingConfig, TrainingRecord
 
 
@@ -201,6 +202,12 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
     def batch_loss(self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None, rows: range | None = None) -> RecoveryLoss:
         """What `fit` learns from at every step, of posterior noise `u` (N, D) of images, the given rows of a batch if any; see `recovery_loss`."""
         return recovery_loss(self, u, labels, generator, rows)
+
+    def estimate(self, batch_size: int) -> "MemoryEstimate":
+        """Memory that `fit` will take with so many images at a time (in a step, or as `micro_batch`), measured on one and on two."""
+        from .memory import estimate
+
+        return estimate(self, batch_size)
 
     def fit(
         self,

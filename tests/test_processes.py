@@ -441,6 +441,9 @@ SCRIPT = """
 import sys, torch
 sys.path[:0] = {path!r}
 torch.set_num_threads(1)
+if {accelerate}:
+    from accelerate import Accelerator
+    Accelerator(cpu=True)
 from test_processes import SETTINGS, diffusion, train
 from hvae_ebm_prior.processes import rank, world
 history, weights = train(diffusion)
@@ -454,14 +457,13 @@ def test_the_same_script_runs_under_a_launcher(launcher, tmp_path):
     if launcher == "accelerate" and importlib.util.find_spec("accelerate") is None:
         pytest.skip("needs accelerate")
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(path=[str(Path(__file__).parent)], out=f"{tmp_path}/out"))
+    script.write_text(SCRIPT.format(path=[str(Path(__file__).parent)], out=f"{tmp_path}/out", accelerate=launcher == "accelerate"))
     port = free_port()
+    # The launcher that takes two processes of one machine is named after GPUs; Accelerator(cpu=True) makes their group one of the CPU.
     options = {
         "torchrun": ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"],
-        "accelerate": ["accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_processes=2", f"--main_process_port={port}"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={port}"],
     }[launcher]
-    if launcher == "accelerate":
-        options.remove("--multi_gpu")
     done = subprocess.run(
         [sys.executable, "-m", *options, str(script)],
         check=False,
