@@ -22,7 +22,7 @@ from .density import EnergyModel
 from .langevin import LangevinConfig
 from .processes import agree
 from .recovery import RecoveryLoss, recovery_loss
-from .sampling import held_rows, held_states, sample_levels
+from .sampling import held_rows, held_states, images_in_chunks, sample_levels
 from .sharing import Shareable
 from .streams import draw_key, open_streams
 from .validation import check_count, check_fixed, check_temperature
@@ -105,7 +105,7 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
         def draw(chunk: slice) -> Tensor:
             return self._sample_levels(key, range(n)[chunk], held_rows(fixed or {}, chunk), temperature, condition and condition.rows(chunk))[0]
 
-        return self._images_in_chunks(n, draw, chunk_size)
+        return images_in_chunks(self, n, draw, chunk_size)
 
     def posterior_sample(
         self,
@@ -196,8 +196,7 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
     @property
     def gradients_per_step(self) -> int:
         """Gradients of the networks for a batch in one step of `fit`: one per step of the chain, one to learn from."""
-        corrector = self.langevin.corrector_steps
-        return self.langevin.steps + (corrector and corrector + 1) + 1
+        return self.langevin.steps + 1 + (self.langevin.corrector_steps and self.langevin.corrector_steps + 1)
 
     def batch_loss(self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None, rows: range | None = None) -> RecoveryLoss:
         """What `fit` learns from at every step, of posterior noise `u` (N, D) of images, the given rows of a batch if any; see `recovery_loss`."""

@@ -23,7 +23,7 @@ RANKS = [
     ["prior", "batches"],
     ["checkpoint"],
     ["gradients"],
-    ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
+    ["training", "composition", "memory", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
     ["control", "pictures", "presets", "testing", "image_data"],
     ["layerwise", "train_command"],
     ["baselines"],
