@@ -20,7 +20,7 @@ from torch import Tensor
 from .features import Features, extract
 from .metrics import SPLITS, fidelity, inception_score, kernel_distance, precision_recall
 from .metrics import frechet_distance as frechet_distance
-from .processes import agree, join, share
+from .processes import agree, join, share, world
 from .reference import Reference, make_reference
 from .streams import draw_key, open_streams
 
@@ -138,8 +138,8 @@ def evaluate(
     if isinstance(reference, Tensor):
         reference = make_reference(reference, features, prior.device, chunk_size)
     key = agree(draw_key(generator))
-    # One posterior draw each, which takes one number from the generator: any process can make any chunk.
-    draws = {first: fork(generator) for first in range(0, len(images), chunk_size)}
+    # An `encode` takes one number from the generator: so each process can make any chunk.
+    draws = {first: fork(generator) if world() > 1 else generator for first in range(0, len(images), chunk_size)}
 
     def gaussian(rows: range, temperature: float = 1.0) -> Tensor:
         # The same noise at every temperature.
