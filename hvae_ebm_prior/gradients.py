@@ -122,7 +122,7 @@ def accumulate(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) 
         if u.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(
-            f"out of memory with {size} images at a time, going on with micro_batch={run.micro_batch} ({trouble[:200]})", RuntimeWarning, stacklevel=6
+            f"out of memory with {size} images at a time, going on with micro_batch={run.micro_batch} ({trouble[:200]})", RuntimeWarning, stacklevel=8
         )
 
 

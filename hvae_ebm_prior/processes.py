@@ -41,10 +41,10 @@ def rank() -> int:
 
 
 def start() -> None:
-    """Join the group that `torchrun` announces in the environment; on CUDA with the device LOCAL_RANK."""
-    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    """Join the group that `torchrun` announces in the environment; with a GPU for each process, on the GPU LOCAL_RANK."""
+    cuda = torch.cuda.is_available() and dist.is_nccl_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
@@ -125,12 +125,17 @@ def agree_on_generator(generator: torch.Generator | None) -> torch.Generator | N
     return generator.set_state(agree(generator.get_state()))
 
 
+def carried(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous, where the group can carry it: a group of NCCL alone, as Accelerate makes it, carries nothing from a CPU."""
+    return tensor.contiguous() if tensor.is_cuda or "cpu:" in dist.get_backend_config() else tensor.contiguous().cuda()
+
+
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Give the tensors of all processes the values of the first one's."""
     if world() > 1:
         for tensor in tensors:
-            values = tensor.contiguous()
+            values = carried(tensor)
             dist.broadcast(values, 0)
             tensor.copy_(values)
 
@@ -145,10 +150,10 @@ def add_gradients(parameters: Sequence[Tensor]) -> None:
     used = [parameter for parameter, needed in zip(parameters, anywhere, strict=True) if needed]
     if not used:
         return
-    flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in used])
+    flat = carried(torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in used]))
     dist.all_reduce(flat)
     for parameter, part in zip(used, flat.split([each.numel() for each in used]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+        parameter.grad = part.view_as(parameter).to(parameter.device, copy=True)
 
 
 def join(rows: Tensor | None) -> Tensor | None:
@@ -167,8 +172,7 @@ def join(rows: Tensor | None) -> Tensor | None:
     for i, about in enumerate(shapes):
         if about is not None:
             shape, dtype, kind = about
-            mine = rows.contiguous() if i == rank() and rows is not None else None
-            part = torch.empty(shape, dtype=dtype, device=kind if rows is None else rows.device) if mine is None else mine
+            part = carried(rows if i == rank() and rows is not None else torch.empty(shape, dtype=dtype, device=kind))
             dist.broadcast(part, i)
-            found.append(part)
+            found.append(part.to(kind if rows is None else rows.device))
     return torch.cat(found) if found else None

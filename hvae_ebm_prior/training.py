@@ -182,7 +182,10 @@ def fit(
             train(run, callback, progress, folder, checkpoint_every)
         finally:
             if run.history:
-                prior.trained = TrainingSummary(len(run.history), run.history[-1].seconds, to_json(config))
+                # Settings of None are those that were not set.
+                prior.trained = TrainingSummary(
+                    len(run.history), run.history[-1].seconds, {k: v for k, v in to_json(config).items() if v is not None}
+                )
         return run.history
     finally:
         trainee.release()

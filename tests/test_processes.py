@@ -269,6 +269,22 @@ def test_an_error_in_one_process_ends_all():
         assert error.__notes__ == ["(in process 1 of 2)"]
 
 
+def test_an_error_that_cannot_be_sent_is_told():
+    def work(rank):
+        class Local(Exception):
+            pass
+
+        def fail():
+            if rank == 0:
+                raise Local("here")
+
+        processes.collect(fail)
+
+    for error in run(work):
+        assert type(error) is RuntimeError
+        assert str(error) == "Local: here"
+
+
 def test_callback_and_checkpoints_are_of_the_first_process_alone(tmp_path):
     """The callback may draw samples, which then takes no other process; what it raises ends all."""
 
