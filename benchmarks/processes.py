@@ -37,7 +37,7 @@ def train(steps: int, batch: int, encode_batch: int | None) -> float:
 
     torch.set_num_threads(1)
     images, _ = load_subset("train")
-    settings = {**vars(FAST.training), "iterations": WARMUP + steps, "batch_size": batch, "encode_batch": encode_batch}
+    settings = {**vars(FAST.training), "iterations": WARMUP + steps, "batch_size": batch, "encode_batch": encode_batch, "activity_images": 0}
     history = make_prior().fit(images, training=type(FAST.training)(**settings), generator=torch.Generator().manual_seed(0), progress=False)
     return (history[-1].seconds - history[WARMUP - 1].seconds) / steps
 
