@@ -2,21 +2,24 @@
 
 A pass over the data is fixed by one seed, drawn when it begins: the order of a tensor's or dataset's images follows from it, and so does what the
 data themselves draw from torch's global CPU generator (a DataLoader its order, a dataset its augmentation), which is forked for them. The place is
-then the pass, the batches given of it, the seed, and the state that those draws have come to.
+then the pass, the batches given of it, the seed, and the state that those draws have come to. Worker processes read a dataset ahead, each batch with
+a seed of its own, so that neither their number nor where they were interrupted shows.
 """
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from .coupling import Labels
 from .latent_prior import LatentPrior
 from .posterior_cache import PosteriorCache
-from .streams import draw_key
+from .streams import draw_key, sample_seeds
 from .validation import check_images
 
 # Images (N, C, H, W), or numbers (N,) of rows of a posterior cache; their labels if any, and the number of the pass over the data.
@@ -34,6 +37,8 @@ class Batches:
         batch_size: images per batch of a tensor or dataset; what is left over at the end of a pass is not given.
         generator: source of every pass's seed; None takes torch's default generator.
         labels: of the images of a tensor.
+        workers: processes that read a dataset ahead; 0 for none.
+        pin: put a dataset's batches in pinned memory, from which copies to a GPU need not wait for each other.
 
     Attributes:
         epoch: the pass over the data, from 0.
@@ -50,6 +55,8 @@ class Batches:
         batch_size: int,
         generator: torch.Generator | None,
         labels: Labels | None = None,
+        workers: int = 0,
+        pin: bool = False,
     ) -> None:
         if isinstance(data, Tensor):
             check_images(data)
@@ -62,6 +69,7 @@ class Batches:
             raise TypeError(f"data: expected images (N, C, H, W), a dataset with a length, or an iterable of batches, got {type(data).__name__}")
         self.data: Any = data
         self.batch_size, self.generator, self.labels = batch_size, generator, labels
+        self._loading: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "batch_size": None}
         self._whole = isinstance(data, Tensor) or (isinstance(data, Dataset) and hasattr(data, "__len__"))
         # No pass has begun.
         self.epoch, self.index, self._seed = 0, 0, -1
@@ -106,7 +114,7 @@ class Batches:
         """
         if isinstance(self.data, PosteriorCache):
             return self.data.noise(images, draw, generator).to(prior.device, prior.dtype)
-        return prior.encode(images.to(prior.device), generator=generator)
+        return prior.encode(images.to(prior.device, non_blocking=True), generator=generator)
 
     def describe(self) -> dict[str, Any]:
         """What the data are, as far as it shows without reading them."""
@@ -156,7 +164,10 @@ class Batches:
         if isinstance(self.data, PosteriorCache):
             self._rest = ((part, self.data.labels(part)) for part in chosen)
             return
-        batches = DataLoader(self.data, batch_sampler=[part.tolist() for part in chosen]) if self._whole else self.data
+        if self._whole:
+            seeds = sample_seeds(seed, range(given, given + len(chosen)))
+            parts = [(part.tolist(), own) for part, own in zip(chosen, seeds, strict=True)]
+        batches = DataLoader(SeededBatches(self.data), sampler=parts, **self._loading) if self._whole else self.data
         with self._own_randomness():
             self._rest = iter(batches)
         for done in range(0 if self._whole else given):
@@ -179,6 +190,28 @@ class Batches:
             torch.set_rng_state(self._random)
             yield
             self._random = torch.get_rng_state()
+
+
+class SeededBatches(Dataset[Any]):
+    """Batches of a dataset, each read with the global generators of the CPU at a seed of its own.
+
+    Args:
+        data: the dataset.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __getitem__(self, item: tuple[list[int], int]) -> Any:
+        """The batch of some indices, read with a seed."""
+        indices, seed = item
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if get_worker_info() is not None:  # a process for this alone
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+            many = getattr(self.data, "__getitems__", None)
+            return default_collate(many(indices) if many else [self.data[i] for i in indices])
 
 
 def take(images: Tensor, labels: Labels | None, chosen: Tensor) -> tuple[Tensor, Labels | None]:

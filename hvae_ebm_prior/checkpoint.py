@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .training import Guard, TrainingConfig, TrainingRecord
 
 FORMAT = 2
+# Settings of training that results do not depend on.
+SPEED = ("micro_batch", "workers")
 # Differences between two runs that an error names.
 SHOWN = 5
 ADAM = {"step", "exp_avg", "exp_avg_sq"}
@@ -57,6 +59,7 @@ class Run:
         lr_scale: factor on the learning rate, halved by every return to a good state.
         first: step of the last such return, after which the learning rate warms up.
         saved: step of the last good checkpoint, 0 for none.
+        micro_batch: images that are computed at a time; None for all of a batch.
     """
 
     prior: "DiffusionEBMPrior"
@@ -70,6 +73,7 @@ class Run:
     lr_scale: float = 1.0
     first: int = 0
     saved: int = 0
+    micro_batch: int | None = None
 
 
 class BrokenCheckpoint(ValueError):
@@ -166,7 +170,8 @@ def describe(run: Run) -> dict[str, Any]:
         "backbone": fingerprint(prior),
         "prior": {"class": type(prior).__name__, "layers": prior.latent_shapes, **settings, "coupling": prior.coupling, "weights": weights},
     }
-    return to_json({**about, "training": run.config, "data": run.batches.describe(), "random": random})
+    training = {name: value for name, value in vars(run.config).items() if name not in SPEED}
+    return to_json({**about, "training": training, "data": run.batches.describe(), "random": random})
 
 
 def compare(there: Any, here: Any, name: str = "") -> list[str]:

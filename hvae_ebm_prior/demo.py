@@ -23,7 +23,7 @@ from .transitions import langevin_transitions
 from .validation import check_count
 
 if TYPE_CHECKING:
-    import gradio
+    import gradio  # type: ignore[import-not-found, unused-ignore]
 
 MAX_COUNT, MAX_STEPS, MAX_CHAINS, MAX_SEED = 64, 100, 8, 2**32 - 1
 TEMPERATURES, GUIDANCES = (0.5, 1.2), (0.0, 8.0)

@@ -194,8 +194,7 @@ class EnergyModel(LatentPrior):
         check_count(draws, "draws")
         if self.coupling is None or (self.coupling.levels is not None and 0 not in self.coupling.levels):
             raise ValueError("classify: this prior is not coupled to labels at t = 0; see DiffusionEBMPrior.couple")
-        found: dict[str, list[Tensor]] = {name: [] for name in self.coupling.sets}
-        levels = torch.zeros(len(images), dtype=torch.long, device=self.device)
+        found, levels = {name: list[Tensor]() for name in self.coupling.sets}, torch.zeros(len(images), dtype=torch.long, device=self.device)
         for _ in range(draws):
             u = self.encode(images, generator=generator)
             for name, logits in self.corrections(self.transform.to_latents(u), levels)[1].items():

@@ -20,6 +20,7 @@ from torch import Tensor
 from .features import Features, extract
 from .metrics import SPLITS, fidelity, inception_score, kernel_distance, precision_recall
 from .metrics import frechet_distance as frechet_distance
+from .processes import agree, join, share, world
 from .reference import Reference, make_reference
 from .streams import draw_key, open_streams
 
@@ -136,17 +137,19 @@ def evaluate(
     check_metrics(metrics, len(images))
     if isinstance(reference, Tensor):
         reference = make_reference(reference, features, prior.device, chunk_size)
-    key = draw_key(generator)
+    key = agree(draw_key(generator))
+    # An `encode` takes one number from the generator: so each process can make any chunk.
+    draws = {first: fork(generator) if world() > 1 else generator for first in range(0, len(images), chunk_size)}
 
     def gaussian(rows: range, temperature: float = 1.0) -> Tensor:
         # The same noise at every temperature.
         return prior.decode(temperature * open_streams(key, rows, prior.device, prior.dtype).normal(prior.dim))
 
     def reconstruct(rows: range) -> Tensor:
-        return prior.decode(prior.encode(images[rows.start : rows.stop].to(prior.device), generator=generator))
+        return prior.decode(prior.encode(images[rows.start : rows.stop].to(prior.device), generator=draws[rows.start]))
 
-    def measure(called: str, make: Callable[[range], Tensor], size: int = chunk_size) -> Measured:
-        seen, logits, seconds = make_and_see(make, features, len(images), size, prior.device, chunk_size)
+    def measure(called: str, make: Callable[[range], Tensor], size: int = chunk_size, *, together: bool = False) -> Measured:
+        seen, logits, seconds = make_and_see(make, features, len(images), size, prior.device, chunk_size, together)
         return Measured(called, seen, logits, frechet_distance(seen, reference.moments), seconds)
 
     def figures(found: Measured) -> EvaluationRow:
@@ -164,7 +167,7 @@ def evaluate(
         best = found if best is None or found.distance < best.distance else best
     if best is not None:
         rows.append(figures(best))
-    rows.append(figures(measure(name, lambda rows: prior.sample(len(rows), generator=generator), SAMPLES)))
+    rows.append(figures(measure(name, lambda rows: prior.sample(len(rows), generator=generator), SAMPLES, together=True)))
     reconstruction, plain = rows[1].distance, rows[2].distance
     if reconstruction < plain:
         rows = [replace(row, closure=closure(row.distance, plain, reconstruction)) for row in rows]
@@ -181,21 +184,50 @@ class Measured(NamedTuple):
     seconds: float
 
 
+def fork(generator: torch.Generator | None) -> torch.Generator | None:
+    """A copy of `generator`, which goes on by one draw; None for None."""
+    if generator is None:
+        return None
+    copy = torch.Generator(generator.device).set_state(generator.get_state())
+    draw_key(generator)
+    return copy
+
+
 @torch.no_grad()
 def make_and_see(
-    make: Callable[[range], Tensor], features: Features, n: int, size: int, device: torch.device, chunk_size: int
+    make: Callable[[range], Tensor], features: Features, n: int, size: int, device: torch.device, chunk_size: int, together: bool
 ) -> tuple[Tensor, Tensor | None, float]:
-    """Features and logits of `n` images, and the seconds that `make` took; it makes `size` of them at a time, and no more are held."""
-    found, seconds = [], 0.0
-    for first in range(0, n, size):
+    """Features and logits of `n` images, and the seconds that `make` took; it makes `size` of them at a time, and no more are held.
+
+    Several processes make different images, or, where `make` is one call of all of them (`together`), see different ones. All get all features.
+    """
+    blocks, parts, seconds = [range(first, min(first + size, n)) for first in range(0, n, size)], [], 0.0
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for rows in blocks if together else [blocks[i] for i in share(len(blocks))]:
         start = time.monotonic()
-        images = make(range(first, min(first + size, n)))
+        images = make(rows)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds += time.monotonic() - start
-        found.append(extract(features, images, device, chunk_size))
+        mine = share(len(images)) if together else range(len(images))
+        if mine:
+            found.append(extract(features, images[mine.start : mine.stop], device, chunk_size))
+        if together:
+            parts.append(join_features(found))
+            found = []
+    if not together:
+        parts.append(join_features(found))
+    logits = [part for _, part in parts if part is not None]
+    return torch.cat([part for part, _ in parts]), torch.cat(logits) if logits else None, seconds
+
+
+def join_features(found: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Features, and logits if there are any, of all processes in their order, from what this one has of them."""
+    seen = join(torch.cat([part for part, _ in found]) if found else None)
     logits = [part for _, part in found if part is not None]
-    return torch.cat([part for part, _ in found]), torch.cat(logits) if logits else None, seconds
+    if seen is None:
+        raise ValueError("there are no images to see")
+    return seen, join(torch.cat(logits) if logits else None)
 
 
 def check_metrics(metrics: Collection[str] | None, images: int) -> None:

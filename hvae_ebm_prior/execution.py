@@ -36,8 +36,9 @@ class ExecutionConfig:
 
     Attributes:
         backend: what computes noise and steps, "auto", "torch", "naive" or "triton"; see `hvae_ebm_prior.kernels`.
-        autocast: run backbone and energies of a chain in "bfloat16" or "float16"; None for their own precision. States and steps stay as they are.
-            For GPUs; a CPU may be slower with it.
+        autocast: run backbone and energies of a chain in "bfloat16" or "float16"; None for their own precision. States and steps stay as they are,
+            and so do weights, posterior draws and the optimiser. In training the loss is computed so as well, in "bfloat16" alone: gradients of
+            weights may be too small for "float16". For GPUs; a CPU may be slower with it.
         compile: compile the gradient with torch.compile. Its first result is compared with the plain one, which is used, with a warning, if they
             differ.
         graph: on CUDA, capture a chain's step as a graph and replay it. For models whose step is many small launches. It takes counted noise, a
@@ -58,6 +59,11 @@ class ExecutionConfig:
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """The autocast that was asked for, on `device`."""
         return nullcontext() if self.autocast is None else torch.autocast(device.type, getattr(torch, self.autocast))
+
+    def loss_precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The autocast for what weights are learned from."""
+        # Without the cache, in which weights that a chain used without gradients would stay so.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if self.autocast == "bfloat16" else nullcontext()
 
 
 def walk_gradient(total: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> Tensor:

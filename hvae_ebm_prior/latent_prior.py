@@ -6,7 +6,7 @@ A prior draws noise u ~ p(u); images follow by the backbone, x = decode(T(u)). D
 import contextlib
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from .backbone import BackboneAdapter, NoiseTransform
 from .langevin import ChainDiverged
 from .lock import lock
+from .processes import agree
 from .registry import find_adapter
+from .sampling import images_in_chunks
 from .streams import draw_key, draw_seeds, seeded
 from .validation import check_count, check_images, check_noise
 
 # Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded; a GPU needs more at a time to be busy.
-CHUNK_DIMENSIONS = 2**18
-CHUNK_DIMENSIONS_GPU = 2**21
+CHUNK_DIMENSIONS, CHUNK_DIMENSIONS_GPU = 2**18, 2**21
 
 
 class LatentPrior(nn.Module):
@@ -131,8 +132,7 @@ class LatentPrior(nn.Module):
         check_images(images)
         if images.dtype == torch.float64:  # what NumPy gives; backbones are rarely in double
             images = images.to(self.transform.dtype)
-        randomness = contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device)
-        with randomness:
+        with contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device):
             z = self.transform.adapter.infer(images)
         u = self.transform.to_noise(z).to(self.dtype)
         if not bool(torch.isfinite(u).all()):
@@ -181,14 +181,8 @@ class LatentPrior(nn.Module):
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
         check_count(n)
-        key = draw_key(generator)
-        return self._images_in_chunks(n, lambda chunk: self._draw(key, range(n)[chunk]), chunk_size)
-
-    def _images_in_chunks(self, n: int, draw: Callable[[slice], Tensor], chunk_size: int | None) -> Tensor:
-        """Images of the noise that `draw` returns for each chunk of the samples."""
-        chunk_size = self.samples_per_chunk if chunk_size is None else chunk_size
-        check_count(chunk_size, "chunk_size")
-        return torch.cat([self._decode_finite(draw(slice(first, first + chunk_size))) for first in range(0, n, chunk_size)])
+        key = agree(draw_key(generator))
+        return images_in_chunks(self, n, lambda chunk: self._draw(key, range(n)[chunk]), chunk_size)
 
     @torch.no_grad()
     def _decode_finite(self, u: Tensor) -> Tensor:

@@ -102,11 +102,11 @@ class LayerwisePrior(DiffusionEBMPrior):
         """Raises TypeError: labels need a density of all layers together."""
         raise TypeError(f"{self.NAME} learns no labels; take a DiffusionEBMPrior")
 
-    def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None) -> RecoveryLoss:
+    def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None) -> RecoveryLoss:
         """The loss of posterior noise `u` (N, D): `total` is the sum over layers, `recovery` their mean; 0 while nothing is learned."""
         if labels is not None:
             check_labels(labels, self.coupling, len(u), u.device)
-        streams = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, self.execution.backend)
+        streams = open_streams(draw_key(generator), range(len(u)) if rows is None else rows, u.device, u.dtype, self.execution.backend)
         t, *states = diffuse_from_first(self.schedule, u, streams)
         first, real, noisier = (self.split(state) for state in states)
         seen: list[Tensor] = []
@@ -116,10 +116,11 @@ class LayerwisePrior(DiffusionEBMPrior):
             seen.append(stack(torch.cat((real[i][:, None], false), dim=1), mean, std).to(self.dtype))
             return mean + std * first[i].to(mean)
 
-        with torch.no_grad():
-            drive(self.backbone, len(u), show, stop_after=len(first))
         levels = t.repeat_interleave(self.negatives + 1)
-        f = torch.stack([network(x, levels).unflatten(0, (len(u), -1)) for network, x in zip(self.energies, seen, strict=True)])
+        with self.execution.loss_precision(u.device):
+            with torch.no_grad():
+                drive(self.backbone, len(u), show, stop_after=len(first))
+            f = torch.stack([network(x, levels).unflatten(0, (len(u), -1)) for network, x in zip(self.energies, seen, strict=True)]).to(u)
         losses = self.ranking_loss(f).T
         return RecoveryLoss(losses.sum(1), losses.mean(1), f.sum(0).square().mean(1), losses.new_zeros(len(u)), 0, t)
 

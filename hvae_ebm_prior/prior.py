@@ -20,14 +20,16 @@ from .chain import draw_conditional
 from .coupling import Labels
 from .density import EnergyModel
 from .langevin import LangevinConfig
+from .processes import agree
 from .recovery import RecoveryLoss, recovery_loss
-from .sampling import held_rows, held_states, sample_levels
+from .sampling import held_rows, held_states, images_in_chunks, sample_levels
 from .sharing import Shareable
 from .streams import draw_key, open_streams
 from .validation import check_count, check_fixed, check_temperature
 
 if TYPE_CHECKING:
     from .composition import Condition, Expression
+    from .memory import MemoryEstimate
     from .training import Callback, TrainingConfig, TrainingRecord
 
 
@@ -98,12 +100,12 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
         condition = self._check_request(n, fixed, labels, guidance, temperature)
-        key = draw_key(generator)
+        key = agree(draw_key(generator))
 
         def draw(chunk: slice) -> Tensor:
             return self._sample_levels(key, range(n)[chunk], held_rows(fixed or {}, chunk), temperature, condition and condition.rows(chunk))[0]
 
-        return self._images_in_chunks(n, draw, chunk_size)
+        return images_in_chunks(self, n, draw, chunk_size)
 
     def posterior_sample(
         self,
@@ -194,12 +196,17 @@ class DiffusionEBMPrior(Shareable, EnergyModel):
     @property
     def gradients_per_step(self) -> int:
         """Gradients of the networks for a batch in one step of `fit`: one per step of the chain, one to learn from."""
-        corrector = self.langevin.corrector_steps
-        return self.langevin.steps + (corrector and corrector + 1) + 1
+        return self.langevin.steps + 1 + (self.langevin.corrector_steps and self.langevin.corrector_steps + 1)
 
-    def batch_loss(self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None) -> RecoveryLoss:
-        """What `fit` learns from at every step, of posterior noise `u` (N, D) of images; see `recovery_loss`."""
-        return recovery_loss(self, u, labels, generator)
+    def batch_loss(self, u: Tensor, labels: "Tensor | Labels | None", generator: torch.Generator | None, rows: range | None = None) -> RecoveryLoss:
+        """What `fit` learns from at every step, of posterior noise `u` (N, D) of images, the given rows of a batch if any; see `recovery_loss`."""
+        return recovery_loss(self, u, labels, generator, rows)
+
+    def estimate(self, batch_size: int) -> "MemoryEstimate":
+        """Memory that `fit` will take with so many images at a time (in a step, or as `micro_batch`), measured on one and on two."""
+        from .memory import estimate
+
+        return estimate(self, batch_size)
 
     def fit(
         self,

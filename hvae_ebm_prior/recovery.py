@@ -44,7 +44,11 @@ class RecoveryLoss(NamedTuple):
 
 
 def recovery_loss(
-    prior: "DiffusionEBMPrior", u: Tensor, labels: Tensor | Labels | None = None, generator: torch.Generator | None = None
+    prior: "DiffusionEBMPrior",
+    u: Tensor,
+    labels: Tensor | Labels | None = None,
+    generator: torch.Generator | None = None,
+    rows: range | None = None,
 ) -> RecoveryLoss:
     """The loss of posterior noise of images (Alg. 1, Eq. 11-12).
 
@@ -53,6 +57,7 @@ def recovery_loss(
         u: posterior noise of the data (N, D).
         labels: of the images, see `check_labels`.
         generator: source of the levels and of all other noise.
+        rows: numbers of these samples in a batch of which they are a part; their noise is what they have in the whole. None for a whole batch.
 
     Returns:
         The loss, whose gradient in the parameters is the learning gradient.
@@ -61,7 +66,8 @@ def recovery_loss(
         TypeError, ValueError: wrong labels, or labels for a prior that is not coupled.
         ChainDiverged: a chain left the finite numbers.
     """
-    streams, schedule = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype, prior.execution.backend), prior.schedule
+    samples, schedule = range(len(u)) if rows is None else rows, prior.schedule
+    streams = open_streams(draw_key(generator), samples, u.device, u.dtype, prior.execution.backend)
     t = streams.levels(schedule.steps)
     alpha, sigma, alpha_bar, sigma_bar = (level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar))
     u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(prior.dim)
@@ -93,9 +99,11 @@ def contrast(prior: "DiffusionEBMPrior", negative: Tensor, u_t: Tensor, t: Tenso
     Raises:
         TypeError, ValueError: wrong labels, or labels for a prior that is not coupled.
     """
-    with torch.no_grad():
-        z = prior.transform.to_latents(torch.cat((negative, u_t)))
-    f, logits = prior.learned_corrections(z, t.repeat(2))
+    with prior.execution.loss_precision(u_t.device):
+        with torch.no_grad():
+            z = prior.transform.to_latents(torch.cat((negative, u_t)))
+        f, logits = prior.learned_corrections(z, t.repeat(2))
+    f, logits = f.to(u_t), {name: values.to(u_t) for name, values in logits.items()}
     from_chain, from_data = f.sum(1).chunk(2)
     recovery, squares, entropy, labelled = from_chain - from_data, (from_chain**2 + from_data**2) / 2, torch.zeros_like(from_data), 0
     known_labels = {} if labels is None else check_labels(labels, prior.coupling, len(u_t), u_t.device)

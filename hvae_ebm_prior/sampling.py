@@ -4,15 +4,20 @@ At a temperature the backbone's stds are multiplied by it. Then the chains run i
 A held layer takes part at level t as its own diffusion to that level, so that every conditional prior meets noise of the level it was trained on.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from .backbone import NoiseTransform
+from .processes import collect, join, share
 from .schedule import DiffusionSchedule
 from .streams import Streams
+from .validation import check_count
+
+if TYPE_CHECKING:
+    from .latent_prior import LatentPrior
 
 # Mask (D,) of held dimensions, and the states (N, D) that they are held at.
 Held = tuple[Tensor, Tensor]
@@ -75,3 +80,11 @@ def held_states(
     for alpha, sigma in zip(schedule.alpha[1:].tolist(), schedule.sigma[1:].tolist(), strict=True):
         states.append(alpha * states[-1] + sigma * temperature * streams.normal(transform.dim))
     return mask, states
+
+
+def images_in_chunks(prior: "LatentPrior", n: int, draw: Callable[[slice], Tensor], chunk_size: int | None) -> Tensor:
+    """Images (n, C, H, W) of the noise that `draw` returns for each chunk of the samples; every process computes its share and gets all."""
+    size, mine, images = prior.samples_per_chunk if chunk_size is None else chunk_size, share(n), list[Tensor]()
+    check_count(size, "chunk_size")
+    collect(lambda: images.extend(prior._decode_finite(draw(slice(i, min(i + size, mine.stop)))) for i in mine[::size]))
+    return join(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive

@@ -19,6 +19,7 @@ from .image_data import DATA, open_images
 from .layerwise import LayerwisePrior
 from .presets import PRESETS
 from .prior import DiffusionEBMPrior
+from .processes import rank
 from .streams import seeded
 
 # Those of baselines are left out.
@@ -91,6 +92,8 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from the last checkpoint in {folder}, if there is one yet", file=sys.stderr)
         raise SystemExit(130) from None
+    if rank() > 0:
+        return
     prior.save_pretrained(options.out)
     print(f"{len(history)} steps in {history[-1].seconds:.0f} s; saved in {options.out}, see hvae-ebm-prior info {options.out}", file=sys.stderr)
 

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,11 @@ from .batches import Batches
 from .checkpoint import Run, find_checkpoints, load_checkpoint, save_checkpoint
 from .coupling import Labels, check_labels
 from .energy import LayerEnergy
+from .gradients import learn
 from .langevin import ChainDiverged
-from .observation import gradient_norms, list_callbacks, mean, parameters_by_layer
+from .observation import gradient_norms, list_callbacks, parameters_by_layer
 from .posterior_cache import PosteriorCache
+from .processes import agree, agree_on_generator, alone, broadcast, collect, rank
 from .sharing import TrainingSummary
 from .typed_json import to_json
 from .validation import check_count
@@ -67,6 +70,11 @@ class TrainingConfig:
         gap_limit: largest energy gap, in units of sqrt(D) nats, averaged over levels and the last steps, that is healthy; 20 nats always are.
         restarts: how often the last good state is restored, at half the learning rate, before giving up.
         activity_images: images on which a fresh prior measures the activity of every latent dimension; see `measure_activity`. 0 for none.
+        micro_batch: images whose chains and gradients are computed at a time; it bounds memory, and results depend on it by rounding alone. None for
+            all of a batch (in several processes, of a process's share). It is halved, with a warning, when memory runs out.
+        encode_batch: images whose posterior draws come from one seed; None for a whole batch. Results depend on it, and not on how many processes
+            there are. Several processes encode a whole batch each for None, and otherwise the parts of this size that they need.
+        workers: processes that read a dataset ahead; 0 for none. Results do not depend on it.
     """
 
     iterations: int = 1000
@@ -83,11 +91,17 @@ class TrainingConfig:
     gap_limit: float = 0.5
     restarts: int = 3
     activity_images: int = 1024
+    micro_batch: int | None = None
+    encode_batch: int | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        for name in ("micro_batch", "encode_batch"):
+            if getattr(self, name) is not None:
+                check_count(getattr(self, name), name)
         for name in ("learning_rate", "clip_norm", "gap_limit", "epoch_decay"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -95,7 +109,7 @@ class TrainingConfig:
             raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
-        for name in ("energy_penalty", "weight_decay", "warmup", "restarts", "activity_images"):
+        for name in ("energy_penalty", "weight_decay", "warmup", "restarts", "activity_images", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
 
@@ -164,16 +178,21 @@ def fit(
     callbacks = list_callbacks(callback)
     if isinstance(data, PosteriorCache):
         data.check(prior)
-    folder = open_folder(checkpoint_dir, checkpoint_every, resume)
-    begun = folder is not None and bool(find_checkpoints(folder))
+    generator = agree_on_generator(generator)
+    folder = collect(lambda: open_folder(checkpoint_dir, checkpoint_every, resume))[rank()]
+    begun = agree(folder is not None and bool(find_checkpoints(folder)))
     if not begun:
         measure_activity(prior, Batches(data, config.batch_size, generator), config.activity_images, generator)
+    broadcast(prior.state_dict().values())
     trainee = copy.deepcopy(prior).train()
     try:
-        batches, guard = Batches(data, config.batch_size, generator, labels), Guard(prior, trainee, config)
-        run = Run(prior, trainee, config, batches, guard, make_optimizer(trainee, config), generator)
+        batches = Batches(data, config.batch_size, generator, labels, config.workers, pin=prior.device.type == "cuda")
+        guard = Guard(prior, trainee, config)
+        run = Run(prior, trainee, config, batches, guard, make_optimizer(trainee, config), generator, micro_batch=config.micro_batch)
         if folder is not None and begun:
             load_checkpoint(folder, run)
+            if len(set(steps := collect(lambda: len(run.history)))) > 1:
+                raise ValueError(f"{folder}: the processes read checkpoints of different steps, {steps}; they need one folder that all of them see")
         try:
             with contextlib.ExitStack() as closing:
                 for close in (getattr(each, "close", None) for each in callbacks):
@@ -182,7 +201,10 @@ def fit(
                 train(run, callbacks, progress, folder, checkpoint_every)
         finally:
             if run.history:
-                prior.trained = TrainingSummary(len(run.history), run.history[-1].seconds, to_json(config))
+                # Settings of None are those that were not set.
+                prior.trained = TrainingSummary(
+                    len(run.history), run.history[-1].seconds, {k: v for k, v in to_json(config).items() if v is not None}
+                )
         return run.history
     finally:
         trainee.release()
@@ -207,19 +229,16 @@ def train(run: Run, callbacks: Sequence[Callback], progress: bool | None, folder
     prior, trainee, config, guard, history = run.prior, run.trainee, run.config, run.guard, run.history
     parameters, layers = list(trainee.parameters()), parameters_by_layer(trainee)
     begin = time.monotonic() - (history[-1].seconds if history else 0.0)
-    with tqdm(total=config.iterations, initial=len(history), desc="prior", disable=None if progress is None else not progress) as bar:
+    with tqdm(total=config.iterations, initial=len(history), desc="prior", disable=rank() > 0 or (None if progress is None else not progress)) as bar:
         while (step := len(history)) < config.iterations:
             began = time.monotonic()
             images, labels, epoch = next(run.batches)
-            u = run.batches.noise(prior, images, epoch, run.generator)
             run.optimizer.zero_grad()
             try:
-                losses = trainee.batch_loss(u, labels if prior.coupling is not None else None, run.generator)
-                (losses.total + config.energy_penalty / math.sqrt(prior.dim) * losses.squares).mean().backward()
+                learned = learn(run, images, labels)
                 norms = gradient_norms(layers)
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
-                loss = losses.recovery.mean().item()
-                trouble = guard.trouble(loss, norm)
+                trouble = guard.trouble(learned.loss, norm)
             except ChainDiverged as error:
                 trouble = str(error)
             if trouble:
@@ -233,18 +252,25 @@ def train(run: Run, callbacks: Sequence[Callback], progress: bool | None, folder
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             run.optimizer.step()
-            gaps = tuple(-losses.recovery.detach()[losses.levels == level].mean().item() for level in range(prior.schedule.steps))
-            entropy = losses.cross_entropy.sum().item() / losses.labelled if losses.labelled else math.nan
-            moved, accepted = mean(losses.displacement), mean(losses.acceptance)
             now = time.monotonic()
-            speed = len(u) * prior.gradients_per_step / max(now - began, 1e-9)
+            speed = len(images) * prior.gradients_per_step / max(now - began, 1e-9)
+            loss, gaps, entropy, known, moved, accepted = learned
             history.append(TrainingRecord(step + 1, loss, gaps, norm, rate, now - begin, entropy, norms, moved, accepted, speed))
-            labelled = f", labels {entropy:.2f}" if losses.labelled else ""
+            labelled = f", labels {entropy:.2f}" if known else ""
             bar.set_postfix_str(f"loss {loss:.2f}, gap per t {' '.join(f'{gap:.1f}' for gap in gaps)}{labelled}", refresh=False)
             bar.update()
+            due = folder is not None and (len(history) % every == 0 or len(history) == config.iterations)
+            if callbacks or due:
+                collect(partial(report, run, callbacks, folder if due else None))
+
+
+def report(run: Run, callbacks: Sequence[Callback], folder: Path | None) -> None:
+    """After a step the first process, by itself, calls the callbacks, and writes a checkpoint to a folder if there is one."""
+    if rank() == 0:
+        with alone():
             for callback in callbacks:
-                callback(prior, history[-1])
-            if folder is not None and (len(history) % every == 0 or len(history) == config.iterations):
+                callback(run.prior, run.history[-1])
+            if folder is not None:
                 save_checkpoint(folder, run)
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(hvae_ebm_prior.__file__).parent
 # Each module may import those before it; modules of one rank do not know each other.
 RANKS = [
     ["kernels"],
-    ["schedule", "backbone", "streams", "validation", "files", "metrics", "loading", "typed_json"],
+    ["schedule", "backbone", "streams", "validation", "files", "metrics", "processes", "loading", "typed_json"],
     ["energy", "langevin", "sampling", "registry", "elbo", "features", "lock", "weights_file", "sharing"],
     ["execution", "coupling", "metropolis", "latent_prior", "reference"],
     ["density", "fingerprint"],
@@ -24,7 +24,8 @@ RANKS = [
     ["recovery", "posterior_cache"],
     ["prior", "batches", "observation"],
     ["checkpoint"],
-    ["training", "composition", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
+    ["gradients"],
+    ["training", "composition", "memory", "evaluation", "diagnosis", "transitions", "likelihood", "ood"],
     ["control", "pictures", "presets", "testing", "image_data", "callbacks"],
     ["layerwise"],
     ["baselines"],

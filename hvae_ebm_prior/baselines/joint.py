@@ -94,22 +94,27 @@ class JointEBMPrior(DiffusionEBMPrior):
             return None
         return -torch.stack([std.log().flatten(1).sum(1) for _, std in self.transform.gaussians(z)], dim=1)
 
-    def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None) -> RecoveryLoss:
+    def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None) -> RecoveryLoss:
         if self.chains == "noise":
-            return recovery_loss(self, u, labels, generator)
+            return recovery_loss(self, u, labels, generator, rows)
+        if rows is not None:
+            raise ValueError(
+                "persistent chains are those of whole batches, which cannot be divided: train in one process without micro_batch, with a smaller "
+                'batch_size if memory ran out, or with chains="noise"'
+            )
         key, choice = draw_key(generator), torch.Generator().manual_seed(draw_key(generator))
         streams = open_streams(key, range(len(u)), u.device, u.dtype, self.execution.backend)
         fresh = streams.normal(self.dim)
         if self.states is None or len(self.states) < len(u):
             self.states = open_streams(draw_key(choice), range(max(self.kept, len(u))), u.device, u.dtype).normal(self.dim)
-        rows = torch.randperm(len(self.states), generator=choice)[: len(u)].to(u.device)
+        chosen = torch.randperm(len(self.states), generator=choice)[: len(u)].to(u.device)
         anew = (torch.rand(len(u), 1, generator=choice) < self.renewal).to(u.device)
         t = torch.zeros(len(u), dtype=torch.long, device=u.device)
         # There is no kernel at the only level, so "next" does nothing but say where the chain starts.
-        start = torch.where(anew, fresh, self.states[rows])
+        start = torch.where(anew, fresh, self.states[chosen])
         acceptance: list[Tensor] = []
         negative = draw_conditional(self, start, t, streams, langevin=replace(self.langevin, start="next"), report=acceptance.append)
-        self.states[rows] = negative
+        self.states[chosen] = negative
         return observed(contrast(self, negative, u, t, labels), negative, start, acceptance)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -1,0 +1,178 @@
+"""Several processes that compute one result: who takes which rows, and how they agree.
+
+Every process runs the same program with the same arguments. Rows of a batch, or samples of a call, are divided into shares that follow each other
+in the order of the processes; since noise belongs to samples, the shares joined are what one process computes. Work that only some processes do
+must not call what needs all of them: inside `alone` a process counts as the only one.
+
+The group of processes is torch.distributed's. Accelerate or a program of your own may have made it; where it is not made yet and the environment is
+that of `torchrun` (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), the first call here makes it, with gloo, and NCCL beside it where there is CUDA.
+This is the only module that communicates.
+"""
+
+import atexit
+import contextlib
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+by_itself: ContextVar[bool] = ContextVar("by_itself", default=False)
+
+
+def world() -> int:
+    """Number of processes; 1 where there is no group, and inside `alone`."""
+    if by_itself.get() or not dist.is_available():
+        return 1
+    if not dist.is_initialized() and all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1:
+        start()
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0; 0 inside `alone`."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def start() -> None:
+    """Join the group that `torchrun` announces in the environment; with a GPU for each process, on the GPU LOCAL_RANK."""
+    cuda = torch.cuda.is_available() and dist.is_nccl_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process counts as the only one: for what some processes do and others do not, such as pictures by the first."""
+    before = by_itself.set(True)
+    try:
+        yield
+    finally:
+        by_itself.reset(before)
+
+
+def share(n: int) -> range:
+    """The part of range(n) that this process takes; parts differ in size by 1 at most, and some are empty if n is small."""
+    here, count = rank(), world()
+    return range(n * here // count, n * (here + 1) // count)
+
+
+class Failure(NamedTuple):
+    """What a process sends instead of a result."""
+
+    error: BaseException
+
+
+def collect(work: Callable[[], T]) -> list[T]:
+    """What `work` returns in every process, in their order.
+
+    Args:
+        work: called once in every process; communicates with none. What it returns is pickled.
+
+    Returns:
+        The results, the same list in every process.
+
+    Raises:
+        BaseException: what `work` raised in the first process where it failed; every process raises it.
+    """
+    if world() == 1:
+        return [work()]
+    try:
+        found: Any = work()
+    except BaseException as error:
+        found = Failure(portable(error))
+    results: list[Any] = [None] * world()
+    dist.all_gather_object(results, found)
+    for i, result in enumerate(results):
+        if isinstance(result, Failure):
+            raised = found.error if i == rank() else result.error
+            raised.add_note(f"(in process {i} of {world()})")
+            raise raised
+    return results
+
+
+def portable(error: BaseException) -> BaseException:
+    """`error`, or a RuntimeError that tells of it where it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))  # our own bytes
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def agree(value: T) -> T:
+    """The first process's `value`, in all of them."""
+    return collect(lambda: value)[0]
+
+
+def agree_on_generator(generator: torch.Generator | None) -> torch.Generator | None:
+    """A generator that goes on alike in all processes: `generator` in the state it has in the first one, or a new one for None.
+
+    None stays None in a single process. In several it would be torch's global generator, which networks may draw from, each process as it needs.
+    """
+    if world() == 1:
+        return generator
+    if generator is None:
+        return torch.Generator().manual_seed(agree(int(torch.randint(2**62, ()))))
+    return generator.set_state(agree(generator.get_state()))
+
+
+def carried(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous, where the group can carry it: a group of NCCL alone, as Accelerate makes it, carries nothing from a CPU."""
+    return tensor.contiguous() if tensor.is_cuda or "cpu:" in dist.get_backend_config() else tensor.contiguous().cuda()
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give the tensors of all processes the values of the first one's."""
+    if world() > 1:
+        for tensor in tensors:
+            values = carried(tensor)
+            dist.broadcast(values, 0)
+            tensor.copy_(values)
+
+
+@torch.no_grad()
+def add_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace gradients by their sums over processes, the same bits in all; those that no process has stay None."""
+    if world() == 1:
+        return
+    mine = [parameter.grad is not None for parameter in parameters]
+    anywhere = [any(each) for each in zip(*collect(lambda: mine), strict=True)]
+    used = [parameter for parameter, needed in zip(parameters, anywhere, strict=True) if needed]
+    if not used:
+        return
+    flat = carried(torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in used]))
+    dist.all_reduce(flat)
+    for parameter, part in zip(used, flat.split([each.numel() for each in used]), strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.device, copy=True)
+
+
+def join(rows: Tensor | None) -> Tensor | None:
+    """The rows of all processes in their order, in every process.
+
+    Args:
+        rows: this process's, (n, ...); None for none.
+
+    Returns:
+        All rows (N, ...), on this process's device of the kind that they are on; None where no process has any.
+    """
+    if world() == 1:
+        return rows
+    shapes = collect(lambda: None if rows is None else (tuple(rows.shape), rows.dtype, rows.device.type))
+    found = []
+    for i, about in enumerate(shapes):
+        if about is not None:
+            shape, dtype, kind = about
+            part = carried(rows if i == rank() and rows is not None else torch.empty(shape, dtype=dtype, device=kind))
+            dist.broadcast(part, i)
+            found.append(part.to(kind if rows is None else rows.device))
+    return torch.cat(found) if found else None

@@ -1,0 +1,61 @@
+"""What tests run in several processes: `run(function, *arguments)` gives what the function returns in each, by a group of gloo on one machine."""
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run(work: Callable[..., Any], *arguments: Any, processes: int = 2) -> list[Any]:
+    """What `work(rank, *arguments)` returns in every process, or the exception that it raises there.
+
+    Processes are forks, which begin at once; the environment is that of `torchrun`, and the library makes the group itself.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the threads of a pool do not survive a fork
+    port, children = free_port(), []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(processes):
+                child = os.fork()
+                if child == 0:
+                    begin(work, rank, processes, port, Path(folder), arguments)
+                children.append(child)
+            for child in children:
+                os.waitpid(child, 0)
+        finally:
+            torch.set_num_threads(threads)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def begin(work: Callable[..., Any], rank: int, processes: int, port: int, folder: Path, arguments: tuple[Any, ...]) -> None:
+    try:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["LOCAL_RANK"] = str(rank)
+        import hvae_ebm_prior.processes as library
+
+        make = dist.init_process_group
+        library.dist.init_process_group = lambda backend: make(backend, timeout=timedelta(seconds=60))
+        try:
+            found = work(rank, *arguments)
+        except Exception as error:
+            traceback.print_exc()
+            found = error
+        torch.save(found, folder / f"{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
