@@ -186,9 +186,7 @@ def run_info(options: argparse.Namespace) -> None:
 def describe_installation() -> str:
     """Versions, and the backend of every device, one per line."""
     packages = ("hvae-ebm-prior", "torch", "numpy", "triton", "torch-fidelity")
-    # Torch's own word names its build, +cpu or +cu124, which some releases' metadata leave out.
-    versions = {name: installed(name) for name in packages} | {"torch": torch.__version__}
-    lines = [f"{name:16}{version or 'not installed'}" for name, version in versions.items()]
+    lines = [f"{name:16}{installed(name) or 'not installed'}" for name in packages]
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     devices += [torch.device("mps")] if torch.backends.mps.is_available() else []
     for device in devices:

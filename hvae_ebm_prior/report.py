@@ -171,6 +171,8 @@ def table(rows: Sequence[EvaluationRow], title: str) -> str:
 
 def installed(package: str) -> str | None:
     """The version of an installed distribution, None if there is none of this name."""
+    if package == "torch":  # its own word names the build, +cpu or +cu124, which the metadata of some releases leave out
+        return str(torch.__version__)
     try:
         return version(package)
     except PackageNotFoundError:
