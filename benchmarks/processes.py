@@ -107,7 +107,9 @@ def main() -> None:
         shown = "1" if name == "one" else quartiles(efficiency)
         print(f"| {name} | {1000 * statistics.median(each[name] for each in rounds):.0f} | {shown} |")
         report[name] = statistics.median(efficiency)
-    (HERE / "processes.json").write_text(json.dumps(report, indent=1) + "\n")
+    path = HERE / "processes.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(kept | {"weak" if args.weak else "strong": report}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import digest
+from .files import digest_file
 from .fingerprint import BackboneMismatch, Fingerprint, check_backbone
 from .typed_json import InvalidPrior, from_json, read_json_file
 from .weights_file import check_header
@@ -124,7 +124,7 @@ def open_shard(folder: Path, index: CacheIndex, i: int, dim: int, verify: bool) 
     sizes = {"draws": (n, index.draws, dim)} if index.draws else {"mean": (n, dim), "std": (n, dim)}
     try:
         check_header(path)
-        if verify and digest(path) != index.shards[i].sha256:
+        if verify and digest_file(path) != index.shards[i].sha256:
             raise InvalidCache(f"{path}: the file is damaged, its digest is not the one in {INDEX}; remove the folder and build the cache anew")
         tensors = load_file(path)
     except FileNotFoundError as error:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .prior_config import Measured, PriorConfig
-from .typed_json import to_json
+from .prior_config import Measured, PriorConfig, settings_in_words
 
 LIBRARY = "hvae-ebm-prior"
 TASK = "unconditional-image-generation"
@@ -107,13 +106,7 @@ def facts(config: PriorConfig) -> str:
     shapes = config.backbone.latent_shapes
     sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
     lines = [f"{len(shapes)} latent layers, {sum(math.prod(shape) for shape in shapes)} dimensions: {sizes}"]
-    for name, value in to_json(config.settings).items():
-        shown = ", ".join(f"{key} = {each}" for key, each in value.items()) if isinstance(value, dict) else value
-        lines.append(f"`{name}`: {shown}")
-    if config.coupling:
-        for name, labels in config.coupling.sets.items():
-            names = f"{labels.size} categories" if isinstance(labels.categories, int) else ", ".join(labels.categories)
-            lines.append(f"labels `{name}`: {names}")
+    lines += [f"`{name}`: {words}" for name, words in settings_in_words(config).items()]
     if config.training:
         lines.append(f"trained for {config.training.iterations} iterations in {config.training.seconds:.0f} s")
         lines.append(", ".join(f"{name} = {value}" for name, value in config.training.settings.items()))

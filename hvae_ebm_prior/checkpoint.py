@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .batches import Batches
-from .files import digest, write_json
+from .files import digest_file, write_json
 from .fingerprint import Fingerprint, check_backbone, fingerprint
 from .typed_json import from_json, to_json
 from .weights_file import write_weights
@@ -92,7 +92,7 @@ def save_checkpoint(folder: Path, run: Run) -> None:
     path = folder / f"step_{len(run.history):08}.json"
     weights = path.with_suffix(".safetensors")
     write_weights(weights, tensors)
-    write_json(path, {"format": FORMAT, "sha256": digest(weights), "run": describe(run), "state": numbers})
+    write_json(path, {"format": FORMAT, "sha256": digest_file(weights), "run": describe(run), "state": numbers})
     kept = {f"step_{step:08}" for step in (len(run.history), run.saved)}
     run.saved = len(run.history)
     # A JSON file goes before its weights.
@@ -146,7 +146,7 @@ def read(path: Path, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     weights = path.with_suffix(".safetensors")
     try:
-        if digest(weights) != recorded:
+        if digest_file(weights) != recorded:
             raise BrokenCheckpoint(f"{weights}: the file is damaged, its digest is not the one in {path.name}")
         # Copies, as safetensors maps the file into memory.
         tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .control import resample
+from .image_data import image_shape
 from .langevin import ChainDiverged
 from .layerwise import LayerwisePrior
 from .prior import DiffusionEBMPrior
@@ -165,8 +166,7 @@ def watch(prior: DiffusionEBMPrior, settings: Settings, steps: int) -> tuple[Ten
 
 def fit_image(prior: DiffusionEBMPrior, pixels: Any) -> Tensor:
     """An upload, uint8 (H, W, 3), as an image (1, C, H, W) in [0, 1] of the backbone's shape; cropped to it about the centre."""
-    with torch.no_grad():
-        channels, height, width = prior.decode(torch.zeros(1, prior.dim, device=prior.device, dtype=prior.dtype)).shape[1:]
+    channels, height, width = image_shape(prior)
     image = torch.as_tensor(pixels).float().permute(2, 0, 1)[None, :3] / 255
     factor = max(height / image.shape[2], width / image.shape[3])
     size = max(height, round(factor * image.shape[2])), max(width, round(factor * image.shape[3]))

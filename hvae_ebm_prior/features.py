@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import digest_file
 from .metrics import fidelity
 
 Features = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
@@ -170,12 +171,6 @@ def digest_weights(module: nn.Module) -> str:
 def digest_images(images: Tensor) -> str:
     """SHA-256 over shape and values of images."""
     return hashlib.sha256(str(tuple(images.shape)).encode() + tensor_bytes(images.float())).hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_bytes(value: Tensor) -> Any:

@@ -37,7 +37,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def digest(path: Path) -> str:
+def digest_file(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -65,7 +65,7 @@ def learn(run: Run, images: Tensor, labels: Tensor | Labels | None) -> Learned:
     prior, n, rows = run.prior, len(images), share(len(images))
     known = None if labels is None or prior.coupling is None else check_labels(labels, prior.coupling, n, prior.device)
     mine = known and {name: values[rows.start : rows.stop] for name, values in known.items()}
-    work = collect(lambda: (n, images.float().mean().item(), accumulate(run, encode_rows(run, images, rows), mine, rows, n)))
+    work = collect(lambda: (n, images.float().mean().item() if world() > 1 else 0.0, accumulate(run, encode_rows(run, images, rows), mine, rows, n)))
     if world() > 1 and any(size != n or not math.isclose(mean, work[0][1], rel_tol=DIFFERENT) for size, mean, _ in work):
         raise ValueError(
             f"data: the processes read different batches, of {', '.join(str(size) for size, _, _ in work)} images; give all of them the same data in "

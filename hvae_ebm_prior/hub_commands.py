@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from .hub import WEIGHTS, fetch, load_config, upload
-from .prior_config import PriorConfig
-from .typed_json import to_json
+from .prior_config import PriorConfig, settings_in_words
 
 
 def add_hub_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,11 +64,7 @@ def summary(config: PriorConfig) -> list[str]:
     shapes = config.backbone.latent_shapes
     lines = [f"{config.kind} for {config.family}, written by hvae-ebm-prior {config.library}"]
     lines.append(f"{'latents':14}{len(shapes)} layers, {sum(math.prod(shape) for shape in shapes)} dimensions")
-    for name, value in to_json(config.settings).items():
-        shown = ", ".join(f"{key} = {each}" for key, each in value.items()) if isinstance(value, dict) else value
-        lines.append(f"{name:14}{shown}")
-    for name, labels in (config.coupling.sets if config.coupling else {}).items():
-        lines.append(f"{'labels':14}{name}: {labels.size if isinstance(labels.categories, int) else ', '.join(labels.categories)}")
+    lines += [f"{name:14}{words}" for name, words in settings_in_words(config).items()]
     if config.training:
         lines.append(f"{'training':14}{config.training.iterations} iterations in {config.training.seconds:.0f} s")
     return lines + [f"{each.name:14}{each.value:.4g}  {each.features}  {each.dataset}" for each in config.metrics]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .latent_prior import LatentPrior
 from .loading import load_images
 from .validation import check_images
 
@@ -52,6 +53,13 @@ def open_images(source: str, shape: tuple[int, int, int], *, size: int | None = 
     if images.shape[1:] != shape:
         raise ValueError(f"{source}: expected images {shape} (channels, height, width), as the backbone draws, got {tuple(images.shape[1:])}")
     return images
+
+
+@torch.no_grad()
+def image_shape(prior: LatentPrior) -> tuple[int, int, int]:
+    """Shape (C, H, W) of the images that a prior's backbone draws."""
+    channels, height, width = prior.decode(torch.zeros(1, prior.dim, device=prior.device, dtype=prior.dtype)).shape[1:]
+    return channels, height, width
 
 
 class DecodedImages(Dataset[Tensor]):

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .cache_files import INDEX, CacheIndex, InvalidCache, Shard, label_key, open_shard, read_index, same_cache, shard_path
-from .files import digest, write_json
+from .features import digest_images
+from .files import digest_file, write_json
 from .fingerprint import BackboneMismatch, check_backbone, fingerprint
 from .latent_prior import LatentPrior
 from .streams import draw_key, sample_seeds, seeded
@@ -175,7 +176,7 @@ class PosteriorCache(Dataset[Tensor]):
         dtype = dtype or prior.dtype
         rows = max(1, shard_size // (prior.dim * (draws or 2) * dtype.itemsize))
         about = {"images": images, "draws": draws, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "labels": tuple(sorted(kept))}
-        index = CacheIndex(**about, key=f"{key:x}", data=digest_of(first), fingerprint=fingerprint(prior))  # type: ignore[arg-type]
+        index = CacheIndex(**about, key=f"{key:x}", data=digest_images(first), fingerprint=fingerprint(prior))  # type: ignore[arg-type]
         if before is not None:
             index = replace(index, shards=same_cache(folder, before, index).shards)
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +189,7 @@ class PosteriorCache(Dataset[Tensor]):
                     bar.update(len(next(iter(tensors.values()))))
                 path = shard_path(folder, i)
                 write_weights(path, {name: torch.cat([tensors[name] for tensors in parts]) for name in parts[0]})
-                index = replace(index, shards=(*index.shards, Shard(len(index.span(i)), digest(path))))
+                index = replace(index, shards=(*index.shards, Shard(len(index.span(i)), digest_file(path))))
                 write_json(folder / INDEX, to_json(index))
         return cls(folder, verify=before is not None)
 
@@ -285,8 +286,3 @@ def knows_posterior(prior: LatentPrior, images: Tensor, key: int) -> bool:
             "deviations apart over the first images; return None where the layers' posteriors depend on each other"
         )
     return True
-
-
-def digest_of(images: Tensor) -> str:
-    """SHA-256 of images."""
-    return hashlib.sha256(images.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()

@@ -25,7 +25,7 @@ from .layerwise import LayerwisePrior, stacked_shapes
 from .prior import DiffusionEBMPrior
 from .schedule import DiffusionSchedule
 from .sharing import TrainingSummary
-from .typed_json import InvalidPrior, from_json, read
+from .typed_json import InvalidPrior, from_json, read, to_json
 
 # Grows when a file of this version means something else to an older one.
 SCHEMA = 1
@@ -132,6 +132,16 @@ def describe(
         raise TypeError("the energies are default networks of several sizes, or only some of them are; make all of one EnergyConfig, or all your own")
     family = type(prior.backbone).__name__
     return PriorConfig(SCHEMA, library, name, settings, configs[0], prior.coupling, backbone, family, training, tuple(metrics))
+
+
+def settings_in_words(config: PriorConfig) -> dict[str, str]:
+    """What a prior was made with, for people: its settings by name, and its label sets as "labels NAME"."""
+    found = {}
+    for name, value in to_json(config.settings).items():
+        found[name] = ", ".join(f"{key} = {each}" for key, each in value.items()) if isinstance(value, dict) else str(value)
+    for name, labels in (config.coupling.sets if config.coupling else {}).items():
+        found[f"labels {name}"] = f"{labels.size} categories" if isinstance(labels.categories, int) else ", ".join(labels.categories)
+    return found
 
 
 def read_config(values: Mapping[str, Any]) -> PriorConfig:

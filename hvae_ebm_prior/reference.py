@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .features import Extractor, Features, digest_images, extract
-from .files import write_atomically
 from .metrics import Moments, moments
+from .weights_file import write_weights
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def save_reference(reference: Reference, path: str | Path) -> None:
         raise ValueError("statistics: expected features to save and a name such as statistics.safetensors; .npz files are only read")
     about = {key: getattr(reference, key) for key in ("images", "digest", "extractor", "extractor_digest")}
     mean, covariance = reference.moments
-    tensors = {"features": reference.features.contiguous(), "mean": mean.contiguous(), "covariance": covariance.contiguous()}
-    write_atomically(path, lambda scratch: save_file(tensors, scratch, metadata={"reference": json.dumps(about)}))
+    write_weights(path, {"features": reference.features, "mean": mean, "covariance": covariance}, {"reference": json.dumps(about)})
 
 
 def load_reference(path: str | Path, extractor: Extractor) -> Reference:

@@ -14,8 +14,9 @@ from torch import nn
 from .backbone import BackboneAdapter
 from .callbacks import LOGS, open_log
 from .checkpoint import find_checkpoints
+from .contenders import build
 from .files import write_json
-from .image_data import DATA, open_images
+from .image_data import DATA, image_shape, open_images
 from .layerwise import LayerwisePrior
 from .presets import PRESETS
 from .prior import DiffusionEBMPrior
@@ -66,10 +67,8 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
         if options.preset == "layerwise":
             prior: DiffusionEBMPrior = LayerwisePrior(backbone, schedule=preset.schedule, energy=preset.energy)
         else:
-            prior = DiffusionEBMPrior(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
-    with torch.no_grad():
-        channels, height, width = prior.decode(torch.zeros(1, prior.dim, device=prior.device, dtype=prior.dtype)).shape[1:]
-    data = open_images(options.data, (channels, height, width), size=options.size, limit=options.limit)
+            prior = build(preset, backbone)
+    data = open_images(options.data, image_shape(prior), size=options.size, limit=options.limit)
     logs = [open_log(place, options.samples_every, options.out.name) for place in options.log]
     folder, about = options.out / "checkpoints", options.out / "train.json"
     command = {name: getattr(options, name) for name in GIVEN}

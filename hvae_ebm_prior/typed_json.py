@@ -1,7 +1,9 @@
 """Settings as JSON and back. What comes back may be anybody's: it is read against the types of a dataclass, and nothing else gets through.
 
-to_json(LangevinConfig(steps=5))  ->  {"steps": 5, "step_size": 0.15, ...}
-from_json(LangevinConfig, values) ->  LangevinConfig(steps=5), or InvalidPrior saying what is wrong and where
+    to_json(LangevinConfig(steps=5))  ->  {"steps": 5, "step_size": 0.15, ...}
+    from_json(LangevinConfig, values) ->  LangevinConfig(steps=5), or InvalidPrior
+
+which says what is wrong, and where.
 """
 
 import json

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file
 from test_saving import FIXTURE, SHAPES
+from two_processes import free_port
 
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.card import Card
@@ -233,9 +234,7 @@ def olah(tmp_path):
     identity = ["-c", "user.name=me", "-c", "user.email=me@localhost"]
     for arguments in (["init", "-q", "-b", "main"], ["add", "-A"], [*identity, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", *arguments], cwd=repository, check=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "olah.toml").write_text(
         f'[basic]\nhost = "127.0.0.1"\nport = {port}\nrepos-path = "{tmp_path}/repos"\nmirrors-path = ["{tmp_path}/mirror"]\n'
         f'log-path = "{tmp_path}/logs"\n[accessibility]\noffline = true\n'
