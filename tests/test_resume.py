@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from hvae_ebm_prior import Coupling, DiffusionEBMPrior, EnergyConfig, LabelSet, LangevinConfig, LayerwisePrior, TrainingConfig
 from hvae_ebm_prior.baselines import JointEBMPrior, NCPPrior
 from hvae_ebm_prior.batches import Batches
-from hvae_ebm_prior.checkpoint import COLUMNS, digest, find_checkpoints
+from hvae_ebm_prior.checkpoint import COLUMNS, find_checkpoints
+from hvae_ebm_prior.files import digest_file
 
 IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 3
@@ -342,7 +343,7 @@ def change_tensors(path, change):
     tensors = load_file(weights)
     change(tensors)
     save_file(tensors, weights)
-    change_json(path, lambda about: about.update(sha256=digest(weights)))
+    change_json(path, lambda about: about.update(sha256=digest_file(weights)))
 
 
 def flip_a_bit(path):
@@ -371,7 +372,7 @@ DAMAGE = {
     "no digest": lambda path: change_json(path, lambda about: about.update(sha256=None)),
     "no safetensors": lambda path: (
         path.with_suffix(".safetensors").write_bytes(b"x" * 3000),
-        change_json(path, lambda about: about.update(sha256=digest(path.with_suffix(".safetensors")))),
+        change_json(path, lambda about: about.update(sha256=digest_file(path.with_suffix(".safetensors")))),
     ),
     "a weight missing": lambda path: change_tensors(path, lambda tensors: tensors.pop("trainee.energies.0.readout.weight")),
     "a weight of another shape": lambda path: change_tensors(path, lambda t: t.update({"prior.energies.0.readout.bias": torch.zeros(9)})),
