@@ -55,7 +55,8 @@ def read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
                     raise InvalidPrior(f"{path.name}: {name}: expected the shape {shape}, got {tuple(part.get_shape())}")
                 if part.get_dtype() not in FLOATS:
                     raise InvalidPrior(f"{path.name}: {name}: expected floating-point numbers ({', '.join(FLOATS)}), got {part.get_dtype()}")
-            tensors = {name: file.get_tensor(name) for name in shapes}
+            # Copies: as mapped from the file they lie at any address, and sums over them differ in the last bit.
+            tensors = {name: file.get_tensor(name).clone() for name in shapes}
     except SafetensorError as error:
         raise InvalidPrior(f"{path.name}: no safetensors file, or a damaged one ({error})") from error
     for name, tensor in tensors.items():
