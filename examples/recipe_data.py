@@ -1,8 +1,9 @@
 """Images of the recipes: CIFAR-10, CelebA-HQ-256 and LSUN-Church, and generated ones for `--smoke`.
 
-Every collection is a sequence of PIL pictures, of tuples or of dicts of them; `Pictures` makes float images of all. Nothing is flipped.
+Every collection is a sequence of PIL pictures, or of dicts that hold one; `Pictures` makes float images of all. Nothing is flipped.
 """
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from hvae_ebm_prior.extras import missing
+
+CIFAR10 = "uoft-cs/cifar10"
 # A copy of CelebA-HQ at 256x256, 28,000 + 2,000 pictures. NVAE's own split is 27,000 + 3,000; bring its LMDB folder to have that.
 CELEBA_HQ = "mattymchen/celeba-hq"
 # LSUN's own validation set has 300 pictures, too few for a Fréchet distance: the last ones of its training set are held out instead.
@@ -23,7 +27,7 @@ class Pictures(Dataset[Tensor]):
     """Float images (3, size, size) in [0, 1] of a collection of pictures.
 
     Args:
-        source: PIL pictures, or tuples that begin with one, or dicts with one as "image".
+        source: PIL pictures, or rows of a data set of the package datasets, of which the first picture is taken.
         size: height and width; the shorter side is resized to it and the middle cut out.
         bits: per colour; an NVAE of 5 bits was trained on multiples of 1 / 31.
     """
@@ -39,8 +43,9 @@ class Pictures(Dataset[Tensor]):
 
     def levels(self, index: int) -> Tensor:
         """The picture as uint8 (3, size, size), of 8 bits."""
-        found = self.source[index]
-        picture = found["image"] if isinstance(found, dict) else found[0] if isinstance(found, tuple) else found
+        picture = self.source[index]
+        if isinstance(picture, dict):
+            picture = next(value for value in picture.values() if isinstance(value, Image.Image))
         picture = picture.convert("RGB")
         scale = self.size / min(picture.size)
         width, height = (max(self.size, round(scale * side)) for side in picture.size)
@@ -79,59 +84,64 @@ class Shapes(Sequence[Any]):
         return picture.filter(ImageFilter.GaussianBlur(size / 32))
 
 
-class RawLmdb(Sequence[Any]):
-    """The LMDB that NVAE's scripts/convert_tfrecord_to_lmdb.py writes: raw RGB bytes of square pictures under their numbers.
+class Lmdb(Sequence[Any]):
+    """Pictures in an LMDB.
 
     Args:
-        path: the folder that ends in .lmdb.
+        path: its folder.
+        decode: the picture of a value's bytes.
+        order: of a key, what the pictures are sorted by; None for LMDB's own order, that of the keys' bytes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, decode: Callable[[bytes], Image.Image], order: Callable[[bytes], Any] | None = None) -> None:
         try:
             import lmdb
         except ImportError as error:
-            raise missing("lmdb") from error
+            raise missing("this recipe's images need lmdb", "recipes") from error
+        if not path.is_dir():
+            raise FileNotFoundError(f"data: there is no folder {path}; docs/recipes.md says what it should be")
         self.file = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-        self.count: int = self.file.stat()["entries"]
+        self.decode = decode
+        with self.file.begin() as transaction:
+            self.keys = sorted(transaction.cursor().iternext(keys=True, values=False), key=order)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.keys)
 
     def __getitem__(self, index: Any) -> Any:
         with self.file.begin() as transaction:
-            pixels = np.frombuffer(transaction.get(str(index).encode()), np.uint8)
-        size = round((len(pixels) / 3) ** 0.5)
-        return Image.fromarray(pixels.reshape(size, size, 3))
+            return self.decode(transaction.get(self.keys[index]))
+
+
+def raw_picture(value: bytes) -> Image.Image:
+    """A square picture of its RGB bytes."""
+    pixels = np.frombuffer(value, np.uint8)
+    size = round((len(pixels) / 3) ** 0.5)
+    return Image.fromarray(pixels.reshape(size, size, 3))
+
+
+def encoded_picture(value: bytes) -> Image.Image:
+    """A picture of the bytes of an image file."""
+    return Image.open(io.BytesIO(value))
 
 
 def cifar10(folder: Path) -> tuple[Any, Any]:
-    """CIFAR-10's training and test set, downloaded to `folder` where they are not there yet."""
-    source = torchvision_datasets().CIFAR10
-    return source(str(folder), train=True, download=True), source(str(folder), train=False)
+    """CIFAR-10's training and test set: pictures in folders `train` and `test` of `folder`, or else a download to it."""
+    return folders_or_download(folder, CIFAR10, "test")
 
 
 def celeba_hq(folder: Path) -> tuple[Any, Any]:
     """CelebA-HQ's training and validation set: NVAE's LMDB files in `folder`, or pictures in its folders of these names, or else a download to it."""
     if (folder / "train.lmdb").exists():
-        return RawLmdb(folder / "train.lmdb"), RawLmdb(folder / "validation.lmdb")
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing("datasets") from error
-    if (folder / "train").is_dir():
-        found = datasets.load_dataset("imagefolder", data_dir=str(folder))
-    else:
-        found = datasets.load_dataset(CELEBA_HQ, cache_dir=str(folder))
-    return found["train"], found["validation"]
+        # NVAE's scripts/convert_tfrecord_to_lmdb.py writes raw pictures under their numbers.
+        training_set, held_out = (Lmdb(folder / f"{name}.lmdb", raw_picture, order=int) for name in ("train", "validation"))
+        return training_set, held_out
+    return folders_or_download(folder, CELEBA_HQ, "validation")
 
 
 def lsun_churches(folder: Path) -> tuple[Any, Any]:
     """Two parts of LSUN's church_outdoor_train_lmdb in `folder`."""
-    source = torchvision_datasets().LSUN
-    try:
-        churches = source(str(folder), classes=["church_outdoor_train"])
-    except ModuleNotFoundError as error:
-        raise missing("lmdb") from error
+    churches = Lmdb(folder / "church_outdoor_train_lmdb", encoded_picture)
     split = max(len(churches) - CHURCHES_HELD_OUT, len(churches) // 2)
     return Subset(churches, range(split)), Subset(churches, range(split, len(churches)))
 
@@ -140,15 +150,14 @@ def lsun_churches(folder: Path) -> tuple[Any, Any]:
 SOURCES: dict[str, Callable[[Path], tuple[Any, Any]]] = {"cifar10": cifar10, "celeba-hq": celeba_hq, "lsun-churches": lsun_churches}
 
 
-def torchvision_datasets() -> Any:
-    """The module torchvision.datasets."""
+def folders_or_download(folder: Path, name: str, held_out: str) -> tuple[Any, Any]:
+    """The training set and `held_out`: of pictures in folders `train` and `held_out` of `folder`, or else of `name` on the Hub, kept in `folder`."""
     try:
-        import torchvision.datasets
+        import datasets
     except ImportError as error:
-        raise missing("torchvision") from error
-    return torchvision.datasets
-
-
-def missing(package: str) -> ImportError:
-    """What to install."""
-    return ImportError(f"this recipe's images need {package}; install hvae-ebm-prior[recipes]")
+        raise missing("this recipe's images need datasets", "recipes") from error
+    if (folder / "train").is_dir():
+        found = datasets.load_dataset("imagefolder", data_dir=str(folder))
+    else:
+        found = datasets.load_dataset(name, cache_dir=str(folder))
+    return found["train"], found[held_out]

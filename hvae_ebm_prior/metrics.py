@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .extras import missing
+from .torchvision_stand_in import import_torch_fidelity
+
 # Mean (K,) and covariance (K, K), float64.
 Moments = tuple[Tensor, Tensor]
 # torch-fidelity's own: size of KID's subsets at most, and the seed that picks them and shuffles before IS splits.
@@ -119,12 +122,9 @@ def inception_score(logits: Tensor) -> dict[str, float]:
 
 def fidelity(module: str) -> Any:
     """A module of torch-fidelity."""
-    import importlib
-
     try:
-        return importlib.import_module(f"torch_fidelity.{module}")
-    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit PyTorch raises RuntimeError
-        raise ImportError(
-            "Inception features, KID, precision, recall and the Inception score need torch-fidelity, and it a torchvision that fits your PyTorch; "
-            f"install hvae-ebm-prior[evaluate] ({error})"
-        ) from error
+        return import_torch_fidelity(module)
+    except ImportError as error:
+        # Without its own dependencies: pip would bring torchvision with them, and with it another PyTorch.
+        needed = f"torch-fidelity (pip install --no-deps torch-fidelity), Pillow and tqdm ({error})"
+        raise missing(f"Inception features, KID, precision, recall and the Inception score need {needed}", "evaluate") from error

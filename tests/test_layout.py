@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import hvae_ebm_prior
 import hvae_ebm_prior.adapters
@@ -15,7 +16,7 @@ import hvae_ebm_prior.adapters
 PACKAGE = Path(hvae_ebm_prior.__file__).parent
 # Each module may import those before it; modules of one rank do not know each other.
 RANKS = [
-    ["kernels"],
+    ["kernels", "extras", "torchvision_stand_in"],
     ["schedule", "backbone", "streams", "validation", "files", "metrics", "processes", "loading", "typed_json"],
     ["energy", "langevin", "sampling", "registry", "elbo", "features", "lock", "weights_file", "sharing"],
     ["execution", "coupling", "metropolis", "latent_prior", "reference"],
@@ -88,10 +89,12 @@ def test_adapters_are_one_module_under_two_names():
 
 
 def test_the_version_has_one_place():
-    """`__version__`; what is installed says the same, and the changelog begins with it."""
+    """`__version__`; what is installed says the same, the changelog begins with it, and it is the one to cite."""
     assert importlib.metadata.version("hvae-ebm-prior") == hvae_ebm_prior.__version__
     changes = (PACKAGE.parent / "CHANGELOG.md").read_text()
     assert re.search(r"^## (\S+)", changes, flags=re.MULTILINE)[1] == hvae_ebm_prior.__version__
+    cited = yaml.safe_load((PACKAGE.parent / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (hvae_ebm_prior.__version__, "Apache-2.0")
 
 
 def test_files_stay_small():

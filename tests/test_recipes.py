@@ -1,9 +1,11 @@
 """The recipes in small: generated images, tiny backbones, two iterations, through the same code."""
 
 import argparse
+import io
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from hvae_ebm_prior.adapters import HVAE
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from recipe_backbones import TINY, official_nvae
-from recipe_data import Pictures, RawLmdb, Shapes, celeba_hq, cifar10, lsun_churches
+from recipe_data import Pictures, Shapes, celeba_hq, cifar10, lsun_churches
 from recipe_estimate import Measured, duration, extrapolate
 from recipes import RECIPES, Run, load_prior, main, settings
 
@@ -146,13 +148,10 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.delenv("NVAE_REPO", raising=False)
     with pytest.raises(ValueError, match="a clone of https://github.com/NVlabs/NVAE, got None"):
         main(["cifar10-nvae", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
-    for package in ("torchvision", "torchvision.datasets", "datasets", "lmdb"):
+    for source, package in ((cifar10, "datasets"), (lsun_churches, "lmdb"), (celeba_hq, "datasets")):
         monkeypatch.setitem(sys.modules, package, None)
-    for source, package in ((cifar10, "torchvision"), (lsun_churches, "torchvision"), (celeba_hq, "datasets")):
         with pytest.raises(ImportError, match=rf"need {package}; install hvae-ebm-prior\[recipes\]"):
             source(tmp_path)
-    with pytest.raises(ImportError, match=r"need lmdb; install hvae-ebm-prior\[recipes\]"):
-        RawLmdb(tmp_path)
 
 
 def test_checkpoint_is_asked_for(tmp_path, monkeypatch):
@@ -168,7 +167,7 @@ def test_pictures_are_cut_to_size_from_any_collection():
     from PIL import Image
 
     tall = Image.fromarray(np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[:, None, None], 40, axis=1).repeat(3, axis=2))  # 120 high, 40 wide
-    for source in ([tall], [(tall, 3)], [{"image": tall, "label": 3}]):
+    for source in ([tall], [{"label": 3, "img": tall}]):
         image = Pictures(source, 20)[0]
         assert image.shape == (3, 20, 20)
         # The middle third: rows 40 to 80 of the picture, two levels per row.
@@ -190,16 +189,79 @@ def test_generated_pictures_differ_and_repeat():
     assert images.first(10).shape == (3, 3, 32, 32)
 
 
+def write_lmdb(path, values):
+    lmdb = pytest.importorskip("lmdb", reason="lmdb is not installed")
+    with lmdb.open(str(path), map_size=10**7) as file, file.begin(write=True) as transaction:
+        for key, value in values.items():
+            transaction.put(key, value)
+
+
+def encoded(pixels, form):
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form, lossless=True)
+    return file.getvalue()
+
+
 def test_nvae_lmdb(tmp_path):
-    lmdb = pytest.importorskip("lmdb")
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
     for name in ("train", "validation"):
-        with lmdb.open(str(tmp_path / f"{name}.lmdb"), map_size=10**7) as file, file.begin(write=True) as transaction:
-            for i, picture in enumerate(pixels):
-                transaction.put(str(i).encode(), picture.tobytes())
+        write_lmdb(tmp_path / f"{name}.lmdb", {str(i).encode(): picture.tobytes() for i, picture in enumerate(pixels)})
     images = Pictures(celeba_hq(tmp_path)[1], 8)
-    assert len(images) == 3
-    assert np.array_equal(images.levels(2).permute(1, 2, 0).numpy(), pixels[2])
+    assert [np.array_equal(images.levels(i).permute(1, 2, 0).numpy(), picture) for i, picture in enumerate(pixels)] == 12 * [True]
+    assert len(images) == 12
+
+
+def test_lsun_lmdb(tmp_path):
+    """Encoded pictures under keys that are any bytes, in the order of the keys; without 20,000 of them, half are held out."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    keys = [b"\xff\x00", b"10", b"9", b"b", b"\x00"]
+    values = {key: encoded(picture, form) for key, picture, form in zip(keys, pixels, ["WEBP", "PNG", "WEBP", "PNG", "WEBP"], strict=True)}
+    write_lmdb(tmp_path / "church_outdoor_train_lmdb", values)
+    sets = [Pictures(part, 8) for part in lsun_churches(tmp_path)]
+    found = [images.levels(i).permute(1, 2, 0).numpy() for images in sets for i in range(len(images))]
+    assert np.array_equal(found, pixels[[4, 1, 2, 3, 0]])
+    assert [len(images) for images in sets] == [2, 3]
+
+
+def test_a_missing_lmdb_is_named(tmp_path):
+    pytest.importorskip("lmdb", reason="lmdb is not installed")
+    with pytest.raises(FileNotFoundError, match="there is no folder .*church_outdoor_train_lmdb"):
+        lsun_churches(tmp_path)
+
+
+@pytest.mark.parametrize(("source", "name", "held_out"), [(cifar10, "uoft-cs/cifar10", "test"), (celeba_hq, "mattymchen/celeba-hq", "validation")])
+def test_pictures_of_folders_go_before_a_download(tmp_path, monkeypatch, source, name, held_out):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return {"train": [1], held_out: [2]}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert source(tmp_path) == ([1], [2])
+    (tmp_path / "train").mkdir()
+    assert source(tmp_path) == ([1], [2])
+    assert asked == [((name,), {"cache_dir": str(tmp_path)}), (("imagefolder",), {"data_dir": str(tmp_path)})]
+
+
+def test_pictures_of_folders_and_of_the_hub_with_the_real_package(tmp_path, monkeypatch):
+    """Instead of the Hub a folder of one Parquet file per split, with the columns of the Hub's CIFAR-10."""
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    (tmp_path / "hub").mkdir()
+    for split, picture in zip(("train", "test"), pixels, strict=True):
+        (tmp_path / "folders" / split).mkdir(parents=True)
+        (tmp_path / "folders" / split / "0.png").write_bytes(encoded(picture, "PNG"))
+        rows = {"img": [{"bytes": encoded(picture, "PNG"), "path": None}], "label": [1]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "hub" / f"{split}-0.parquet")
+    monkeypatch.setattr("recipe_data.CIFAR10", str(tmp_path / "hub"))
+    for data in ("folders", "download"):
+        found = [Pictures(part, 32).levels(0).permute(1, 2, 0).numpy() for part in cifar10(tmp_path / data)]
+        assert np.array_equal(found, pixels)
 
 
 # Estimates.
