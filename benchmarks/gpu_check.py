@@ -4,7 +4,7 @@
 
 checks, and fails if one does not hold: the kernel's steps are those of its twin on the CPU, bit for bit on NVIDIA and to one unit in the last place
 on AMD, for all options; chains replayed from a CUDA graph are the eager ones. Then it prints a Markdown table: the kernel's share of the bandwidth of
-a copy of as many bytes (goal 85 %), rho (chain time over that of its bare gradients) with and without a graph, and the device.
+a copy of as many bytes, rho (chain time over that of its bare gradients) with and without a graph, and the device.
 """
 
 import dataclasses

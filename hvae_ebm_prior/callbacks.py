@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .extras import missing
 from .langevin import ChainDiverged
 from .streams import seeded
 from .validation import check_count
@@ -132,7 +133,7 @@ class TensorBoard(Logger):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("the callback TensorBoard needs tensorboard; install hvae-ebm-prior[tensorboard]") from error
+            raise missing("the callback TensorBoard needs tensorboard", "tensorboard") from error
         self.log_dir, self._open = Path(log_dir), SummaryWriter
         self._writer: Any = None
 
@@ -186,7 +187,7 @@ class Trackio(Logger):
         try:
             import trackio  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
-            raise ImportError("the callback Trackio needs trackio; install hvae-ebm-prior[trackio]") from error
+            raise missing("the callback Trackio needs trackio", "trackio") from error
         self.project, self.name, self.space_id = project, name, space_id
         self._trackio: Any = trackio
         self._run: Any = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from .extras import install_command, where
 from .prior_config import Measured, PriorConfig, settings_in_words
 
 LIBRARY = "hvae-ebm-prior"
@@ -98,7 +99,7 @@ def usage(config: PriorConfig, card: Card, repo_id: str) -> str:
     if config.coupling:
         name = next(iter(config.coupling.sets))
         lines.append(f'images = prior.sample(16, labels={{"{name}": 0}})')
-    return "\n".join(["## Use", "", f"    pip install {LIBRARY}", "", "```python", *lines, "```"])
+    return "\n".join(["## Use", "", f"Install `{LIBRARY}`{where()}:", "", f"    {install_command()}", "", "```python", *lines, "```"])
 
 
 def facts(config: PriorConfig) -> str:

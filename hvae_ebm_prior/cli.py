@@ -12,6 +12,7 @@ import torch
 from .commands import run_edit, run_interpolate, run_ood, run_sample, run_transitions
 from .demo import run_demo
 from .diagnosis import describe_layers, table
+from .extras import install_command, where
 from .files import write_json
 from .hub_commands import add_hub_commands, describe_saved, run_pull, run_push
 from .kernels import VARIABLE, choose_backend
@@ -130,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="a page in the browser: samples, labels, held layers, chains",
-        description="Serve a page to play with a prior; needs hvae-ebm-prior[demo].",
+        description=f"Serve a page to play with a prior; needs hvae-ebm-prior[demo]: {install_command('demo')}{where()}.",
     )
     add_loader(demo, "your trained DiffusionEBMPrior, or your model with --prior", seed=False)
     demo.add_argument("--prior", help=SAVED)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .control import resample
+from .extras import missing
 from .image_data import image_shape
 from .langevin import ChainDiverged
 from .layerwise import LayerwisePrior
@@ -233,7 +234,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError("the demo needs gradio; install hvae-ebm-prior[demo]") from error
+        raise missing("the demo needs gradio", "demo") from error
     return gradio
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .extras import missing
 from .latent_prior import LatentPrior
 from .loading import load_images
 from .validation import check_images
@@ -122,7 +123,7 @@ def hub_images(source: str, shape: tuple[int, int, int], size: int | None, limit
     try:
         from datasets import load_dataset  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ImportError("data sets of the Hub need the package datasets; install hvae-ebm-prior[data]") from error
+        raise missing("data sets of the Hub need the package datasets", "data") from error
     parts = source.split(":")[1:]
     if not parts[0] or len(parts) > 3:
         raise ValueError(f"data: expected hf:NAME[:SPLIT[:COLUMN]], got {source}")
@@ -142,5 +143,5 @@ def import_pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("images of folders and the Hub need Pillow; install hvae-ebm-prior[data]") from error
+        raise missing("images of folders and the Hub need Pillow", "data") from error
     return Image

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .chain import draw_conditional
 from .elbo import density_adapter, teacher_forced
+from .extras import missing
 from .prior import DiffusionEBMPrior
 from .sampling import held_states
 from .streams import Streams, draw_key, open_streams, sample_seeds, seeded
@@ -349,7 +350,7 @@ def detection(scores: Tensor, outliers: Tensor) -> list[Detection]:
     try:
         from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ImportError("detection needs scikit-learn; install hvae-ebm-prior[ood]") from error
+        raise missing("detection needs scikit-learn", "ood") from error
     if scores.ndim != 2 or outliers.ndim != 2 or scores.shape[1] != outliers.shape[1] or not len(scores) or not len(outliers):
         raise ValueError(f"scores: expected (N, L) and (M, L), got {tuple(scores.shape)} and {tuple(outliers.shape)}")
     truth = torch.cat((torch.zeros(len(scores)), torch.ones(len(outliers)))).numpy()

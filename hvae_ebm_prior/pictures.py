@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .extras import missing
 from .prior import DiffusionEBMPrior
 from .transitions import Transitions, pixel_statistics
 
@@ -18,7 +19,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("pictures need matplotlib; install hvae-ebm-prior[pictures]") from error
+        raise missing("pictures need matplotlib", "pictures") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -18,9 +18,10 @@ from hvae_ebm_prior import demo as page
 from hvae_ebm_prior.adapters import HVAE, HVAEConfig
 from hvae_ebm_prior.cli import main
 from hvae_ebm_prior.demo import Settings, build_demo, draw_both, fit_image, read_settings, tile, vary, watch
+from hvae_ebm_prior.extras import install_command, where
 
 ROOT = Path(__file__).parent.parent
-needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed; pip install 'hvae-ebm-prior[demo]'")
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason=f"gradio is not installed; {install_command('demo')}{where()}")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -3,11 +3,13 @@
 import pkgutil
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import hvae_ebm_prior
+from hvae_ebm_prior import extras
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,6 +48,23 @@ def test_links_to_headings_exist(page):
         text = (page.parent / target if target else page).read_text()
         headings = [re.sub(r"[^\w\- ]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in text.splitlines() if line.startswith("#")]
         assert anchor in headings
+
+
+def test_pages_say_how_to_install_what_there_is():
+    """Before the first release from a clone, not from an index; the page on it gives the command that the library gives."""
+    pages = [*PAGES, *(path for path in (ROOT / "examples").rglob("*") if path.suffix in {".md", ".py", ".txt"})]
+    if extras.SOURCE == ".":
+        assert [page.name for page in pages if re.search(r"pip\d? install[^\n]*hvae-ebm-prior(?!/)", page.read_text())] == []
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert f"    {extras.install_command()}\n" in page
+    assert f"`{extras.install_command('demo')}`" in page
+    assert ("clone" in page.split("## ")[0]) == (extras.where() != "")
+
+
+def test_the_table_of_extras_is_complete():
+    table = (ROOT / "docs" / "install.md").read_text().split("| extra |")[1].split("\n\n")[0]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == sorted(declared)
 
 
 @pytest.mark.parametrize("module", ["hvae_ebm_prior", "hvae_ebm_prior.adapters", "hvae_ebm_prior.baselines"])

@@ -236,6 +236,14 @@ def test_training_leaves_its_record_and_can_go_on(tmp_path):
     assert any(not torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize(("source", "said"), [(".", ", in a clone of the library's repository"), ("hvae-ebm-prior", "")])
+def test_the_card_says_how_to_install_the_library(source, said, tmp_path, monkeypatch):
+    """From a clone until the first release, which changes one word."""
+    monkeypatch.setattr("hvae_ebm_prior.extras.SOURCE", source)
+    make_prior().save_pretrained(tmp_path)
+    assert f"Install `hvae-ebm-prior`{said}:\n\n    pip install {source}\n\n```python" in (tmp_path / "README.md").read_text()
+
+
 def test_saving_again_replaces_and_never_leaves_half_a_file(tmp_path, monkeypatch):
     make_prior().save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from ..backbone import BackboneAdapter
 from ..batches import Batches
+from ..extras import missing
 from ..latent_prior import LatentPrior
 from ..streams import draw_key, open_streams
 from ..training import TrainingRecord
@@ -89,7 +90,7 @@ class GaussianMixturePrior(LatentPrior):
         try:
             from sklearn.mixture import GaussianMixture  # type: ignore[import-untyped]
         except ImportError as error:
-            raise ImportError("the Gaussian mixture needs scikit-learn; install hvae-ebm-prior[baselines]") from error
+            raise missing("the Gaussian mixture needs scikit-learn", "baselines") from error
         check_count(images, "images")
         drawn: list[Tensor] = []
         for batch, _, _ in takewhile(lambda batch: batch[2] == 0, Batches(data, min(images, 100), generator)):
