@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ HEADER = "# Versions that tests and linters depend on, written by .ci/pins.py; a
 
 
 def resolve(home: str, constraints: Path, *options: str) -> str:
-    """What all extras resolve to where there are no settings, indexes, files or caches but the public index; ValueError with uv's words if to nothing."""
+    """What all extras resolve to with the public index alone: no settings, files or caches. ValueError with uv's words if they do not."""
     command = ["uv", "pip", "compile", "pyproject.toml", "--all-extras", "-c", str(constraints), *options]
     command += ["--no-config", "--system-certs", "--quiet", "--no-annotate", "--no-header"]
     environment = {"HOME": home, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "MACOSX_DEPLOYMENT_TARGET": "14.0"}
@@ -49,15 +50,19 @@ def write(home: str) -> None:
 
 def check(home: str) -> bool:
     """Whether constraints.txt resolves everywhere; prints a line for every system and Python."""
-    good = True
-    for system, python in itertools.product(SYSTEMS, PYTHONS):
+
+    def outcome(where: tuple[str, str]) -> bool:
+        system, python = where
         try:
             resolve(home, FILE, "--python-platform", system, "--python-version", python, "--only-binary", ":all:")
-            print(f"pins: {system}, Python {python}: resolved", flush=True)
         except ValueError as error:
-            good = False
             print(f"pins: {system}, Python {python}: {error}", flush=True)
-    return good
+            return False
+        print(f"pins: {system}, Python {python}: resolved", flush=True)
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        return all(list(pool.map(outcome, itertools.product(SYSTEMS, PYTHONS))))
 
 
 def main() -> None:

@@ -1,47 +1,238 @@
-"""Make the repository's own environment and run a script in it; needs only Python 3.11 and pip.
+"""Make the repository's own environment and run a script in it; needs Python 3.11 or newer with its venv, and ensurepip or pip.
 
-`run_in_environment(__file__)` at the top of a script re-executes it with .venv's Python, after installing the package with its pinned development
-dependencies (constraints.txt) where that has not been done yet. Only the standard library is used here.
+`run_in_environment(__file__)` at the top of a script runs it again with .venv's Python, after installing what it needs (an
+extra of pyproject.toml, in the versions of constraints.txt) where that has not been done yet. Only the standard library is
+used here.
+
+PyTorch is, in this order: one that is installed already, in .venv or for the Python at work; its CPU build where there is no
+NVIDIA GPU, from PyTorch's own index if that answers; what pip finds. `--cpu` and `--cuda` ask for one of the two.
 """
 
+# Pythons that are too old must be able to read this file, to be told so.
+from __future__ import annotations
+
 import hashlib
+import json
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv"
-STAMP = ENVIRONMENT / "installed"
+PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+# What was installed; a sign that it was begun, which goes when it is done; what pip said.
+STAMP, BEGUN, LOG = (ENVIRONMENT / name for name in ("installed.json", "begun", "pip.log"))
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Gigabytes on disk: the rest of an extra, and PyTorch.
+SIZES = {"examples": 0.3, "dev": 0.8, "cpu": 0.7, "cuda": 6.0}
+# It asks for torchvision, which it does not need for what is used of it here, and which would bring another PyTorch.
+WITHOUT_DEPENDENCIES = {"examples": [], "dev": ["torch-fidelity>=0.4,<0.5"]}
+# Version, build and folder of the PyTorch that a Python has; fails if it has none.
+FIND_TORCH = """
+import importlib.metadata, importlib.util, json, pathlib, runpy
+importlib.metadata.version("torch")
+folder = pathlib.Path(importlib.util.find_spec("torch").origin).parent
+about = runpy.run_path(str(folder / "version.py"))
+print(json.dumps({"version": about["__version__"], "build": "cuda" if about["cuda"] else "cpu", "folder": str(folder.parent)}))
+"""
+ADVICE = {
+    r"No space left on device": "The disk is full, here or where temporary files go (TMPDIR says where).",
+    r"ResolutionImpossible": "These versions contradict what your pip is set up with, constraints or an index: see `{pip} config list`.",
+    r"ProxyError|Tunnel connection failed": "pip does not get through the proxy: see HTTPS_PROXY, and `{pip} config list`.",
+    r"SSLError|CERTIFICATE_VERIFY_FAILED": "A certificate was refused: name your network's own with PIP_CERT=/path/to/ca.pem.",
+    r"NewConnectionError|NameResolutionError|ConnectTimeout|Read timed out|Max retries|Network is unreachable": "pip cannot reach its package index. "
+    "Without a network nothing can be installed; behind a proxy, set HTTPS_PROXY; with an index of your own, PIP_INDEX_URL. Then run this again.",
+    r"(satisfies the requirement|matching distribution found for) torch\b": "PyTorch has no build for this machine and Python: it has for Linux with "
+    "glibc (x86-64, aarch64), macOS 14 on Apple silicon, Windows (x86-64), and Python 3.11 to 3.14.",
+}
 
 
-def run_in_environment(script: str) -> None:
-    """Return inside .venv; elsewhere, make .venv, run `script` there with the same arguments, and exit with its exit code."""
+class SetupError(Exception):
+    """What is in the way, and what to do."""
+
+
+def run_in_environment(script: str, extra: str = "examples") -> None:
+    """Return inside .venv; elsewhere run `script` there with the same arguments, and exit with its exit code.
+
+    Args:
+        script: path of the script.
+        extra: what it needs: "examples", or "dev", which has all of that as well.
+    """
+    build = next((argument[2:] for argument in sys.argv if argument in ("--cpu", "--cuda")), None)
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in ("--cpu", "--cuda")]
     if Path(sys.prefix).resolve() == ENVIRONMENT.resolve():
         return
-    python = str(ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    inputs = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "hvae_ebm_prior/__init__.py"))
-    # An environment does not survive a move, so folder and interpreter are part of the stamp; the version is, as the installation keeps a copy.
-    wanted = hashlib.sha256(inputs + str(ROOT).encode() + sys.version.encode()).hexdigest()
-    if not STAMP.exists() or STAMP.read_text() != wanted:
-        print(f"Making {ENVIRONMENT} (about a minute, 1 GB) ...", flush=True)
-        STAMP.unlink(missing_ok=True)
-        # Without its own pip the environment needs no ensurepip, which some systems package apart from Python.
-        clear = [] if runs_this_python(python) else ["--clear"]
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *clear, str(ENVIRONMENT)], check=True)
-        pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--quiet"]
-        subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]"], check=True, cwd=ROOT)
-        # Without its dependencies: those it needs here are there already, and torchvision, which it imports but does not use for what we ask of it,
-        # has no build on PyPI that goes with the CPU build of PyTorch. Tests stand in for it.
-        subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "--no-deps", "torch-fidelity"], check=True, cwd=ROOT)
-        STAMP.write_text(wanted)
-    raise SystemExit(subprocess.run([python, script, *sys.argv[1:]], check=False).returncode)
-
-
-def runs_this_python(python: str) -> bool:
-    """Whether an environment's interpreter exists, runs and is of this version."""
     try:
-        told = subprocess.run([python, "-c", "import sys; print(sys.version)"], check=False, capture_output=True, text=True)
+        check_machine(build)
+        stamp = read_stamp()
+        if not (stamp.get("inputs") == digest_inputs() and extra in stamp["extras"] and build in (None, stamp["build"]) and version_of(PYTHON)):
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                raise SystemExit(sys.modules["__main__"].__doc__)
+            make(extra, build)
+        raise SystemExit(subprocess.run([str(PYTHON), script, *sys.argv[1:]], check=False, env=clean_environment()).returncode)
+    except SetupError as error:
+        raise SystemExit(f"\n{error}") from None
+    except OSError as error:
+        raise SystemExit(f"\n{error}\nThis needs a folder that can be written to: copy {ROOT} to one of yours, and run it there.") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def check_machine(build: str | None) -> None:
+    """Raise SetupError where nothing can be installed, whatever is tried."""
+    system, machine = platform.system(), platform.machine()
+    if sys.version_info < (3, 11):  # noqa: UP036
+        newer = [name for name in ("python3.14", "python3.13", "python3.12", "python3.11") if shutil.which(name)]
+        advice = f"run this with {newer[0]}, which is here too" if newer else "get one from python.org or your system's packages"
+        raise SetupError(f"This needs Python 3.11 or newer, and {sys.executable} is {platform.python_version()}: {advice}.")
+    if sys.maxsize < 2**32:
+        raise SetupError(f"PyTorch needs a Python of 64 bits, and {sys.executable} has 32.")
+    if system == "Darwin" and (machine != "arm64" or int(platform.mac_ver()[0].partition(".")[0] or 0) < 14):
+        raise SetupError(f"PyTorch is built for macOS 14 or newer on Apple silicon, and this is macOS {platform.mac_ver()[0]} on {machine}.")
+    if build == "cuda" and system != "Linux":
+        raise SetupError("--cuda is for Linux. Elsewhere install PyTorch as pytorch.org says and run this again: it takes the one it finds.")
+
+
+def make(extra: str, build: str | None) -> None:
+    """Make .venv, or add to it.
+
+    Args:
+        extra: what to install.
+        build: of PyTorch, "cpu" or "cuda"; None for what is there, or suits the machine.
+
+    Raises:
+        SetupError: it cannot be done.
+    """
+    stamp = read_stamp()
+    build = build or stamp.get("build")
+    keep = version_of(PYTHON) == sys.version and not BEGUN.exists() and stamp.get("build", build) == build
+    extra = "dev" if keep and "dev" in stamp.get("extras", ()) else extra
+    torch = (find_torch(PYTHON, build) if keep else None) or find_torch(Path(sys.executable), build)
+    build = torch["build"] if torch else build or ("cuda" if platform.system() == "Linux" and has_nvidia_gpu() else "cpu")
+    size = SIZES[extra] + (0 if torch else SIZES[build])
+    print(
+        f"{'Adding to' if keep else 'Making'} {ENVIRONMENT}: about {size:.1f} GB on disk, once. PyTorch: "
+        + (f"{torch['version']}, which is installed already." if torch else f"its {build.upper()} build (--cpu and --cuda choose)."),
+        flush=True,
+    )
+    pip = make_environment(keep)
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = re.search("(?m)^torch==([^ ;]+)", pins)[1]
+    if torch:
+        lend(torch["folder"])
+        if torch["version"].partition("+")[0] != pinned:  # another one wants another Triton
+            pins = re.sub("(?m)^(torch|triton)==.*", "", pins) + f"torch=={torch['version']}\n"
+    (ENVIRONMENT / "constraints.txt").write_text(pins, encoding="utf-8")
+    install = [*pip, "--disable-pip-version-check", "install"]
+    if build == "cpu" and not torch and platform.system() == "Linux":
+        install_cpu_torch(install, f"torch=={pinned}")
+    run_pip([*install, "-c", str(ENVIRONMENT / "constraints.txt"), "-e", f"{ROOT}[{extra}]"])
+    if WITHOUT_DEPENDENCIES[extra]:
+        run_pip([*install, "--no-deps", *WITHOUT_DEPENDENCIES[extra]])
+    STAMP.write_text(json.dumps({"inputs": digest_inputs(), "extras": sorted({"examples", extra}), "build": build}), encoding="utf-8")
+    BEGUN.unlink()
+
+
+def make_environment(keep: bool) -> list[str]:
+    """Make the environment, unless it is kept, and return the command of a pip that installs there; SetupError if either cannot be had."""
+    if ENVIRONMENT.is_symlink() or (ENVIRONMENT.exists() and not ENVIRONMENT.is_dir()):
+        raise SetupError(f"{ENVIRONMENT} is not a folder; remove it, and run this again.")
+    ENVIRONMENT.mkdir(exist_ok=True)
+    if not keep:
+        if version_of(PYTHON) and not (STAMP.exists() or BEGUN.exists()):
+            raise SetupError(
+                f"{ENVIRONMENT} is an environment of another Python ({version_of(PYTHON).split()[0]}; this is {platform.python_version()}) that was "
+                f"not made by this command. Remove it, or run the script with it: {PYTHON} {sys.argv[0]}"
+            )
+        # Systems that package ensurepip apart from Python can do without: pip is then the one of the Python at work.
+        for options in (["--clear"], ["--clear", "--without-pip"]):
+            done = subprocess.run([sys.executable, "-m", "venv", *options, str(ENVIRONMENT)], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                break
+        else:
+            raise SetupError(
+                f"{(done.stdout + done.stderr).strip()}\n{sys.executable} could not make an environment. If a part of Python is missing, "
+                "install it: on Debian and Ubuntu, sudo apt install python3-venv python3-pip"
+            )
+    BEGUN.touch()
+    for pip in ([str(PYTHON), "-m", "pip"], [sys.executable, "-m", "pip", "--python", str(PYTHON)]):
+        if subprocess.run([*pip, "--version"], capture_output=True, check=False, env=clean_environment()).returncode == 0:
+            return pip
+    raise SetupError(
+        f"{sys.executable} has neither ensurepip nor a pip of version 22.3 or newer. Install one and run this again: on Debian and Ubuntu, "
+        f"sudo apt install python3-venv; with conda, conda install pip; elsewhere, {sys.executable} -m ensurepip"
+    )
+
+
+def install_cpu_torch(install: list[str], torch: str) -> None:
+    """Install PyTorch's CPU build from its own index, if that answers: on Linux the public index has builds for CUDA alone."""
+    command = [*install, "--no-deps", "--retries", "1", "--timeout", "15", "--index-url", CPU_INDEX, torch]
+    if subprocess.run(command, check=False, env=clean_environment()).returncode:
+        print(
+            f"PyTorch's own index ({CPU_INDEX}) does not answer. Taking what pip finds elsewhere, which may be the CUDA build: about "
+            f"{SIZES['cuda']:.0f} GB. To have another one, press Ctrl-C, install it for {sys.executable}, and run this again.",
+            flush=True,
+        )
+
+
+def run_pip(command: list[str]) -> None:
+    """Run pip in sight of the user; SetupError gives a line of advice on what it said."""
+    LOG.unlink(missing_ok=True)
+    if subprocess.run([*command, "--log", str(LOG)], check=False, env=clean_environment()).returncode:
+        said = LOG.read_text(encoding="utf-8", errors="replace") if LOG.exists() else ""
+        advice = next((advice for pattern, advice in ADVICE.items() if re.search(pattern, said)), "What pip says above is the cause.")
+        raise SetupError(f"pip could not install what this needs. {advice.format(pip=f'{sys.executable} -m pip')}\nAll that it said is in {LOG}")
+
+
+def find_torch(python: Path, build: str | None) -> dict | None:
+    """Version, build and folder of a PyTorch 2.6 or newer that an interpreter has, of the given build if any."""
+    try:
+        found = json.loads(subprocess.run([str(python), "-c", FIND_TORCH], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    if tuple(map(int, found["version"].split(".")[:2])) < (2, 6) or build not in (None, found["build"]):
+        return None
+    return found
+
+
+def lend(folder: str) -> None:
+    """Let the environment see a folder of packages, after its own."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = Path(subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+    if own.resolve() != Path(folder).resolve():
+        (own / "torch_found_elsewhere.pth").write_text(folder + "\n", encoding="utf-8")
+
+
+def version_of(python: Path) -> str:
+    """What an interpreter says of its version; empty if it does not run."""
+    try:
+        return subprocess.run([str(python), "-c", "import sys; print(sys.version)"], check=False, capture_output=True, text=True).stdout.strip()
     except OSError:
-        return False
-    return told.stdout.strip() == sys.version.strip()
+        return ""
+
+
+def has_nvidia_gpu() -> bool:
+    return any(map(os.path.exists, ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi"))) or shutil.which("nvidia-smi") is not None
+
+
+def read_stamp() -> dict:
+    try:
+        return json.loads(STAMP.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def digest_inputs() -> str:
+    """What an environment depends on; also its folder, as it does not survive a move, and the version, of which the installation keeps a copy."""
+    inputs = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "hvae_ebm_prior/__init__.py"))
+    return hashlib.sha256(inputs + f"{ROOT} {sys.version}".encode()).hexdigest()
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment variables, without those that would mix other packages into .venv or install elsewhere."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX")}
+    return {**kept, "PIP_USER": "0"}

@@ -1,4 +1,7 @@
-"""Make the environment and run all tests: python3 tests/run.py [pytest arguments]."""
+"""Make the environment and run all tests: python3 tests/run.py [--cpu | --cuda] [pytest arguments].
+
+`--cpu` and `--cuda` choose the build of PyTorch that is installed where there is none.
+"""
 
 import os
 import sys
@@ -9,9 +12,11 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from bootstrap import run_in_environment  # noqa: E402
 
-run_in_environment(__file__)
+run_in_environment(__file__, "dev")
 
 import pytest  # noqa: E402
 
 os.chdir(ROOT)
+# Plugins of a Python whose PyTorch is used are none of ours.
+os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 raise SystemExit(pytest.main(sys.argv[1:]))
