@@ -13,7 +13,7 @@ from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))
-LIMITS_MB = {"fashion_mnist.npz": 6, "hvae.safetensors": 5, "classifier.safetensors": 2}
+LIMITS_MB = {"fashion_mnist.npz": 6, "hvae.safetensors": 5, "classifier.safetensors": 2, "prior/model.safetensors": 4}
 
 
 @pytest.mark.parametrize("name", LIMITS_MB)
@@ -29,9 +29,30 @@ def test_main_job(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["name"].split(",")[0]: row for row in results["rows"]}
     assert "closure" in done.stdout
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("samples.png", "training.png", "prior/model.safetensors"))
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("first.png", "samples.png", "training.png", "prior/model.safetensors"))
     # Three steps leave ours about where the Gaussian prior is; 300 images say no more than that.
     assert 0.5 < rows["ours"]["distance"] / rows["Gaussian"]["distance"] < 2
+
+
+def test_the_prior_that_comes_with_the_repository(capsys, tmp_path):
+    """It closes most of the hole, by the file alone; the command line samples it."""
+    from classifier import load_classifier
+    from fashion_mnist import load_subset
+    from quickstart import load_backbone
+
+    from hvae_ebm_prior import DiffusionEBMPrior
+    from hvae_ebm_prior.cli import main
+
+    prior, features = DiffusionEBMPrior.from_pretrained(EXAMPLES / "data" / "prior", backbone=load_backbone()), load_classifier().features
+    target = in_chunks(features, load_subset("train")[0])
+    noise = torch.randn(500, prior.dim, generator=torch.Generator().manual_seed(0))
+    gaussian = frechet_distance(in_chunks(features, in_chunks(prior.decode, noise)), target)
+    ours = frechet_distance(in_chunks(features, prior.sample(500, generator=torch.Generator().manual_seed(1))), target)
+    assert ours < 0.5 * gaussian
+    data = EXAMPLES / "data"
+    loader = ["hvae_ebm_prior.adapters:HVAE.load", str(data / "hvae.safetensors"), "--prior", str(data / "prior")]
+    assert main(["sample", *loader, "--count", "4", "--out", str(tmp_path / "sample.png")]) == 0
+    assert json.loads((tmp_path / "sample.json").read_text())["samples"] == 4
 
 
 def test_the_hole_is_in_the_prior_not_in_a_weak_vae():
