@@ -34,10 +34,10 @@ WITHOUT_DEPENDENCIES = {"examples": [], "dev": ["torch-fidelity>=0.4,<0.5"]}
 # Version, build and folder of the PyTorch that a Python has; fails if it has none.
 FIND_TORCH = """
 import importlib.metadata, importlib.util, json, pathlib, runpy
-importlib.metadata.version("torch")
+version = importlib.metadata.version("torch")
 folder = pathlib.Path(importlib.util.find_spec("torch").origin).parent
 about = runpy.run_path(str(folder / "version.py"))
-print(json.dumps({"version": about["__version__"], "build": "cuda" if about["cuda"] else "cpu", "folder": str(folder.parent)}))
+print(json.dumps({"version": version, "build": "cuda" if about["cuda"] else "cpu", "folder": str(folder.parent)}))
 """
 ADVICE = {
     r"No space left on device": "The disk is full, here or where temporary files go (TMPDIR says where).",

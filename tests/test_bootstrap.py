@@ -1,6 +1,7 @@
 """The environment that the two commands make: what they take, what they say where it cannot be had, and that a broken one is made anew."""
 
 import ast
+import importlib.metadata
 import platform
 import shutil
 import sys
@@ -46,7 +47,7 @@ def test_an_environment_takes_the_torch_that_is_there_and_is_repaired(checkout, 
     assert run("--cpu", "7") == 0
     prefix, found, argument = (bootstrap.ROOT / "ran").read_text().rsplit(" ", 2)
     assert (Path(prefix), Path(found), argument.strip()) == (bootstrap.ENVIRONMENT, Path(torch.__file__), "7")
-    assert f"{torch.__version__}, which is installed already" in capsys.readouterr().out
+    assert f"{importlib.metadata.version('torch')}, which is installed already" in capsys.readouterr().out
     (installed,) = checkout
     assert installed[-1] == f"{bootstrap.ROOT}[examples]"
     # Once only; then what is missing, keeping what is there.
@@ -128,6 +129,6 @@ def test_only_a_torch_that_fits_is_taken():
     build = "cuda" if torch.version.cuda else "cpu"
     python = Path(sys.executable)
     assert bootstrap.find_torch(python, build) == bootstrap.find_torch(python, None)
-    assert bootstrap.find_torch(python, None)["version"] == torch.__version__
+    assert bootstrap.find_torch(python, None)["version"] == importlib.metadata.version("torch")
     assert bootstrap.find_torch(python, "cpu" if build == "cuda" else "cuda") is None
     assert bootstrap.find_torch(Path("no/python"), None) is None
