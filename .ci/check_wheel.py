@@ -1,4 +1,6 @@
-"""Fail unless a wheel holds our two packages, with their type markers, and the licence, and nothing else: python .ci/check_wheel.py file.whl"""
+"""Fail unless a wheel holds our two packages, with their type markers, and the licence, and nothing else: python
+.ci/check_wheel.py file.whl
+"""
 
 import re
 import sys

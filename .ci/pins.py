@@ -20,7 +20,18 @@ FILE = ROOT / "constraints.txt"
 # Chosen by hand. Triton follows, as the one that this release of PyTorch asks for.
 TORCH = "torch==2.13.0"
 # Numbers, pictures, pages and complaints come from these.
-NUMBERS = {"torch", "triton", "numpy", "scipy", "scikit-learn", "einops", "safetensors", "huggingface-hub", "pillow", "matplotlib"}
+NUMBERS = {
+    "torch",
+    "triton",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "einops",
+    "safetensors",
+    "huggingface-hub",
+    "pillow",
+    "matplotlib",
+}
 TOOLS = {"pytest", "hypothesis", "ruff", "mypy", "pydoclint", "sphinx", "furo", "myst-parser"}
 # The first patch release of each Python, and every system that PyTorch has files for.
 PYTHONS = ("3.11.0", "3.12.0", "3.13.0", "3.14.0")
@@ -29,10 +40,16 @@ HEADER = "# Versions that tests and linters depend on, written by .ci/pins.py; a
 
 
 def resolve(home: str, constraints: Path, *options: str) -> str:
-    """What all extras resolve to with the public index alone: no settings, files or caches. ValueError with uv's words if they do not."""
+    """What all extras resolve to with the public index alone: no settings, files or caches. ValueError with uv's words
+    if they do not.
+    """
     command = ["uv", "pip", "compile", "pyproject.toml", "--all-extras", "-c", str(constraints), *options]
     command += ["--no-config", "--system-certs", "--quiet", "--no-annotate", "--no-header"]
-    environment = {"HOME": home, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "MACOSX_DEPLOYMENT_TARGET": "14.0"}
+    environment = {
+        "HOME": home,
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "MACOSX_DEPLOYMENT_TARGET": "14.0",
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(done.stderr.strip())

@@ -4,14 +4,16 @@
 
 prints a Markdown table and writes benchmarks/chain.json. In every round, in rotating order, run
 
-- the bare gradients: K times the gradient of F through the frozen backbone, with the energies' weights fixed: the floor;
+- the bare gradients: K times the gradient of F through the frozen backbone, with the energies' weights fixed: the
+  floor;
 - ours: a chain of K steps as training and sampling run it, through the public settings;
-- published: the same chain as the published code has it, restated here in plain PyTorch: one tensor per layer, the Gaussian terms by autograd in a
+- published: the same chain as the published code has it, restated here in plain PyTorch: one tensor per layer, the
+  Gaussian terms by autograd in a
   second backward pass, step sizes read back as Python numbers, live spectral normalisation, the backbone as it is, and its decoder run to the image.
 
-rho is ours over the bare gradients, gain is published over ours: medians and quartiles of the ratio within each round. Launches are PyTorch's
-operations per step that compute something (views are not counted), exactly. If torchebm is installed, the time of one update alone is compared with
-its sampler's.
+rho is ours over the bare gradients, gain is published over ours: medians and quartiles of the ratio within each round.
+Launches are PyTorch's operations per step that compute something (views are not counted), exactly. If torchebm is
+installed, the time of one update alone is compared with its sampler's.
 """
 
 import argparse
@@ -38,23 +40,31 @@ from walk import build
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, NVAEAdapter, freeze
-from hvae_ebm_prior.backbone import drive
-from hvae_ebm_prior.chain import draw_conditional
-from hvae_ebm_prior.execution import walk_gradient
-from hvae_ebm_prior.kernels import langevin_update
-from hvae_ebm_prior.langevin import langevin_coefficients
-from hvae_ebm_prior.streams import open_streams
+from hvae_ebm_prior.backbone.transform import drive
+from hvae_ebm_prior.chains.execution import walk_gradient
+from hvae_ebm_prior.chains.kernels import langevin_update
+from hvae_ebm_prior.chains.langevin import langevin_coefficients
+from hvae_ebm_prior.chains.streams import open_streams
+from hvae_ebm_prior.density.conditional import draw_conditional
 
 SCHEDULE = DiffusionSchedule.ddpm(3)
 LANGEVIN = LangevinConfig(steps=10, step_size=3e-5, integrator="euler", step_rule="published", kernel_at_top=False)
 
 
-def published_chain(adapter: Any, energies: list[torch.nn.Module], u_next: list[Tensor], t: Tensor, steps: int) -> list[Tensor]:
-    """The published loop: u + s/2 grad (log p0 + log kernel) + grad f / 2 + sqrt(s) noise, s = b^2 sigma_bar_t / sigma_bar_0 sigma_{t+1}^2."""
+def published_chain(
+    adapter: Any, energies: list[torch.nn.Module], u_next: list[Tensor], t: Tensor, steps: int
+) -> list[Tensor]:
+    """The published loop: u + s/2 grad (log p0 + log kernel) + grad f / 2 + sqrt(s) noise, s = b^2 sigma_bar_t /
+    sigma_bar_0 sigma_{t+1}^2.
+    """
     u = [part.clone() for part in u_next]
     for _ in range(steps):
         size = [
-            LANGEVIN.step_size * SCHEDULE.sigma_bar[i].item() / SCHEDULE.sigma_bar[0].item() * SCHEDULE.sigma[i + 1].item() ** 2 for i in t.tolist()
+            LANGEVIN.step_size
+            * SCHEDULE.sigma_bar[i].item()
+            / SCHEDULE.sigma_bar[0].item()
+            * SCHEDULE.sigma[i + 1].item() ** 2
+            for i in t.tolist()
         ]
         s = torch.tensor(size, device=t.device)
         alpha, sigma = SCHEDULE.alpha.to(t.device)[t + 1], SCHEDULE.sigma.to(t.device)[t + 1]
@@ -71,7 +81,10 @@ def published_chain(adapter: Any, energies: list[torch.nn.Module], u_next: list[
             f = sum(network(z, t).sum() for network, z in zip(energies, latents, strict=True))
             first = torch.autograd.grad(f, u)
             quadratic = sum(
-                (-(part**2).flatten(1).sum(1) / 2 - ((alpha[:, None] * part.flatten(1) - below.flatten(1)) ** 2).sum(1) / (2 * sigma**2)).sum()
+                (
+                    -(part**2).flatten(1).sum(1) / 2
+                    - ((alpha[:, None] * part.flatten(1) - below.flatten(1)) ** 2).sum(1) / (2 * sigma**2)
+                ).sum()
                 for part, below in zip(u, u_next, strict=True)
             )
             second = torch.autograd.grad(quadratic, u)
@@ -91,7 +104,10 @@ class Count(TorchDispatchMode):
         self.calls = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = any(returned.alias_info is not None and not returned.alias_info.is_write for returned in function._schema.returns)
+        views = any(
+            returned.alias_info is not None and not returned.alias_info.is_write
+            for returned in function._schema.returns
+        )
         if not views and "detach" not in str(function):
             self.calls += 1
         return function(*args, **(kwargs or {}))
@@ -116,24 +132,36 @@ def prepare(name: str, device: torch.device) -> tuple[dict[str, Callable[[int], 
     else:
         model, adapter, n = build("NVAE").to(device).eval(), NVAEAdapter, 2
         fast = freeze(model)
-    original = DiffusionEBMPrior(adapter(model), schedule=SCHEDULE, langevin=LANGEVIN, energy=EnergyConfig(spectral_norm=True)).to(device)
-    prior = DiffusionEBMPrior(adapter(fast), schedule=SCHEDULE, langevin=LANGEVIN, energy=EnergyConfig(spectral_norm=True)).to(device)
+    original = DiffusionEBMPrior(
+        adapter(model), schedule=SCHEDULE, langevin=LANGEVIN, energy=EnergyConfig(spectral_norm=True)
+    ).to(device)
+    prior = DiffusionEBMPrior(
+        adapter(fast), schedule=SCHEDULE, langevin=LANGEVIN, energy=EnergyConfig(spectral_norm=True)
+    ).to(device)
     g = torch.Generator().manual_seed(0)
     u_next, t = torch.randn(n, prior.dim, generator=g).to(device), (torch.arange(n) % 3).to(device)
     parts, energies = list(prior.split(u_next)), list(original.energies.train())
-    believe = prior.believer(t)
+    terms = prior.terms_at(t)
 
     def bare(steps: int) -> None:
         with parametrize.cached():
             for _ in range(steps):
-                walk_gradient(lambda u, t: believe(prior.transform.to_latents(u), t)[0].sum(), u_next, t)
+                walk_gradient(lambda u, t: terms(prior.transform.to_latents(u), t)[0].sum(), u_next, t)
 
     def ours(steps: int) -> None:
         draw_conditional(
-            prior, u_next, t, open_streams(0, range(n), device, torch.float32), langevin=dataclasses.replace(prior.langevin, steps=steps)
+            prior,
+            u_next,
+            t,
+            open_streams(0, range(n), device, torch.float32),
+            langevin=dataclasses.replace(prior.langevin, steps=steps),
         )
 
-    return {"bare": bare, "ours": ours, "published": lambda steps: published_chain(original.backbone, energies, parts, t, steps)}, n
+    return {
+        "bare": bare,
+        "ours": ours,
+        "published": lambda steps: published_chain(original.backbone, energies, parts, t, steps),
+    }, n
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
@@ -202,7 +230,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    report: dict[str, Any] = {"torch": torch.__version__, "device": str(device), "threads": args.threads, "steps": LANGEVIN.steps}
+    report: dict[str, Any] = {
+        "torch": torch.__version__,
+        "device": str(device),
+        "threads": args.threads,
+        "steps": LANGEVIN.steps,
+    }
     print("| model | rho | gain | launches per step, ours | published |\n|---|---|---|---|---|")
     for name in args.models:
         chains, n = prepare(name, device)
@@ -211,8 +244,17 @@ def main() -> None:
         rounds = compare({way: partial(chain, steps) for way, chain in chains.items()}, args.rounds, device)
         rho = [result["ours"] / result["bare"] for result in rounds]
         gain = [result["published"] / result["ours"] for result in rounds]
-        report[name] = {"samples": n, "launches": launches, "rounds": rounds, "rho": statistics.median(rho), "gain": statistics.median(gain)}
-        print(f"| {name}, N = {n} | {quartiles(rho)} | {quartiles(gain)} | {launches['ours']:,} | {launches['published']:,} |", flush=True)
+        report[name] = {
+            "samples": n,
+            "launches": launches,
+            "rounds": rounds,
+            "rho": statistics.median(rho),
+            "gain": statistics.median(gain),
+        }
+        print(
+            f"| {name}, N = {n} | {quartiles(rho)} | {quartiles(gain)} | {launches['ours']:,} | {launches['published']:,} |",
+            flush=True,
+        )
     update = updates(args.rounds, device)
     if update is not None:
         report["update"] = update

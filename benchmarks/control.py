@@ -3,8 +3,9 @@
     python3 examples/conditional.py --seed 0 --out examples/output/0      # likewise 1 and 2
     .venv/bin/python benchmarks/control.py examples/output/*/conditional.safetensors
 
-prints a Markdown table, mean and range over the priors, and writes benchmarks/control.json. Accuracy is the share of samples that the example's
-classifier, which knows nothing of the prior, takes for what was asked for; "relative" is over its accuracy on reconstructions of test images.
+prints a Markdown table, mean and range over the priors, and writes benchmarks/control.json. Accuracy is the share of
+samples that the example's classifier, which knows nothing of the prior, takes for what was asked for; "relative" is
+over its accuracy on reconstructions of test images.
 """
 
 import argparse
@@ -42,9 +43,14 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
 
     reconstructions = in_chunks(lambda x: prior.decode(prior.encode(x, generator=g)), test)
     bound = (predict(reconstructions) == labels).float().mean().item()
-    gaussian, best = distance(in_chunks(prior.decode, torch.randn(n, prior.dim, generator=g))), distance(reconstructions)
+    gaussian, best = (
+        distance(in_chunks(prior.decode, torch.randn(n, prior.dim, generator=g))),
+        distance(reconstructions),
+    )
     figures["classifier's accuracy on reconstructions"] = bound
-    figures["accuracy of `classify` on test images"] = (prior.classify(test, generator=g)["class"].argmax(1) == labels).float().mean().item()
+    figures["accuracy of `classify` on test images"] = (
+        (prior.classify(test, generator=g)["class"].argmax(1) == labels).float().mean().item()
+    )
 
     free = prior.sample_noise(n, generator=g)
     images = in_chunks(prior.decode, free)
@@ -66,7 +72,9 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
     )
     shoes = Label("class", "sandal") | Label("class", "sneaker") | Label("class", "ankle boot")
     figures["unconditional: share of footwear"] = share(images, FOOTWEAR)
-    figures["NOT footwear: share of footwear"] = share(prior.sample(few, labels=NOT(shoes), guidance=4, generator=g), FOOTWEAR)
+    figures["NOT footwear: share of footwear"] = share(
+        prior.sample(few, labels=NOT(shoes), guidance=4, generator=g), FOOTWEAR
+    )
 
     labelled = prior.sample_noise(few, labels={"class": wanted[:few]}, guidance=4, generator=g)
     before = predict(in_chunks(prior.decode, labelled))
@@ -90,20 +98,27 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
     denoised = prior.posterior_sample(told, few, langevin=INPAINTING, generator=g)
     figures["denoising: squared error of noisy images (std .3)"] = (noisy - test[:few]).square().mean().item()
     figures["denoising: squared error of posterior samples"] = (denoised - test[:few]).square().mean().item()
-    figures["inpainting: ratio"] = figures["inpainting: squared error of the hidden half"] / figures["inpainting: the same of unconditional samples"]
+    figures["inpainting: ratio"] = (
+        figures["inpainting: squared error of the hidden half"]
+        / figures["inpainting: the same of unconditional samples"]
+    )
     return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("priors", nargs="+", type=Path, help="state dicts written by examples/conditional.py, one per seed")
+    parser.add_argument(
+        "priors", nargs="+", type=Path, help="state dicts written by examples/conditional.py, one per seed"
+    )
     parser.add_argument("--samples", type=int, default=1000)
     args = parser.parse_args()
     found = []
     for seed, path in enumerate(args.priors):
         found.append(measure(load_prior(path), args.samples, seed))
         print(path, json.dumps(found[-1], indent=1), file=sys.stderr, flush=True)
-    RESULTS.write_text(json.dumps({"samples": args.samples, "torch": torch.__version__, "priors": found}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"samples": args.samples, "torch": torch.__version__, "priors": found}, indent=1) + "\n"
+    )
     print("| | mean (range) |\n|---|---|")
     for name in found[0]:
         values = [figures[name] for figures in found]

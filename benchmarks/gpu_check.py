@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_check.py
 
-checks, and fails if one does not hold: the kernel's steps are those of its twin on the CPU, bit for bit on NVIDIA and to one unit in the last place
-on AMD, for all options; chains replayed from a CUDA graph are the eager ones. Then it prints a Markdown table: the kernel's share of the bandwidth of
-a copy of as many bytes, rho (chain time over that of its bare gradients) with and without a graph, and the device.
+checks, and fails if one does not hold: the kernel's steps are those of its twin on the CPU, bit for bit on NVIDIA and
+to one unit in the last place on AMD, for all options; chains replayed from a CUDA graph are the eager ones. Then it
+prints a Markdown table: the kernel's share of the bandwidth of a copy of as many bytes, rho (chain time over that of
+its bare gradients) with and without a graph, and the device.
 """
 
 import dataclasses
@@ -22,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from quickstart import make_prior
 
 from hvae_ebm_prior import ExecutionConfig
-from hvae_ebm_prior.chain import draw_conditional
-from hvae_ebm_prior.execution import walk_gradient
-from hvae_ebm_prior.kernels import langevin_update
-from hvae_ebm_prior.streams import open_streams
+from hvae_ebm_prior.chains.execution import walk_gradient
+from hvae_ebm_prior.chains.kernels import langevin_update
+from hvae_ebm_prior.chains.streams import open_streams
+from hvae_ebm_prior.density.conditional import draw_conditional
 
 
 def milliseconds(function: Callable[[], object], rounds: int = 30) -> float:
@@ -53,16 +54,26 @@ def check_bits(device: torch.device) -> int:
     cases = 0
     tolerance = 2e-7 if torch.version.hip else 0.0
     shapes = [(1, 1), (3, 3), (2, 1023), (5, 4096), (1, 4_500_000)]
-    for (n, dim), dtype, previous in itertools.product(shapes, (torch.float32, torch.bfloat16, torch.float16), (False, True)):
+    for (n, dim), dtype, previous in itertools.product(
+        shapes, (torch.float32, torch.bfloat16, torch.float16), (False, True)
+    ):
         tensors, held = inputs(n, dim, dtype), torch.arange(dim) % 5 == 0
         for extra in ({}, {"held": held, "guard": True}):
-            settings = {"key": torch.tensor([123456789, 7]), "step": torch.tensor([3]), "stream": 1, "previous": previous, **extra}
+            settings = {
+                "key": torch.tensor([123456789, 7]),
+                "step": torch.tensor([3]),
+                "stream": 1,
+                "previous": previous,
+                **extra,
+            }
             there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in settings.items()}
             expected = langevin_update(*tensors, **settings, backend="naive")
             actual = langevin_update(*(x.to(device) for x in tensors), **there, backend="triton").cpu()
             error = ((actual - expected).abs() / expected.abs().clamp(min=1)).max().item()
             if not error <= tolerance:
-                raise SystemExit(f"the kernel differs from its twin by {error:.1e} for {(n, dim)}, {dtype}, previous={previous}, {list(extra)}")
+                raise SystemExit(
+                    f"the kernel differs from its twin by {error:.1e} for {(n, dim)}, {dtype}, previous={previous}, {list(extra)}"
+                )
             cases += 1
     return cases
 
@@ -71,8 +82,12 @@ def bandwidth_share(device: torch.device) -> float:
     """The kernel's bytes per second over those of a copy, at 64 x 2^18 elements."""
     u, u_next, gradient, coefficients = (x.to(device) for x in inputs(64, 2**18, torch.float32))
     key, step = torch.tensor([1, 0], device=device), torch.tensor([0], device=device)
-    update = milliseconds(lambda: langevin_update(u, u_next, gradient, coefficients, key=key, step=step, backend="triton"))
-    big = torch.empty(2 * u.numel(), device=device)  # a copy reads and writes: as many bytes as three inputs and one output
+    update = milliseconds(
+        lambda: langevin_update(u, u_next, gradient, coefficients, key=key, step=step, backend="triton")
+    )
+    big = torch.empty(
+        2 * u.numel(), device=device
+    )  # a copy reads and writes: as many bytes as three inputs and one output
     copy = milliseconds(lambda: big.clone())
     return copy / update
 
@@ -87,7 +102,7 @@ def chains(device: torch.device) -> tuple[float, float]:
     n = 64
     u_next, t = torch.randn(n, prior.dim, generator=g).to(device), (torch.arange(n) % 3).to(device)
     prior.langevin = dataclasses.replace(prior.langevin, top_steps=1, steps=20)
-    believe = prior.believer(t)
+    terms = prior.terms_at(t)
 
     def run(graph: bool) -> Tensor:
         prior.execution = ExecutionConfig(graph=graph)
@@ -96,7 +111,10 @@ def chains(device: torch.device) -> tuple[float, float]:
     if not torch.equal(run(False), run(True)):
         raise SystemExit("a chain from a graph differs from the eager one")
     bare = milliseconds(
-        lambda: [walk_gradient(lambda u, t: believe(prior.transform.to_latents(u), t)[0].sum(), u_next, t) for _ in range(20)], rounds=10
+        lambda: [
+            walk_gradient(lambda u, t: terms(prior.transform.to_latents(u), t)[0].sum(), u_next, t) for _ in range(20)
+        ],
+        rounds=10,
     )
     return milliseconds(lambda: run(False), rounds=10) / bare, milliseconds(lambda: run(True), rounds=10) / bare
 
@@ -108,9 +126,13 @@ def main() -> None:
     torch.backends.cudnn.deterministic = True
     cases = check_bits(device)
     eager, graph = chains(device)
-    print("| device | torch | kernel = twin | share of copy bandwidth | rho, eager | rho, graph |\n|---|---|---|---|---|---|")
+    print(
+        "| device | torch | kernel = twin | share of copy bandwidth | rho, eager | rho, graph |\n|---|---|---|---|---|---|"
+    )
     name = torch.cuda.get_device_name()
-    print(f"| {name} | {torch.__version__} | {cases} cases | {bandwidth_share(device):.0%} | {eager:.2f} | {graph:.2f} |")
+    print(
+        f"| {name} | {torch.__version__} | {cases} cases | {bandwidth_share(device):.0%} | {eager:.2f} | {graph:.2f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/hole.py [--prior examples/output/prior/model.safetensors]
 
-prints Markdown tables of Fréchet distances, mean and range over seeds. In the first, the noise of some layers comes from the posterior, the rest
-from N(0, I): a layer whose replacement costs much is where the prior has most to learn. In the second, posterior noise is diffused to a
-signal-to-noise ratio and drawn back by the Gaussian prior alone, u ~ p0(u | u_t): what is lost there is what the levels below must learn. In the
-third, for a prior that the quickstart saved, some layers are held at posterior noise and the prior draws the others: what the layers below cost.
+prints Markdown tables of Fréchet distances, mean and range over seeds. In the first, the noise of some layers comes
+from the posterior, the rest from N(0, I): a layer whose replacement costs much is where the prior has most to learn. In
+the second, posterior noise is diffused to a signal-to-noise ratio and drawn back by the Gaussian prior alone, u ~ p0(u
+| u_t): what is lost there is what the levels below must learn. In the third, for a prior that the quickstart saved,
+some layers are held at posterior noise and the prior draws the others: what the layers below cost.
 """
 
 import argparse
@@ -50,7 +51,9 @@ def main() -> None:
         for posterior, state in encoded:
             u = noise(posterior, torch.Generator().set_state(state))
             distances.append(frechet_distance(in_chunks(features, in_chunks(prior.decode, u)), target))
-        print(f"| {name} | {statistics.mean(distances):.2f} ({min(distances):.2f} to {max(distances):.2f}) |", flush=True)
+        print(
+            f"| {name} | {statistics.mean(distances):.2f} ({min(distances):.2f} to {max(distances):.2f}) |", flush=True
+        )
 
     print("| layers from the posterior | FD |\n|---|---|")
     for kept in itertools.chain.from_iterable(itertools.combinations(layers, k) for k in range(len(layers) + 1)):

@@ -2,9 +2,10 @@
 
     .venv/bin/python benchmarks/integrators.py [--gradients 2400] [--seeds 0 1 2]
 
-trains priors for the example's HVAE, as the quickstart does but for the Langevin settings below, until their chains have taken so many gradients of
-the whole walk (steps per chain times iterations), and prints a Markdown table of Fréchet distances of 1,000 samples, mean and range over seeds. A run
-that diverged is counted by the distance of its last good state. Runs that stand in benchmarks/integrators.json are not repeated.
+trains priors for the example's HVAE, as the quickstart does but for the Langevin settings below, until their chains
+have taken so many gradients of the whole walk (steps per chain times iterations), and prints a Markdown table of
+Fréchet distances of 1,000 samples, mean and range over seeds. A run that diverged is counted by the distance of its
+last good state. Runs that stand in benchmarks/integrators.json are not repeated.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from quickstart import make_prior
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
 from hvae_ebm_prior.presets import PRESETS
-from hvae_ebm_prior.training import TrainingConfig, TrainingDiverged
+from hvae_ebm_prior.training.config import TrainingConfig
+from hvae_ebm_prior.training.guard import TrainingDiverged
 
 RESULTS = Path(__file__).with_suffix(".json")
 # Changes to the quickstart's LangevinConfig.
@@ -54,7 +56,9 @@ def prepare(variant: str, seed: int, gradients: int) -> tuple[DiffusionEBMPrior,
     if variant == PUBLISHED:
         preset = PRESETS["paper-cifar10"]
         torch.manual_seed(seed)
-        prior = DiffusionEBMPrior(prior.backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
+        prior = DiffusionEBMPrior(
+            prior.backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy
+        )
         return prior, dataclasses.replace(preset.training, iterations=3 * gradients // preset.langevin.steps)
     prior.langevin = dataclasses.replace(prior.langevin, **VARIANTS[variant])
     iterations = gradients // prior.langevin.steps
@@ -82,7 +86,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gradients", type=int, default=2400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="*", default=[*VARIANTS, PUBLISHED], help="run these alone; none to print what stands in the file")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        default=[*VARIANTS, PUBLISHED],
+        help="run these alone; none to print what stands in the file",
+    )
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for seed in args.seeds:
@@ -94,12 +103,18 @@ def main() -> None:
                 print(name, results[name], file=sys.stderr, flush=True)
     print("| integrator | iterations | FD | runs | diverged |\n|---|---|---|---|---|")
     for variant in (*VARIANTS, PUBLISHED):
-        found = [results[name] for seed in args.seeds if (name := f"{variant} | {args.gradients} gradients | seed {seed}") in results]
+        found = [
+            results[name]
+            for seed in args.seeds
+            if (name := f"{variant} | {args.gradients} gradients | seed {seed}") in results
+        ]
         if not found:
             continue
         values = [result["distance"] for result in found]
         spread = f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-        print(f"| {variant} | {found[0]['iterations']} | {spread} | {len(found)} | {sum(result['diverged'] for result in found)} |")
+        print(
+            f"| {variant} | {found[0]['iterations']} | {spread} | {len(found)} | {sum(result['diverged'] for result in found)} |"
+        )
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     .venv/bin/python benchmarks/likelihood.py [examples/output/conditional.safetensors ...] [--images 48] [--steps 1 4 16 48]
 
-prints two Markdown tables for priors that examples/conditional.py saved, over the first held-out images, and writes benchmarks/likelihood.json.
-The first has the backbone's bound and what the prior adds to it: below (`lower`) and above (`optimistic`) the value with exact normalisers, mean and
-standard error over images. The second has the normaliser of every level: its forward estimate, how far the reverse one lies above it, the effective
-sample size and the acceptance. All rows of a prior share posterior draws, and those of a model the diffusion. "With a last step" is the model that
-takes the noise of level 0 away before it decodes; `prior.sample` does not. The HVAE's likelihood is a density over [0, 1] of pixels that are not
-dequantised: bits per dimension are negative, and comparable among its priors alone.
+prints two Markdown tables for priors that examples/conditional.py saved, over the first held-out images, and writes
+benchmarks/likelihood.json. The first has the backbone's bound and what the prior adds to it: below (`lower`) and above
+(`optimistic`) the value with exact normalisers, mean and standard error over images. The second has the normaliser of
+every level: its forward estimate, how far the reverse one lies above it, the effective sample size and the acceptance.
+All rows of a prior share posterior draws, and those of a model the diffusion. "With a last step" is the model that
+takes the noise of level 0 away before it decodes; `prior.sample` does not. The HVAE's likelihood is a density over [0,
+1] of pixels that are not dequantised: bits per dimension are negative, and comparable among its priors alone.
 """
 
 import argparse
@@ -59,7 +60,13 @@ def figures(bound: LikelihoodBound, images: Tensor) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("priors", type=Path, nargs="*", default=[HERE / "output" / "conditional.safetensors"], help="state dicts of trained priors")
+    parser.add_argument(
+        "priors",
+        type=Path,
+        nargs="*",
+        default=[HERE / "output" / "conditional.safetensors"],
+        help="state dicts of trained priors",
+    )
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 16, 48], help="temperatures K")
     parser.add_argument("--particles", type=int, default=4)
@@ -77,18 +84,31 @@ def main() -> None:
             annealing, start = AnnealingConfig(steps, args.particles, args.step_size), time.monotonic()
             generator = torch.Generator().manual_seed(args.seed)
             bound = log_likelihood_bound(prior, images, last_step=last_step, annealing=annealing, generator=generator)
-            row = {"name": f"{path.stem}, {model}", "images": len(images), "seed": args.seed, "seconds": time.monotonic() - start}
+            row = {
+                "name": f"{path.stem}, {model}",
+                "images": len(images),
+                "seed": args.seed,
+                "seconds": time.monotonic() - start,
+            }
             results.append({**row, **dataclasses.asdict(annealing), **figures(bound, images)})
             print(f"{row['name']}, {steps} temperatures: {row['seconds']:.0f} s", file=sys.stderr, flush=True)
     args.out.write_text(json.dumps(results, indent=1).replace("NaN", "null") + "\n")
 
-    print("| prior | temperatures | backbone's bound | gain, lower | gain, optimistic | bits/dim, backbone | bits/dim, lower | s |")
+    print(
+        "| prior | temperatures | backbone's bound | gain, lower | gain, optimistic | bits/dim, backbone | bits/dim, lower | s |"
+    )
     print("|---" * 8 + "|")
     for row in results:
         gaps = " | ".join(f"{mean:+.2f} ± {error:.2f}" for mean, error in (row["gain"], row["optimistic_gain"]))
         elbo = f"{row['elbo'][0]:.1f} ± {row['elbo'][1]:.1f}"
-        print(f"| {row['name']} | {row['steps']} | {elbo} | {gaps} | {row['bits_elbo']:.4f} | {row['bits_lower']:.4f} | {row['seconds']:.0f} |")
-    print("\n| prior | temperatures | level | log Z, forward | reverse - forward | gain, lower | ESS | acceptance |\n" + "|---" * 8 + "|")
+        print(
+            f"| {row['name']} | {row['steps']} | {elbo} | {gaps} | {row['bits_elbo']:.4f} | {row['bits_lower']:.4f} | {row['seconds']:.0f} |"
+        )
+    print(
+        "\n| prior | temperatures | level | log Z, forward | reverse - forward | gain, lower | ESS | acceptance |\n"
+        + "|---" * 8
+        + "|"
+    )
     for row in results:
         for t, (log_z, gap, gain, size, acceptance) in enumerate(zip(*row["levels"].values(), strict=True)):
             cells = f"{log_z:.2f} | {gap:.2f} | {gain:+.2f} | {size:.1f} of {row['particles']} | {acceptance:.2f}"

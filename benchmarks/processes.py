@@ -2,15 +2,16 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/processes.py [--rounds 7] [--steps 20] [--batch 64]
 
-prints a Markdown table and writes benchmarks/processes.json; wants an idle machine. In every round, in alternating order, the example's HVAE is given
-the preset `fast` and trained on Fashion-MNIST by
+prints a Markdown table and writes benchmarks/processes.json; wants an idle machine. In every round, in alternating
+order, the example's HVAE is given the preset `fast` and trained on Fashion-MNIST by
 
 - one: one process on one core;
 - two: two processes on a core each, on the same batches, which both encode whole;
 - two, encoder divided: the same with `encode_batch` at half a batch, so that each encodes its own half.
 
-Every run is fresh processes, timed from the end of its third step. Efficiency is seconds of one over twice those of two, in pairs of a round; the
-median and quartiles of the pairs are told. With --weak two processes have twice the batch, and efficiency is seconds of one over those of two.
+Every run is fresh processes, timed from the end of its third step. Efficiency is seconds of one over twice those of
+two, in pairs of a round; the median and quartiles of the pairs are told. With --weak two processes have twice the
+batch, and efficiency is seconds of one over those of two.
 """
 
 import argparse
@@ -37,8 +38,16 @@ def train(steps: int, batch: int, encode_batch: int | None) -> float:
 
     torch.set_num_threads(1)
     images, _ = load_subset("train")
-    settings = {**vars(FAST.training), "iterations": WARMUP + steps, "batch_size": batch, "encode_batch": encode_batch, "activity_images": 0}
-    history = make_prior().fit(images, training=type(FAST.training)(**settings), generator=torch.Generator().manual_seed(0), progress=False)
+    settings = {
+        **vars(FAST.training),
+        "iterations": WARMUP + steps,
+        "batch_size": batch,
+        "encode_batch": encode_batch,
+        "activity_images": 0,
+    }
+    history = make_prior().fit(
+        images, training=type(FAST.training)(**settings), generator=torch.Generator().manual_seed(0), progress=False
+    )
     return (history[-1].seconds - history[WARMUP - 1].seconds) / steps
 
 
@@ -60,10 +69,14 @@ def run(processes: int, steps: int, batch: int, encode_batch: int | None) -> flo
         port = free.getsockname()[1]
     command = [sys.executable, __file__, "--worker", "--steps", str(steps), "--batch", str(batch)]
     command += ["--encode-batch", str(encode_batch)] if encode_batch else []
-    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if processes > 1 else {}
+    group = (
+        {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if processes > 1 else {}
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | group
     running = [
-        subprocess.Popen(command, env=environment | ({"RANK": str(rank)} if group else {}), stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env=environment | ({"RANK": str(rank)} if group else {}), stdout=subprocess.PIPE, text=True
+        )
         for rank in range(processes)
     ]
     outputs = [process.communicate()[0] for process in running]

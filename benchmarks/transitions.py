@@ -1,13 +1,15 @@
-"""Do chains stay where the data are when they run on? Short and long Langevin transitions of the example's trained priors.
+"""Do chains stay where the data are when they run on? Short and long Langevin transitions of the example's trained
+priors.
 
     .venv/bin/python benchmarks/transitions.py [examples/output/conditional.safetensors ...] [--factors 1 2 5 20] [--samples 1000]
 
-takes state dicts that examples/conditional.py saved, one per seed of training, and samples from each with so many times its steps K per level. It
-prints Markdown tables, mean and range over the priors: the Fréchet distance to the training images, the share of saturated pixels and the std of
-pixels beside those of real images and reconstructions, the acceptance probability of the matching Metropolis test (that of a plain step, see
-`hvae_ebm_prior.transitions`), and the relaxation time of each layer's energy in the longest run, after a quarter of its steps. Pictures of the
-first prior go to --out, figures to benchmarks/transitions.json. About 10 minutes of one core per prior; with 200 samples 2, but distances of equal
-runs then differ by a third.
+takes state dicts that examples/conditional.py saved, one per seed of training, and samples from each with so many times
+its steps K per level. It prints Markdown tables, mean and range over the priors: the Fréchet distance to the training
+images, the share of saturated pixels and the std of pixels beside those of real images and reconstructions, the
+acceptance probability of the matching Metropolis test (that of a plain step, see `hvae_ebm_prior.transitions`), and the
+relaxation time of each layer's energy in the longest run, after a quarter of its steps. Pictures of the first prior go
+to --out, figures to benchmarks/transitions.json. About 10 minutes of one core per prior; with 200 samples 2, but
+distances of equal runs then differ by a third.
 """
 
 import argparse
@@ -31,19 +33,29 @@ from fashion_mnist import load_subset
 
 from hvae_ebm_prior import ChainDiverged, DiffusionEBMPrior
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
-from hvae_ebm_prior.pictures import save_energies, save_pixels, save_strips
-from hvae_ebm_prior.transitions import Transitions, langevin_transitions, oversaturation, pixel_statistics, relaxation_time
+from hvae_ebm_prior.evaluation.pictures import save_energies, save_pixels, save_strips
+from hvae_ebm_prior.transitions import (
+    Transitions,
+    langevin_transitions,
+    oversaturation,
+    pixel_statistics,
+    relaxation_time,
+)
 
 OUTPUT = Path(__file__).parent.parent / "examples" / "output"
 # Records of pixels and acceptance per level.
 RECORDS = 10
 
 
-def measure(prior: DiffusionEBMPrior, steps: int, n: int, target: Tensor, reference: Tensor, seed: int) -> tuple[dict[str, Any], Transitions | None]:
+def measure(
+    prior: DiffusionEBMPrior, steps: int, n: int, target: Tensor, reference: Tensor, seed: int
+) -> tuple[dict[str, Any], Transitions | None]:
     """Figures of one run, and the run."""
     start = time.monotonic()
     try:
-        run = langevin_transitions(prior, n, steps=steps, every=max(1, steps // RECORDS), generator=torch.Generator().manual_seed(seed))
+        run = langevin_transitions(
+            prior, n, steps=steps, every=max(1, steps // RECORDS), generator=torch.Generator().manual_seed(seed)
+        )
     except ChainDiverged as error:
         print(f"{steps} steps per level: {error}", file=sys.stderr)
         return {"steps": steps, "diverged": str(error)}, None
@@ -80,8 +92,16 @@ def print_tables(results: list[list[dict[str, Any]]], factors: list[int], images
         print(f"| {name} | | | {saturated:.3f} | {std:.3f} |{' |' * (levels + 1)}")
     for i, factor in enumerate(factors):
         runs = [runs[i] for runs in results if "distance" in runs[i]]
-        ratios = [runs[i]["distance"] / runs[0]["distance"] for runs in results if "distance" in runs[i] and "distance" in runs[0]]
-        columns = [spread([run["distance"] for run in runs]), spread(ratios), spread([run["pixels"][2] for run in runs], 3)]
+        ratios = [
+            runs[i]["distance"] / runs[0]["distance"]
+            for runs in results
+            if "distance" in runs[i] and "distance" in runs[0]
+        ]
+        columns = [
+            spread([run["distance"] for run in runs]),
+            spread(ratios),
+            spread([run["pixels"][2] for run in runs], 3),
+        ]
         columns += [spread([run["pixels"][1] for run in runs], 3)]
         columns += [spread([run["acceptance"][t] for run in runs]) for t in reversed(range(levels))]
         columns += [f"{sum(run['oversaturated'] for run in runs)} of {len(runs)}"]
@@ -90,15 +110,21 @@ def print_tables(results: list[list[dict[str, Any]]], factors: list[int], images
     longest = [runs[-1]["relaxation"] for runs in results if runs[-1].get("relaxation")]
     if longest:
         layers = range(len(longest[0][0]))
-        print(f"\n| relaxation time, steps | {' | '.join(f'layer {i}' for i in layers)} |\n|---|" + "---|" * len(layers))
+        print(
+            f"\n| relaxation time, steps | {' | '.join(f'layer {i}' for i in layers)} |\n|---|" + "---|" * len(layers)
+        )
         for t in reversed(range(levels)):
             print(f"| t = {t} | {' | '.join(spread([run[t][i] for run in longest], 1) for i in layers)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("priors", type=Path, nargs="*", default=[OUTPUT / "conditional.safetensors"], help="state dicts, one per seed")
-    parser.add_argument("--factors", type=int, nargs="+", default=[1, 2, 5, 20], help="multiples of K, the first one to compare with")
+    parser.add_argument(
+        "priors", type=Path, nargs="*", default=[OUTPUT / "conditional.safetensors"], help="state dicts, one per seed"
+    )
+    parser.add_argument(
+        "--factors", type=int, nargs="+", default=[1, 2, 5, 20], help="multiples of K, the first one to compare with"
+    )
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder of the pictures")
     args = parser.parse_args()
@@ -124,7 +150,12 @@ def main() -> None:
                 save_pixels(args.out / f"transitions-pixels-{factor}.png", run, reference=reconstructions)
         results.append(runs)
     print_tables(results, args.factors, statistic)
-    report = {"samples": args.samples, "langevin": dataclasses.asdict(prior.langevin), "images": statistic, "torch": torch.__version__}
+    report = {
+        "samples": args.samples,
+        "langevin": dataclasses.asdict(prior.langevin),
+        "images": statistic,
+        "torch": torch.__version__,
+    }
     text = json.dumps({**report, "priors": results}, indent=1)
     Path(__file__).with_suffix(".json").write_text(text + "\n")
 

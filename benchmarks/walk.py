@@ -2,10 +2,11 @@
 
     NVAE_REPO=.../NVAE VDVAE_REPO=.../vdvae .venv/bin/python benchmarks/walk.py [--batch 2] [--rounds 3] [--device cpu]
 
-prints a Markdown table. The models are the published configurations with random weights: NVAE with 30 groups of 20x16x16 (D = 153,600) and VDVAE with
-43 layers (D = 412 thousand). "Walk" is the gradient of a weighted sum of all latents in u, "whole" the prior's score with its default energies.
-Every variant runs in a process of its own, whose peak memory above that before the first gradient is given; variants take turns, round by round, and
-times are medians over rounds, with the ratio to the model as it is in the same round.
+prints a Markdown table. The models are the published configurations with random weights: NVAE with 30 groups of
+20x16x16 (D = 153,600) and VDVAE with 43 layers (D = 412 thousand). "Walk" is the gradient of a weighted sum of all
+latents in u, "whole" the prior's score with its default energies. Every variant runs in a process of its own, whose
+peak memory above that before the first gradient is given; variants take turns, round by round, and times are medians
+over rounds, with the ratio to the model as it is in the same round.
 """
 
 import argparse
@@ -28,7 +29,12 @@ from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.adapters import NVAEAdapter, VDVAEAdapter, freeze
 
 MODELS = {"NVAE": NVAEAdapter, "VDVAE": VDVAEAdapter}
-VARIANTS = {"as it is": (False, False), "frozen": (True, False), "checkpointed": (False, True), "frozen, checkpointed": (True, True)}
+VARIANTS = {
+    "as it is": (False, False),
+    "frozen": (True, False),
+    "checkpointed": (False, True),
+    "frozen, checkpointed": (True, True),
+}
 
 
 def clone(variable: str, *names: str) -> list[ModuleType]:
@@ -43,7 +49,14 @@ def build(name: str) -> nn.Module:
     if name == "NVAE":
         return official_nvae(os.environ.get("NVAE_REPO"), NVAE_CIFAR10)
     hps, vae = clone("VDVAE_REPO", "hps", "vae")
-    defaults = {"bottleneck_multiple": 0.25, "custom_width_str": "", "no_bias_above": 64, "num_mixtures": 10, "image_size": 32, "image_channels": 3}
+    defaults = {
+        "bottleneck_multiple": 0.25,
+        "custom_width_str": "",
+        "no_bias_above": 64,
+        "num_mixtures": 10,
+        "image_size": 32,
+        "image_channels": 3,
+    }
     return vae.VAE(hps.Hyperparams(**{**defaults, **hps.HPARAMS_REGISTRY["cifar10"]}))
 
 
@@ -86,12 +99,17 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(*args.only, args.batch, torch.device(args.device))))
         return
-    print("| model | variant | walk, s | ratio | memory, GiB | whole, s | ratio | memory, GiB |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | variant | walk, s | ratio | memory, GiB | whole, s | ratio | memory, GiB |\n|---|---|---|---|---|---|---|---|"
+    )
     for name in MODELS:
         rounds = []
         for _ in range(args.rounds):
             command = [sys.executable, __file__, "--batch", str(args.batch), "--device", args.device, "--only", name]
-            outputs = {variant: subprocess.run([*command, variant], check=True, capture_output=True, text=True).stdout for variant in VARIANTS}
+            outputs = {
+                variant: subprocess.run([*command, variant], check=True, capture_output=True, text=True).stdout
+                for variant in VARIANTS
+            }
             rounds.append({variant: json.loads(output.splitlines()[-1]) for variant, output in outputs.items()})
         for variant in VARIANTS:
             cells = []
@@ -100,7 +118,10 @@ def main() -> None:
                 cells += [f"{statistics.median(results[variant][what] for results in rounds):.2f}"]
                 cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
                 cells += [f"{statistics.median(results[variant][f'{what} memory'] for results in rounds):.2f}"]
-            print(f"| {name}, D = {rounds[0][variant]['dim']:,}, L = {rounds[0][variant]['layers']} | {variant} | {' | '.join(cells)} |", flush=True)
+            print(
+                f"| {name}, D = {rounds[0][variant]['dim']:,}, L = {rounds[0][variant]['layers']} | {variant} | {' | '.join(cells)} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

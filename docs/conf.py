@@ -1,4 +1,6 @@
-"""The site: pages in Markdown (MyST), the reference from the docstrings. `python -m sphinx -W --keep-going docs build/site` builds it."""
+"""The site: pages in Markdown (MyST), the reference from the docstrings. `python -m sphinx -W --keep-going docs
+build/site` builds it.
+"""
 
 import argparse
 import os
@@ -23,7 +25,8 @@ html_static_path, html_css_files = ["_static"], ["site.css"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
-# In docstrings single backticks are code; where the reference has the name, they are a link as well. Missing names are therefore no errors.
+# In docstrings single backticks are code; where the reference has the name, they are a link as well. Missing names are
+# therefore no errors.
 nitpicky, default_role = True, "py:obj"
 nitpick_ignore_regex = [("py:obj", r".*")]
 # Other projects' names have no page here, and the build fetches none.
@@ -41,7 +44,9 @@ autosummary_generate = False
 
 
 def as_rst(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Our docstrings are plain text: what is indented by four after a blank line stands as it is, and elsewhere bars and stars mean themselves."""
+    """Our docstrings are plain text: what is indented by four after a blank line stands as it is, and elsewhere bars
+    and stars mean themselves.
+    """
     text: list[str] = []
     block = None
     for before, line in pairwise(["", *lines]):
@@ -78,7 +83,10 @@ class CommandHelp(SphinxDirective):
         sections = [nodes.literal_block(text=parser.format_help(), language="text")]
         for name, command in commands.choices.items():
             section = nodes.section(
-                "", nodes.title(text=name), nodes.literal_block(text=command.format_help(), language="text"), ids=[f"command-{name}"]
+                "",
+                nodes.title(text=name),
+                nodes.literal_block(text=command.format_help(), language="text"),
+                ids=[f"command-{name}"],
             )
             sections.append(section)
         return sections

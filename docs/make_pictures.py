@@ -1,7 +1,8 @@
 """The picture of docs/concepts.md, computed: python docs/make_pictures.py (it takes matplotlib, and some seconds).
 
-The noise that an encoder gives is here a mixture of three Gaussians in two dimensions. Diffused to any level it is such a mixture again, q_t(u), so
-the best energies are known, F(u, t) = log q_t(u) - log N(u; 0, I). The library's own chains follow their gradient.
+The noise that an encoder gives is here a mixture of three Gaussians in two dimensions. Diffused to any level it is such
+a mixture again, q_t(u), so the best energies are known, F(u, t) = log q_t(u) - log N(u; 0, I). The library's own chains
+follow their gradient.
 """
 
 import math
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hvae_ebm_prior import DiffusionSchedule, LangevinConfig
-from hvae_ebm_prior.langevin import langevin_chain
-from hvae_ebm_prior.streams import open_streams
+from hvae_ebm_prior.chains.langevin import langevin_chain
+from hvae_ebm_prior.chains.streams import open_streams
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -51,7 +52,9 @@ def gradient_of_correction(u: Tensor, t: int) -> Tensor:
 
 
 def sample(n: int, watched: int) -> tuple[list[Tensor], list[Tensor]]:
-    """States u_0..u_T of the conditional priors' chains, each (n, 2), and the way (steps, 2) of one chain through levels 0..T-1."""
+    """States u_0..u_T of the conditional priors' chains, each (n, 2), and the way (steps, 2) of one chain through
+    levels 0..T-1.
+    """
     streams = open_streams(0, range(n), torch.device("cpu"), torch.float32)
     states, ways = [streams.normal(2)], []
     for t in reversed(range(SCHEDULE.steps)):
@@ -61,7 +64,12 @@ def sample(n: int, watched: int) -> tuple[list[Tensor], list[Tensor]]:
             way.append(u[watched])
             return gradient_of_correction(u, t)
 
-        states.insert(0, langevin_chain(gradient, states[0], torch.full((n,), t), schedule=SCHEDULE, config=LANGEVIN, streams=streams))
+        states.insert(
+            0,
+            langevin_chain(
+                gradient, states[0], torch.full((n,), t), schedule=SCHEDULE, config=LANGEVIN, streams=streams
+            ),
+        )
         ways.insert(0, torch.stack((*way, states[0][watched])))
     return states, ways
 
@@ -93,7 +101,9 @@ def main() -> None:
         axis.plot(*ways[t].T, color="black", linewidth=0.4, alpha=0.7)
         axis.plot(*states[t + 1][WATCHED], "x", color="black", markersize=8, markeredgewidth=2)
         axis.plot(*states[t][WATCHED], "o", color="black", markersize=6)
-        axis.set_title(f"$p(u_{t}\\,|\\,u_{t + 1})$ of one sample:\nfrom $u_{t + 1}$, cross, to $u_{t}$, dot", fontsize=10)
+        axis.set_title(
+            f"$p(u_{t}\\,|\\,u_{t + 1})$ of one sample:\nfrom $u_{t + 1}$, cross, to $u_{t}$, dot", fontsize=10
+        )
     for axis, t in zip(axes[1], reversed(range(SCHEDULE.steps + 1)), strict=True):
         shade(axis, log_data(grid, t).exp(), "Blues")
         axis.scatter(*states[t].T, s=6, color=OURS if t < SCHEDULE.steps else GAUSSIAN, linewidths=0)

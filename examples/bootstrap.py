@@ -1,11 +1,12 @@
-"""Make the repository's own environment and run a script in it; needs Python 3.11 or newer with its venv, and ensurepip or pip.
+"""Make the repository's own environment and run a script in it; needs Python 3.11 or newer with its venv, and ensurepip
+or pip.
 
-`run_in_environment(__file__)` at the top of a script runs it again with .venv's Python, after installing what it needs (an
-extra of pyproject.toml, in the versions of constraints.txt) where that has not been done yet. Only the standard library is
-used here.
+`run_in_environment(__file__)` at the top of a script runs it again with .venv's Python, after installing what it needs
+(an extra of pyproject.toml, in the versions of constraints.txt) where that has not been done yet. Only the standard
+library is used here.
 
-PyTorch is, in this order: one that is installed already, in .venv or for the Python at work; its CPU build where there is no
-NVIDIA GPU, from PyTorch's own index if that answers; what pip finds. `--cpu` and `--cuda` ask for one of the two.
+PyTorch is, in this order: one that is installed already, in .venv or for the Python at work; its CPU build where there
+is no NVIDIA GPU, from PyTorch's own index if that answers; what pip finds. `--cpu` and `--cuda` ask for one of the two.
 """
 
 # Pythons that are too old must be able to read this file, to be told so.
@@ -69,15 +70,24 @@ def run_in_environment(script: str, extra: str = "examples") -> None:
     try:
         check_machine(build)
         stamp = read_stamp()
-        if not (stamp.get("inputs") == digest_inputs() and extra in stamp["extras"] and build in (None, stamp["build"]) and version_of(PYTHON)):
+        if not (
+            stamp.get("inputs") == digest_inputs()
+            and extra in stamp["extras"]
+            and build in (None, stamp["build"])
+            and version_of(PYTHON)
+        ):
             if {"-h", "--help"} & set(sys.argv[1:]):
                 raise SystemExit(sys.modules["__main__"].__doc__)
             make(extra, build)
-        raise SystemExit(subprocess.run([str(PYTHON), script, *sys.argv[1:]], check=False, env=clean_environment()).returncode)
+        raise SystemExit(
+            subprocess.run([str(PYTHON), script, *sys.argv[1:]], check=False, env=clean_environment()).returncode
+        )
     except SetupError as error:
         raise SystemExit(f"\n{error}") from None
     except OSError as error:
-        raise SystemExit(f"\n{error}\nThis needs a folder that can be written to: copy {ROOT} to one of yours, and run it there.") from None
+        raise SystemExit(
+            f"\n{error}\nThis needs a folder that can be written to: copy {ROOT} to one of yours, and run it there."
+        ) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -87,14 +97,24 @@ def check_machine(build: str | None) -> None:
     system, machine = platform.system(), platform.machine()
     if sys.version_info < (3, 11):  # noqa: UP036
         newer = [name for name in ("python3.14", "python3.13", "python3.12", "python3.11") if shutil.which(name)]
-        advice = f"run this with {newer[0]}, which is here too" if newer else "get one from python.org or your system's packages"
-        raise SetupError(f"This needs Python 3.11 or newer, and {sys.executable} is {platform.python_version()}: {advice}.")
+        advice = (
+            f"run this with {newer[0]}, which is here too"
+            if newer
+            else "get one from python.org or your system's packages"
+        )
+        raise SetupError(
+            f"This needs Python 3.11 or newer, and {sys.executable} is {platform.python_version()}: {advice}."
+        )
     if sys.maxsize < 2**32:
         raise SetupError(f"PyTorch needs a Python of 64 bits, and {sys.executable} has 32.")
     if system == "Darwin" and (machine != "arm64" or int(platform.mac_ver()[0].partition(".")[0] or 0) < 14):
-        raise SetupError(f"PyTorch is built for macOS 14 or newer on Apple silicon, and this is macOS {platform.mac_ver()[0]} on {machine}.")
+        raise SetupError(
+            f"PyTorch is built for macOS 14 or newer on Apple silicon, and this is macOS {platform.mac_ver()[0]} on {machine}."
+        )
     if build == "cuda" and system != "Linux":
-        raise SetupError("--cuda is for Linux. Elsewhere install PyTorch as pytorch.org says and run this again: it takes the one it finds.")
+        raise SetupError(
+            "--cuda is for Linux. Elsewhere install PyTorch as pytorch.org says and run this again: it takes the one it finds."
+        )
 
 
 def make(extra: str, build: str | None) -> None:
@@ -112,16 +132,22 @@ def make(extra: str, build: str | None) -> None:
     keep = version_of(PYTHON) == sys.version and not BEGUN.exists() and stamp.get("build", build) == build
     extra = "dev" if keep and "dev" in stamp.get("extras", ()) else extra
     torch = (find_torch(PYTHON, build) if keep else None) or find_torch(Path(sys.executable), build)
-    build = torch["build"] if torch else build or ("cuda" if platform.system() == "Linux" and has_nvidia_gpu() else "cpu")
+    build = (
+        torch["build"] if torch else build or ("cuda" if platform.system() == "Linux" and has_nvidia_gpu() else "cpu")
+    )
     size = SIZES[extra] + (0 if torch else SIZES[build])
     print(
         f"{'Adding to' if keep else 'Making'} {ENVIRONMENT}: about {size:.1f} GB on disk, once. PyTorch: "
-        + (f"{torch['version']}, which is installed already." if torch else f"its {build.upper()} build (--cpu and --cuda choose)."),
+        + (
+            f"{torch['version']}, which is installed already."
+            if torch
+            else f"its {build.upper()} build (--cpu and --cuda choose)."
+        ),
         flush=True,
     )
     pip = make_environment(keep)
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = re.search("(?m)^torch==([^ ;]+)", pins)[1]
+    pinned = re.search(r"(?m)^torch==([^\s;]+)", pins)[1]
     if torch:
         lend(torch["folder"])
         if torch["version"].partition("+")[0] != pinned:  # another one wants another Triton
@@ -133,12 +159,16 @@ def make(extra: str, build: str | None) -> None:
     run_pip([*install, "-c", str(ENVIRONMENT / "constraints.txt"), "-e", f"{ROOT}[{extra}]"])
     if WITHOUT_DEPENDENCIES[extra]:
         run_pip([*install, "--no-deps", *WITHOUT_DEPENDENCIES[extra]])
-    STAMP.write_text(json.dumps({"inputs": digest_inputs(), "extras": sorted({"examples", extra}), "build": build}), encoding="utf-8")
+    STAMP.write_text(
+        json.dumps({"inputs": digest_inputs(), "extras": sorted({"examples", extra}), "build": build}), encoding="utf-8"
+    )
     BEGUN.unlink()
 
 
 def make_environment(keep: bool) -> list[str]:
-    """Make the environment, unless it is kept, and return the command of a pip that installs there; SetupError if either cannot be had."""
+    """Make the environment, unless it is kept, and return the command of a pip that installs there; SetupError if
+    either cannot be had.
+    """
     if ENVIRONMENT.is_symlink() or (ENVIRONMENT.exists() and not ENVIRONMENT.is_dir()):
         raise SetupError(f"{ENVIRONMENT} is not a folder; remove it, and run this again.")
     ENVIRONMENT.mkdir(exist_ok=True)
@@ -150,7 +180,9 @@ def make_environment(keep: bool) -> list[str]:
             )
         # Systems that package ensurepip apart from Python can do without: pip is then the one of the Python at work.
         for options in (["--clear"], ["--clear", "--without-pip"]):
-            done = subprocess.run([sys.executable, "-m", "venv", *options, str(ENVIRONMENT)], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [sys.executable, "-m", "venv", *options, str(ENVIRONMENT)], capture_output=True, text=True, check=False
+            )
             if done.returncode == 0:
                 break
         else:
@@ -160,7 +192,10 @@ def make_environment(keep: bool) -> list[str]:
             )
     BEGUN.touch()
     for pip in ([str(PYTHON), "-m", "pip"], [sys.executable, "-m", "pip", "--python", str(PYTHON)]):
-        if subprocess.run([*pip, "--version"], capture_output=True, check=False, env=clean_environment()).returncode == 0:
+        if (
+            subprocess.run([*pip, "--version"], capture_output=True, check=False, env=clean_environment()).returncode
+            == 0
+        ):
             return pip
     raise SetupError(
         f"{sys.executable} has neither ensurepip nor a pip of version 22.3 or newer. Install one and run this again: on Debian and Ubuntu, "
@@ -169,7 +204,9 @@ def make_environment(keep: bool) -> list[str]:
 
 
 def install_cpu_torch(install: list[str], torch: str) -> None:
-    """Install PyTorch's CPU build from its own index, if that answers: on Linux the public index has builds for CUDA alone."""
+    """Install PyTorch's CPU build from its own index, if that answers: on Linux the public index has builds for CUDA
+    alone.
+    """
     command = [*install, "--no-deps", "--retries", "1", "--timeout", "15", "--index-url", CPU_INDEX, torch]
     if subprocess.run(command, check=False, env=clean_environment()).returncode:
         print(
@@ -184,14 +221,21 @@ def run_pip(command: list[str]) -> None:
     LOG.unlink(missing_ok=True)
     if subprocess.run([*command, "--log", str(LOG)], check=False, env=clean_environment()).returncode:
         said = LOG.read_text(encoding="utf-8", errors="replace") if LOG.exists() else ""
-        advice = next((advice for pattern, advice in ADVICE.items() if re.search(pattern, said)), "What pip says above is the cause.")
-        raise SetupError(f"pip could not install what this needs. {advice.format(pip=f'{sys.executable} -m pip')}\nAll that it said is in {LOG}")
+        advice = next(
+            (advice for pattern, advice in ADVICE.items() if re.search(pattern, said)),
+            "What pip says above is the cause.",
+        )
+        raise SetupError(
+            f"pip could not install what this needs. {advice.format(pip=f'{sys.executable} -m pip')}\nAll that it said is in {LOG}"
+        )
 
 
 def find_torch(python: Path, build: str | None) -> dict | None:
     """Version, build and folder of a PyTorch 2.6 or newer that an interpreter has, of the given build if any."""
     try:
-        found = json.loads(subprocess.run([str(python), "-c", FIND_TORCH], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+        found = json.loads(
+            subprocess.run([str(python), "-c", FIND_TORCH], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     if tuple(map(int, found["version"].split(".")[:2])) < (2, 6) or build not in (None, found["build"]):
@@ -210,13 +254,18 @@ def lend(folder: str) -> None:
 def version_of(python: Path) -> str:
     """What an interpreter says of its version; empty if it does not run."""
     try:
-        return subprocess.run([str(python), "-c", "import sys; print(sys.version)"], check=False, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            [str(python), "-c", "import sys; print(sys.version)"], check=False, capture_output=True, text=True
+        ).stdout.strip()
     except OSError:
         return ""
 
 
 def has_nvidia_gpu() -> bool:
-    return any(map(os.path.exists, ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi"))) or shutil.which("nvidia-smi") is not None
+    return (
+        any(map(os.path.exists, ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")))
+        or shutil.which("nvidia-smi") is not None
+    )
 
 
 def read_stamp() -> dict:
@@ -227,12 +276,20 @@ def read_stamp() -> dict:
 
 
 def digest_inputs() -> str:
-    """What an environment depends on; also its folder, as it does not survive a move, and the version, of which the installation keeps a copy."""
-    inputs = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "hvae_ebm_prior/__init__.py"))
+    """What an environment depends on; also its folder, as it does not survive a move, and the version, of which the
+    installation keeps a copy.
+    """
+    inputs = b"".join(
+        (ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "hvae_ebm_prior/__init__.py")
+    )
     return hashlib.sha256(inputs + f"{ROOT} {sys.version}".encode()).hexdigest()
 
 
 def clean_environment() -> dict[str, str]:
     """The environment variables, without those that would mix other packages into .venv or install elsewhere."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX")
+    }
     return {**kept, "PIP_USER": "0"}

@@ -55,7 +55,9 @@ def load_classifier() -> Classifier:
 
 
 def classifier_features() -> Callable[[Tensor], Tensor]:
-    """Its features, as `--features examples/classifier.py:classifier_features` of the commands evaluate and compare takes them."""
+    """Its features, as `--features examples/classifier.py:classifier_features` of the commands evaluate and compare
+    takes them.
+    """
     return load_classifier().features
 
 
@@ -87,7 +89,10 @@ def main() -> None:
         model.eval()
         with torch.no_grad():
             right = torch.cat([model(x).argmax(1) for x in test_images.split(1000)]) == test_labels
-        print(f"epoch {epoch + 1}: training loss {loss.item():.3f}, test accuracy {right.float().mean().item():.4f}", flush=True)
+        print(
+            f"epoch {epoch + 1}: training loss {loss.item():.3f}, test accuracy {right.float().mean().item():.4f}",
+            flush=True,
+        )
     save_file(model.state_dict(), WEIGHTS)
     print(f"{WEIGHTS.name}: {WEIGHTS.stat().st_size / 1e6:.2f} MB")
 

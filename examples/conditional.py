@@ -2,8 +2,9 @@
 
     python3 examples/conditional.py
 
-trains it (7 minutes on 2 cores) and writes to examples/output: conditional.png (a row per class), composed.png (OR, NOT), edited.png (layers of real
-images held, the others drawn under another class), inpainted.png (the lower half hidden), and conditional.safetensors, which the command line reads:
+trains it (7 minutes on 2 cores) and writes to examples/output: conditional.png (a row per class), composed.png (OR,
+NOT), edited.png (layers of real images held, the others drawn under another class), inpainted.png (the lower half
+hidden), and conditional.safetensors, which the command line reads:
 
     .venv/bin/hvae-ebm-prior sample examples/conditional.py:load_prior examples/output/conditional.safetensors --labels class=sneaker --guidance 4
 """
@@ -28,8 +29,8 @@ from torch import Tensor
 
 from hvae_ebm_prior import NOT, Coupling, DiffusionEBMPrior, Label, LabelSet
 from hvae_ebm_prior.control import resample
-from hvae_ebm_prior.pictures import save_grid
 from hvae_ebm_prior.presets import PRESETS
+from hvae_ebm_prior.saving.grid import save_grid
 
 HERE = Path(__file__).parent
 # The class is bound to the top layer, where it is known best; see docs/control.md.
@@ -61,7 +62,9 @@ def hidden_half(images: Tensor, std: float = 0.1) -> Callable[[Tensor], Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=PRESETS["fast"].training.iterations, help="training steps")
-    parser.add_argument("--weights", type=Path, help="a conditional.safetensors, to draw the pictures of it without training")
+    parser.add_argument(
+        "--weights", type=Path, help="a conditional.safetensors, to draw the pictures of it without training"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--columns", type=int, default=12, help="images in a row of the pictures")
     parser.add_argument("--out", type=Path, default=HERE / "output")
@@ -83,7 +86,11 @@ def main() -> None:
         "sandal OR bag": Label("class", "sandal") | Label("class", "bag"),
         "NOT footwear": NOT(Label("class", "sandal") | Label("class", "sneaker") | Label("class", "ankle boot")),
     }
-    save_grid(args.out / "composed.png", [prior.sample(n, labels=what, guidance=GUIDANCE, generator=g) for what in wanted.values()], list(wanted))
+    save_grid(
+        args.out / "composed.png",
+        [prior.sample(n, labels=what, guidance=GUIDANCE, generator=g) for what in wanted.values()],
+        list(wanted),
+    )
 
     real = load_subset("test")[0][:n]
     with torch.no_grad():

@@ -2,8 +2,8 @@
 
     python examples/fashion_mnist.py --full /usr/share/datasets/fashion-mnist
 
-writes the subset again from the full files (Debian's package `dataset-fashion-mnist` installs them there): the first 10,000 images of the
-training set and the first 2,000 of the test set, with their labels.
+writes the subset again from the full files (Debian's package `dataset-fashion-mnist` installs them there): the first
+10,000 images of the training set and the first 2,000 of the test set, with their labels.
 """
 
 import argparse
@@ -24,7 +24,9 @@ def to_images(pixels: np.ndarray) -> Tensor:
 
 
 def load_subset(split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 28, 28) in [0, 1] and labels (N,) of the committed subset; `split` is "train" (10,000) or "test" (2,000)."""
+    """Images (N, 1, 28, 28) in [0, 1] and labels (N,) of the committed subset; `split` is "train" (10,000) or "test"
+    (2,000).
+    """
     with np.load(SUBSET) as arrays:
         return to_images(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]).long()
 

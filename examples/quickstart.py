@@ -1,10 +1,12 @@
-"""The main job: learn a diffusion EBM prior for a pretrained hierarchical VAE of Fashion-MNIST, and see what it is worth.
+"""The main job: learn a diffusion EBM prior for a pretrained hierarchical VAE of Fashion-MNIST, and see what it is
+worth.
 
     python3 examples/quickstart.py
 
-makes its own environment and writes to examples/output: at once first.png, samples of the prior that comes with the repository (examples/data/prior,
-made by this command); then, after training one like it (6 1/2 minutes on 2 cores), samples.png, training.png, results.json, and the prior itself in
-the folder prior. Pictures show real images, reconstructions, Gaussian samples, and ours. A table says what the prior is worth.
+makes its own environment and writes to examples/output: at once first.png, samples of the prior that comes with the
+repository (examples/data/prior, made by this command); then, after training one like it (6 1/2 minutes on 2 cores),
+samples.png, training.png, results.json, and the prior itself in the folder prior. Pictures show real images,
+reconstructions, Gaussian samples, and ours. A table says what the prior is worth.
 
 `--cpu` and `--cuda` choose the build of PyTorch that is installed where there is none.
 """
@@ -34,14 +36,15 @@ from torch import Tensor
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
 from hvae_ebm_prior.evaluation import evaluate
+from hvae_ebm_prior.evaluation.table import table
 from hvae_ebm_prior.presets import PRESETS
-from hvae_ebm_prior.report import table
 
 HERE = Path(__file__).parent
 FAST = PRESETS["fast"]
 SCHEDULES = {
-    # A little noise is left at level 0: active latents have posteriors so narrow (std .07 and more in u) that the density of noise-free data is
-    # very sharp, and learning it without end makes chains overshoot. benchmarks/hole.py tells what each level of noise costs.
+    # A little noise is left at level 0: active latents have posteriors so narrow (std .07 and more in u) that the
+    # density of noise-free data is very sharp, and learning it without end makes chains overshoot. benchmarks/hole.py
+    # tells what each level of noise costs.
     "smooth": FAST.schedule,
     "cosine": DiffusionSchedule.cosine(3),
     "ddpm": DiffusionSchedule.ddpm(3),
@@ -61,7 +64,9 @@ def make_prior(schedule: str = "smooth", seed: int = 0) -> DiffusionEBMPrior:
     return DiffusionEBMPrior(backbone, schedule=SCHEDULES[schedule], langevin=FAST.langevin)
 
 
-def save_samples(path: Path, prior: DiffusionEBMPrior, images: Tensor, generator: torch.Generator, columns: int = 12) -> None:
+def save_samples(
+    path: Path, prior: DiffusionEBMPrior, images: Tensor, generator: torch.Generator, columns: int = 12
+) -> None:
     """Four rows of images: real, reconstruction, Gaussian prior, ours."""
     real = images[:columns]
     with torch.no_grad():
@@ -108,7 +113,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=FAST.training.iterations, help="training steps")
     parser.add_argument("--learning-rate", type=float, default=FAST.training.learning_rate)
-    parser.add_argument("--images", type=int, default=2000, help="held-out images, and samples of each prior, for the table; at most 2000")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=2000,
+        help="held-out images, and samples of each prior, for the table; at most 2000",
+    )
     parser.add_argument("--schedule", choices=SCHEDULES, default="smooth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "output")
@@ -118,7 +128,10 @@ def main() -> None:
     test_images = load_subset("test")[0][: args.images]
     trained = DiffusionEBMPrior.from_pretrained(HERE / "data" / "prior", backbone=load_backbone())
     save_samples(args.out / "first.png", trained, test_images, torch.Generator().manual_seed(args.seed))
-    print(f"{args.out / 'first.png'}: samples of a prior trained by this command. Now training another one ...", flush=True)
+    print(
+        f"{args.out / 'first.png'}: samples of a prior trained by this command. Now training another one ...",
+        flush=True,
+    )
 
     generator = torch.Generator().manual_seed(args.seed)
     train_images, _ = load_subset("train")
@@ -133,7 +146,9 @@ def main() -> None:
 
     rows = evaluate(prior, test_images, train_images, load_classifier().features, generator=generator)
     memory = peak_memory_gib()
-    print(f"\n{table(rows, 'FD')}\n\n{args.iterations} iterations in {seconds:.0f} s, {memory:.1f} GiB of memory at most; pictures in {args.out}")
+    print(
+        f"\n{table(rows, 'FD')}\n\n{args.iterations} iterations in {seconds:.0f} s, {memory:.1f} GiB of memory at most; pictures in {args.out}"
+    )
     results = {
         "seed": args.seed,
         "schedule": args.schedule,

@@ -1,7 +1,8 @@
 """Backbones of the recipes: official NVAEs from your clone of github.com/NVlabs/NVAE, and the library's 3-layer HVAE.
 
-The architectures are those of the command lines that NVAE's README gives for CIFAR-10 and CelebA-HQ-256, and VAEBM's README for LSUN-Church-64.
-They are for `--estimate` and `--smoke`, which build models with random weights; a checkpoint brings its own.
+The architectures are those of the command lines that NVAE's README gives for CIFAR-10 and CelebA-HQ-256, and VAEBM's
+README for LSUN-Church-64. They are for `--estimate` and `--smoke`, which build models with random weights; a checkpoint
+brings its own.
 """
 
 import argparse
@@ -61,7 +62,13 @@ NVAE_CHURCH64 = COMMON | {
     "num_mixture_dec": 1,
 }
 # For --smoke: few and thin cells.
-TINY = {"num_groups_per_scale": 2, "min_groups_per_scale": 1, "num_latent_per_group": 4, "num_channels_enc": 8, "num_channels_dec": 8}
+TINY = {
+    "num_groups_per_scale": 2,
+    "min_groups_per_scale": 1,
+    "num_latent_per_group": 4,
+    "num_channels_enc": 8,
+    "num_channels_dec": 8,
+}
 TINY |= {"num_cell_per_cond_enc": 1, "num_cell_per_cond_dec": 1}
 
 # Ours: the published code has none.
@@ -90,13 +97,21 @@ def official_nvae(repo: str | None, arguments: Mapping[str, Any], checkpoint: st
     utils, model = modules_of(repo, "utils", "model")
     if checkpoint is not None:
         # Files of older versions hold the architecture's name alone.
-        return load_nvae(checkpoint, lambda args, writer, _: model.AutoEncoder(args, writer, utils.get_arch_cells(args.arch_instance)), {})
+        return load_nvae(
+            checkpoint,
+            lambda args, writer, _: model.AutoEncoder(args, writer, utils.get_arch_cells(args.arch_instance)),
+            {},
+        )
     with without_cuda():
-        return model.AutoEncoder(argparse.Namespace(**arguments), None, utils.get_arch_cells(arguments["arch_instance"]))
+        return model.AutoEncoder(
+            argparse.Namespace(**arguments), None, utils.get_arch_cells(arguments["arch_instance"])
+        )
 
 
 def modules_of(folder: str, *names: str) -> list[ModuleType]:
-    """Modules of a clone. Its folder does not stay on the path: NVAE has a datasets.py, which would hide the package `datasets`."""
+    """Modules of a clone. Its folder does not stay on the path: NVAE has a datasets.py, which would hide the package
+    `datasets`.
+    """
     sys.path.insert(0, folder)
     sys.modules.setdefault("tensorboardX", ModuleType("tensorboardX")).SummaryWriter = None  # type: ignore[attr-defined]
     try:

@@ -1,6 +1,7 @@
 """Images of the recipes: CIFAR-10, CelebA-HQ-256 and LSUN-Church, and generated ones for `--smoke`.
 
-Every collection is a sequence of PIL pictures, or of dicts that hold one; `Pictures` makes float images of all. Nothing is flipped.
+Every collection is a sequence of PIL pictures, or of dicts that hold one; `Pictures` makes float images of all. Nothing
+is flipped.
 """
 
 import io
@@ -17,9 +18,11 @@ from torch.utils.data import Dataset, Subset
 from hvae_ebm_prior.extras import missing
 
 CIFAR10 = "uoft-cs/cifar10"
-# A copy of CelebA-HQ at 256x256, 28,000 + 2,000 pictures. NVAE's own split is 27,000 + 3,000; bring its LMDB folder to have that.
+# A copy of CelebA-HQ at 256x256, 28,000 + 2,000 pictures. NVAE's own split is 27,000 + 3,000; bring its LMDB folder to
+# have that.
 CELEBA_HQ = "mattymchen/celeba-hq"
-# LSUN's own validation set has 300 pictures, too few for a Fréchet distance: the last ones of its training set are held out instead.
+# LSUN's own validation set has 300 pictures, too few for a Fréchet distance: the last ones of its training set are held
+# out instead.
 CHURCHES_HELD_OUT = 10_000
 
 
@@ -78,9 +81,13 @@ class Shapes(Sequence[Any]):
         if not 0 <= index < self.count:
             raise IndexError(index)
         random, size = np.random.default_rng(self.seed + index), self.size
-        picture = Image.fromarray(random.integers(0, 256, (3, 3, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(random.integers(0, 256, (3, 3, 3), np.uint8)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
         left, top, width, height = (random.uniform(size / 8, size / 2, 4)).tolist()
-        ImageDraw.Draw(picture).ellipse((left, top, left + width, top + height), fill=tuple(random.integers(0, 256, 3).tolist()))
+        ImageDraw.Draw(picture).ellipse(
+            (left, top, left + width, top + height), fill=tuple(random.integers(0, 256, 3).tolist())
+        )
         return picture.filter(ImageFilter.GaussianBlur(size / 32))
 
 
@@ -93,7 +100,9 @@ class Lmdb(Sequence[Any]):
         order: of a key, what the pictures are sorted by; None for LMDB's own order, that of the keys' bytes.
     """
 
-    def __init__(self, path: Path, decode: Callable[[bytes], Image.Image], order: Callable[[bytes], Any] | None = None) -> None:
+    def __init__(
+        self, path: Path, decode: Callable[[bytes], Image.Image], order: Callable[[bytes], Any] | None = None
+    ) -> None:
         try:
             import lmdb
         except ImportError as error:
@@ -131,10 +140,14 @@ def cifar10(folder: Path) -> tuple[Any, Any]:
 
 
 def celeba_hq(folder: Path) -> tuple[Any, Any]:
-    """CelebA-HQ's training and validation set: NVAE's LMDB files in `folder`, or pictures in its folders of these names, or else a download to it."""
+    """CelebA-HQ's training and validation set: NVAE's LMDB files in `folder`, or pictures in its folders of these
+    names, or else a download to it.
+    """
     if (folder / "train.lmdb").exists():
         # NVAE's scripts/convert_tfrecord_to_lmdb.py writes raw pictures under their numbers.
-        training_set, held_out = (Lmdb(folder / f"{name}.lmdb", raw_picture, order=int) for name in ("train", "validation"))
+        training_set, held_out = (
+            Lmdb(folder / f"{name}.lmdb", raw_picture, order=int) for name in ("train", "validation")
+        )
         return training_set, held_out
     return folders_or_download(folder, CELEBA_HQ, "validation")
 
@@ -147,11 +160,17 @@ def lsun_churches(folder: Path) -> tuple[Any, Any]:
 
 
 # Training and held-out pictures in a folder.
-SOURCES: dict[str, Callable[[Path], tuple[Any, Any]]] = {"cifar10": cifar10, "celeba-hq": celeba_hq, "lsun-churches": lsun_churches}
+SOURCES: dict[str, Callable[[Path], tuple[Any, Any]]] = {
+    "cifar10": cifar10,
+    "celeba-hq": celeba_hq,
+    "lsun-churches": lsun_churches,
+}
 
 
 def folders_or_download(folder: Path, name: str, held_out: str) -> tuple[Any, Any]:
-    """The training set and `held_out`: of pictures in folders `train` and `held_out` of `folder`, or else of `name` on the Hub, kept in `folder`."""
+    """The training set and `held_out`: of pictures in folders `train` and `held_out` of `folder`, or else of `name` on
+    the Hub, kept in `folder`.
+    """
     try:
         import datasets
     except ImportError as error:

@@ -1,11 +1,12 @@
 """What a recipe costs on this machine: a few learning steps are measured, and the rest is multiplied.
 
-One iteration is K Langevin steps and what is done once: encoding and the loss. Both come from learning steps with one and with three Langevin steps,
+One iteration is K Langevin steps and what is done once: encoding and the loss. Both come from learning steps with one
+and with three Langevin steps,
 
     seconds(K) = seconds(1) + (K - 1) (seconds(3) - seconds(1)) / 2,
 
-and a sample is T K Langevin steps and the decoder. Times are of the largest batch measured, and proportional to the batch beyond it; memory is a
-straight line through the two batches.
+and a sample is T K Langevin steps and the decoder. Times are of the largest batch measured, and proportional to the
+batch beyond it; memory is a straight line through the two batches.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from hvae_ebm_prior import DiffusionEBMPrior
-from hvae_ebm_prior.lock import backbone_modules
+from hvae_ebm_prior.backbone.lock import backbone_modules
 
 # What takes longer than so many seconds is not run again.
 SLOW = 20.0
@@ -46,7 +47,9 @@ class Measured:
 
 
 def measure(prior: DiffusionEBMPrior, image_size: int, batch: int) -> Measured:
-    """Time and memory of learning steps with `batch` random images, of which short ones are run twice and the faster counts."""
+    """Time and memory of learning steps with `batch` random images, of which short ones are run twice and the faster
+    counts.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, 3, image_size, image_size, generator=generator).to(prior.device)
     prior.train()
@@ -65,7 +68,9 @@ def measure(prior: DiffusionEBMPrior, image_size: int, batch: int) -> Measured:
         first = seconds(lambda: learn(1), prior.device)
         rounds = 1 if first > SLOW else 2
         one = min([first, *(seconds(lambda: learn(1), prior.device) for _ in range(rounds - 1))])
-        three, decoding = (min(seconds(call, prior.device) for _ in range(rounds)) for call in (lambda: learn(3), decode))
+        three, decoding = (
+            min(seconds(call, prior.device) for _ in range(rounds)) for call in (lambda: learn(3), decode)
+        )
     finally:
         prior.langevin = langevin
         prior.eval()
@@ -78,8 +83,13 @@ def extrapolate(prior: DiffusionEBMPrior, found: Sequence[Measured], batch: int)
     first, last = found[0], found[-1]
     steps, levels = prior.langevin.steps, prior.schedule.steps
     slope = (last.memory - first.memory) / (last.batch - first.batch) if len(found) > 1 else last.memory / last.batch
-    # Energies stand seven times: the prior's, the trainee's, gradients, two moments of Adam, and two snapshots of the guard.
-    held = sum(tensor.nbytes for module in backbone_modules(prior.backbone) for tensor in (*module.parameters(), *module.buffers()))
+    # Energies stand seven times: the prior's, the trainee's, gradients, two moments of Adam, and two snapshots of the
+    # guard.
+    held = sum(
+        tensor.nbytes
+        for module in backbone_modules(prior.backbone)
+        for tensor in (*module.parameters(), *module.buffers())
+    )
     held += 7 * sum(parameter.nbytes for parameter in prior.parameters())
     return {
         "seconds per gradient and image": last.langevin_seconds / last.batch,
@@ -91,7 +101,9 @@ def extrapolate(prior: DiffusionEBMPrior, found: Sequence[Measured], batch: int)
     }
 
 
-def report_costs(prior: DiffusionEBMPrior, image_size: int, sizes: Sequence[int], batch: int, epoch: int, iterations: int) -> dict[str, object]:
+def report_costs(
+    prior: DiffusionEBMPrior, image_size: int, sizes: Sequence[int], batch: int, epoch: int, iterations: int
+) -> dict[str, object]:
     """Measure, and print what a run takes.
 
     Args:
@@ -126,7 +138,14 @@ def report_costs(prior: DiffusionEBMPrior, image_size: int, sizes: Sequence[int]
         f"  memory           {costs['GiB']:.2f} GiB, {costs['GiB of weights']:.2f} of it weights; {costs['GiB per image']:.3f} per image"
     )
     measured = [dataclasses.asdict(cost) for cost in found]
-    return {"on": name, "torch": torch.__version__, "measured": measured, "extrapolated": costs, "epoch": epoch, "iterations": iterations}
+    return {
+        "on": name,
+        "torch": torch.__version__,
+        "measured": measured,
+        "extrapolated": costs,
+        "epoch": epoch,
+        "iterations": iterations,
+    }
 
 
 def seconds(call: Callable[[], None], device: torch.device) -> float:

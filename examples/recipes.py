@@ -1,11 +1,12 @@
-"""The paper's benchmarks: a prior for an official NVAE of CIFAR-10, CelebA-HQ-256 or LSUN-Church-64, or for a 3-layer HVAE of CIFAR-10.
+"""The paper's benchmarks: a prior for an official NVAE of CIFAR-10, CelebA-HQ-256 or LSUN-Church-64, or for a 3-layer
+HVAE of CIFAR-10.
 
     python examples/recipes.py cifar10-nvae --repo ~/NVAE --checkpoint checkpoint.pt --data ~/data --out out/cifar10
     python examples/recipes.py cifar10-nvae --repo ~/NVAE --estimate        # time and memory of it, measured on this machine
     python examples/recipes.py cifar10-nvae --repo ~/NVAE --smoke           # all of it in seconds, on generated images
 
-docs/recipes.md says what to download. The folder `--out` gets prior.safetensors and results.json, from which `load_prior` makes the prior again,
-samples.png, and images for `hvae-ebm-prior evaluate`.
+docs/recipes.md says what to download. The folder `--out` gets prior.safetensors and results.json, from which
+`load_prior` makes the prior again, samples.png, and images for `hvae-ebm-prior evaluate`.
 """
 
 import argparse
@@ -30,10 +31,10 @@ from train_hvae import train as train_hvae
 
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig, NVAEAdapter, freeze, recalibrate_batch_norm
-from hvae_ebm_prior.cli import load_function
-from hvae_ebm_prior.files import write_atomically, write_json
-from hvae_ebm_prior.pictures import save_grid
+from hvae_ebm_prior.cli.loading import load_function
 from hvae_ebm_prior.presets import PRESETS, Preset
+from hvae_ebm_prior.saving.files import write_atomically, write_json
+from hvae_ebm_prior.saving.grid import save_grid
 
 SAVE_EVERY = 500
 SMOKE_IMAGES = 16
@@ -70,10 +71,18 @@ def published(gaussian: float, reconstructions: float | None, ours: float) -> di
 
 
 RECIPES = {
-    "cifar10-nvae": Recipe("cifar10", 32, 50_000, NVAE_CIFAR10, "paper-cifar10", 30, True, published(37.73, 0.68, 8.93)),
-    "celebahq256-nvae": Recipe("celeba-hq", 256, 27_000, NVAE_CELEBAHQ256, "paper-celebahq256", 150, False, published(30.25, 1.64, 8.78)),
-    "lsun-church64-nvae": Recipe("lsun-churches", 64, 116_227, NVAE_CHURCH64, "lsun-church64", 30, False, published(38.13, 2.45, 7.34)),
-    "cifar10-hvae": Recipe("cifar10", 32, 50_000, HVAE_CIFAR10, "cifar10-hvae", 30, False, published(81.44, None, 35.13)),
+    "cifar10-nvae": Recipe(
+        "cifar10", 32, 50_000, NVAE_CIFAR10, "paper-cifar10", 30, True, published(37.73, 0.68, 8.93)
+    ),
+    "celebahq256-nvae": Recipe(
+        "celeba-hq", 256, 27_000, NVAE_CELEBAHQ256, "paper-celebahq256", 150, False, published(30.25, 1.64, 8.78)
+    ),
+    "lsun-church64-nvae": Recipe(
+        "lsun-churches", 64, 116_227, NVAE_CHURCH64, "lsun-church64", 30, False, published(38.13, 2.45, 7.34)
+    ),
+    "cifar10-hvae": Recipe(
+        "cifar10", 32, 50_000, HVAE_CIFAR10, "cifar10-hvae", 30, False, published(81.44, None, 35.13)
+    ),
 }
 
 
@@ -146,7 +155,10 @@ def train(run: Run, options: argparse.Namespace) -> None:
         if record.iteration % SAVE_EVERY == 0:
             save()
             gaps = ", ".join(f"{gap:.1f}" for gap in record.gaps)
-            print(f"iteration {record.iteration}: loss {record.loss:.2f}, energy gap per t {gaps}, {duration(record.seconds)}", flush=True)
+            print(
+                f"iteration {record.iteration}: loss {record.loss:.2f}, energy gap per t {gaps}, {duration(record.seconds)}",
+                flush=True,
+            )
 
     def save() -> None:
         write_atomically(out / "prior.safetensors", lambda path: save_file(prior.state_dict(), path))
@@ -179,7 +191,8 @@ def train(run: Run, options: argparse.Namespace) -> None:
 
 
 def load_prior(folder: str | Path) -> DiffusionEBMPrior:
-    """The prior that a recipe left in a folder, on the device it was trained on if there is one; for `hvae-ebm-prior sample`, `evaluate` and others.
+    """The prior that a recipe left in a folder, on the device it was trained on if there is one; for `hvae-ebm-prior
+    sample`, `evaluate` and others.
 
     Args:
         folder: what `--out` was.
@@ -233,10 +246,14 @@ def load_backbone(run: Run, folder: Path | None, *, random: bool = False) -> Any
     if run.backbone is not None:
         nvae = load_function(run.backbone)(*([run.checkpoint] if run.checkpoint else []))
     elif run.checkpoint is None and not (random or run.smoke):
-        raise ValueError(f"{run.recipe}: expected --checkpoint, a file that NVAE's train.py wrote; docs/recipes.md says where to find one")
+        raise ValueError(
+            f"{run.recipe}: expected --checkpoint, a file that NVAE's train.py wrote; docs/recipes.md says where to find one"
+        )
     else:
         small = {**TINY, "dataset": "celeba_64"} if image_size(run) == 64 else TINY
-        nvae = official_nvae(run.repo, {**recipe.backbone, **(small if run.smoke else {})}, None if random else run.checkpoint)
+        nvae = official_nvae(
+            run.repo, {**recipe.backbone, **(small if run.smoke else {})}, None if random else run.checkpoint
+        )
     if folder is not None and recipe.recalibrate:
         nvae.load_state_dict(load_file(folder / "batch_norm.safetensors"), strict=False)
     # On its device before it becomes an adapter, which reads there where it is.
@@ -276,15 +293,23 @@ def hvae_config(run: Run) -> HVAEConfig:
 def recalibrated(run: Run, adapter: NVAEAdapter, out: Path) -> NVAEAdapter:
     """The adapter after batch norm statistics of Gaussian samples at temperature 1, kept in batch_norm.safetensors."""
     generator = torch.Generator().manual_seed(run.seed)
-    recalibrate_batch_norm(adapter, 1.0, iterations=2 if run.smoke else 500, batch_size=4 if run.smoke else 25, generator=generator)
-    statistics = {name: value for name, value in adapter.model.state_dict().items() if name.endswith(("running_mean", "running_var"))}
+    recalibrate_batch_norm(
+        adapter, 1.0, iterations=2 if run.smoke else 500, batch_size=4 if run.smoke else 25, generator=generator
+    )
+    statistics = {
+        name: value
+        for name, value in adapter.model.state_dict().items()
+        if name.endswith(("running_mean", "running_var"))
+    }
     write_atomically(out / "batch_norm.safetensors", lambda path: save_file(statistics, path))
     return adapter
 
 
 def frozen(run: Run, adapter: NVAEAdapter) -> NVAEAdapter:
     """The adapter of the same NVAE with constants folded."""
-    return NVAEAdapter(freeze(adapter.model), output=adapter.output, checkpoint=adapter.checkpoint, generator=adapter.generator)
+    return NVAEAdapter(
+        freeze(adapter.model), output=adapter.output, checkpoint=adapter.checkpoint, generator=adapter.generator
+    )
 
 
 def bits_of(adapter: NVAEAdapter) -> int:
@@ -299,7 +324,9 @@ def settings(run: Run) -> Preset:
     # Batches of the published size in both cases: what fits depends on the backbone.
     preset = replace(preset, training=replace(preset.training, batch_size=paper.training.batch_size))
     if run.smoke:
-        training = replace(preset.training, iterations=2, batch_size=4, activity_images=min(preset.training.activity_images, 8))
+        training = replace(
+            preset.training, iterations=2, batch_size=4, activity_images=min(preset.training.activity_images, 8)
+        )
         energy = EnergyConfig(width=8, vector_width=16, spectral_norm=preset.energy.spectral_norm)
         preset = Preset(preset.schedule, replace(preset.langevin, steps=2), energy, training)
     return preset
@@ -313,10 +340,16 @@ def make_prior(run: Run, adapter: Any) -> tuple[DiffusionEBMPrior, Preset]:
     return prior, preset
 
 
-def describe(run: Run, preset: Preset, training: Any, prior: DiffusionEBMPrior, history: list[TrainingRecord]) -> dict[str, Any]:
+def describe(
+    run: Run, preset: Preset, training: Any, prior: DiffusionEBMPrior, history: list[TrainingRecord]
+) -> dict[str, Any]:
     """What results.json holds."""
     last = history[-100:]
-    means = {name: float(np.mean([getattr(record, name) for record in last])) for name in ("loss", "gradient_norm")} if last else {}
+    means = (
+        {name: float(np.mean([getattr(record, name) for record in last])) for name in ("loss", "gradient_norm")}
+        if last
+        else {}
+    )
     return {
         "run": dataclasses.asdict(run),
         "settings": {name: str(value) for name, value in {**vars(preset), "training": training}.items()},
@@ -358,23 +391,55 @@ def make_parser() -> argparse.ArgumentParser:
     """All options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("--preset", choices=["paper", "fast"], default="paper", help="the paper's settings, or ours for few gradients (%(default)s)")
-    parser.add_argument("--repo", default=os.environ.get("NVAE_REPO"), help="your clone of NVAE (the environment variable NVAE_REPO)")
+    parser.add_argument(
+        "--preset",
+        choices=["paper", "fast"],
+        default="paper",
+        help="the paper's settings, or ours for few gradients (%(default)s)",
+    )
+    parser.add_argument(
+        "--repo", default=os.environ.get("NVAE_REPO"), help="your clone of NVAE (the environment variable NVAE_REPO)"
+    )
     parser.add_argument("--checkpoint", help="the trained backbone; without one, the HVAE is trained first")
-    parser.add_argument("--backbone", help="file.py:function that returns an NVAE, given the checkpoint if there is one; instead of --repo")
-    parser.add_argument("--output", choices=["sample", "mean"], default="sample", help="what of p(x | z) is an NVAE's image (%(default)s)")
-    parser.add_argument("--save-memory", action="store_true", help="keep no activations inside the NVAE's cells: a third more time")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder where images are, or are downloaded to (%(default)s)")
+    parser.add_argument(
+        "--backbone",
+        help="file.py:function that returns an NVAE, given the checkpoint if there is one; instead of --repo",
+    )
+    parser.add_argument(
+        "--output",
+        choices=["sample", "mean"],
+        default="sample",
+        help="what of p(x | z) is an NVAE's image (%(default)s)",
+    )
+    parser.add_argument(
+        "--save-memory", action="store_true", help="keep no activations inside the NVAE's cells: a third more time"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder where images are, or are downloaded to (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="folder to write (out/RECIPE)")
     parser.add_argument("--iterations", type=int, help="optimiser steps (those of the recipe)")
     parser.add_argument("--batch-size", type=int, help="images per step (those of the recipe)")
     parser.add_argument("--hvae-epochs", type=int, default=100, help="of the HVAE's own training (%(default)s)")
-    parser.add_argument("--export", type=int, default=10_000, help="images to write for the evaluation, held-out and training (%(default)s)")
+    parser.add_argument(
+        "--export",
+        type=int,
+        default=10_000,
+        help="images to write for the evaluation, held-out and training (%(default)s)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="generated images, a tiny backbone without a checkpoint, two iterations")
-    parser.add_argument("--estimate", action="store_true", help="measure a few steps with random weights, and print time and memory of the whole")
-    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes to measure (1 and 2; on a GPU 1 and that of the recipe)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="generated images, a tiny backbone without a checkpoint, two iterations"
+    )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="measure a few steps with random weights, and print time and memory of the whole",
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", help="batch sizes to measure (1 and 2; on a GPU 1 and that of the recipe)"
+    )
     return parser
 
 

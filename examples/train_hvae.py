@@ -2,8 +2,8 @@
 
     python examples/train_hvae.py --full /usr/share/datasets/fashion-mnist
 
-About 40 minutes on 2 cores; writes examples/data/hvae.safetensors (EMA weights) and the log examples/data/hvae.log. `train` does the same for any
-HVAE and images; examples/recipes.py calls it for CIFAR-10.
+About 40 minutes on 2 cores; writes examples/data/hvae.safetensors (EMA weights) and the log examples/data/hvae.log.
+`train` does the same for any HVAE and images; examples/recipes.py calls it for CIFAR-10.
 """
 
 import argparse
@@ -55,7 +55,9 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     per_epoch = max(1, len(images) // batch_size)
     steps, warmup = epochs * per_epoch, 2 * per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
     start, step = time.time(), 0
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator, device=device).to(images.device)
@@ -84,7 +86,9 @@ def train(
         kl = ", ".join(f"{d:.1f}" for d in divergences.tolist())
         bound = (nll + divergences.sum()).item()
         count = min(2000, len(test_images))
-        report(f"epoch {epoch + 1}: EMA on {count:,} test images: -log p(x|z) {nll.item():.1f}, KL per layer [{kl}], -ELBO {bound:.1f}")
+        report(
+            f"epoch {epoch + 1}: EMA on {count:,} test images: -log p(x|z) {nll.item():.1f}, KL per layer [{kl}], -ELBO {bound:.1f}"
+        )
         after_epoch(average.module)
     return average.module
 

@@ -5,7 +5,8 @@
     sample_in_turn    the top layers under a first label, then, with these held, the layers below under the next (sequential editing)
     interpolate       on the great circle between two noises
 
-High-level attributes belong to high layers and low-level ones to low layers, so holding layers is what keeps an edit local.
+High-level attributes belong to high layers and low-level ones to low layers, so holding layers is what keeps an edit
+local.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composition import Expression
+from .backbone.validation import check_count, check_noise
+from .density.composition import Expression
 from .prior import DiffusionEBMPrior
-from .validation import check_count, check_noise
 
 Labels = Mapping[str, Any] | Expression | None
 
@@ -51,7 +52,9 @@ def resample(
     for i in hold:
         if i not in range(len(parts)):
             raise ValueError(f"hold: expected layer indices 0 (top) to {len(parts) - 1} (bottom), got {i!r}")
-    return prior.sample_noise(len(u), fixed={i: parts[i] for i in hold}, labels=labels, guidance=guidance, generator=generator)
+    return prior.sample_noise(
+        len(u), fixed={i: parts[i] for i in hold}, labels=labels, guidance=guidance, generator=generator
+    )
 
 
 def edit(
@@ -92,7 +95,8 @@ def sample_in_turn(
     guidance: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """Sequential editing: each stage draws all layers that are not held yet under its labels, and then holds its own layers.
+    """Sequential editing: each stage draws all layers that are not held yet under its labels, and then holds its own
+    layers.
 
     Args:
         prior: the trained prior.
@@ -122,7 +126,9 @@ def sample_in_turn(
     return states
 
 
-def interpolate(prior: DiffusionEBMPrior, start: Tensor, end: Tensor, steps: int, *, layers: Sequence[int] | None = None) -> Tensor:
+def interpolate(
+    prior: DiffusionEBMPrior, start: Tensor, end: Tensor, steps: int, *, layers: Sequence[int] | None = None
+) -> Tensor:
     """Noises between two, on the great circle through them: they keep the length that noise has.
 
     Args:
@@ -142,7 +148,9 @@ def interpolate(prior: DiffusionEBMPrior, start: Tensor, end: Tensor, steps: int
     check_noise(end, prior.dim)
     check_count(steps, "steps")
     if start.shape != end.shape or steps < 2:
-        raise ValueError(f"expected two noises of one shape and at least 2 steps, got {tuple(start.shape)}, {tuple(end.shape)} and {steps}")
+        raise ValueError(
+            f"expected two noises of one shape and at least 2 steps, got {tuple(start.shape)}, {tuple(end.shape)} and {steps}"
+        )
     ones = [part.new_full(part.shape, layers is None or i in layers) for i, part in enumerate(prior.split(start[:1]))]
     moves = prior.join(ones) > 0
     weight = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)[:, None, None]

@@ -1,6 +1,11 @@
-"""Optional packages: what to install for them, said the same way everywhere."""
+"""Installed packages: what is there, and what to install for what is not, said the same way everywhere."""
 
-# Until the first release the package is in no index: it is installed from a clone. A release makes this "hvae-ebm-prior" (docs/releasing.md).
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+# Until the first release the package is in no index: it is installed from a clone. A release makes this
+# "hvae-ebm-prior" (docs/releasing.md).
 SOURCE = "."
 
 
@@ -25,3 +30,15 @@ def missing(what: str, extra: str) -> ImportError:
         The error, to be raised.
     """
     return ImportError(f"{what}; install hvae-ebm-prior[{extra}]: {install_command(extra)}{where()}")
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed distribution, None if there is none of this name."""
+    if (
+        package == "torch"
+    ):  # its own word names the build, +cpu or +cu124, which the metadata of some releases leave out
+        return str(torch.__version__)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

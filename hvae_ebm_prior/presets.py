@@ -1,20 +1,22 @@
-"""Settings by name: ours, those of the published code for its two NVAE benchmarks, and their like for two benchmarks without published ones.
+"""Settings by name: ours, those of the published code for its two NVAE benchmarks, and their like for two benchmarks
+without published ones.
 
     preset = PRESETS["paper-cifar10"]
     prior = DiffusionEBMPrior(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
     prior.fit(images, training=preset.training)
 
-The published settings have T = 3, Euler steps s_t = b^2 (sigma_bar_t/sigma_bar_0) sigma_{t+1}^2 from u_{t+1}, networks that stand for F = f/s_t
-(so the loss is divided by s_t), no kernel term at t = T-1, spectral norm, no moving average and no clipping.
+The published settings have T = 3, Euler steps s_t = b^2 (sigma_bar_t/sigma_bar_0) sigma_{t+1}^2 from u_{t+1}, networks
+that stand for F = f/s_t (so the loss is divided by s_t), no kernel term at t = T-1, spectral norm, no moving average
+and no clipping.
 """
 
 import math
 from dataclasses import dataclass
 
-from .energy import EnergyConfig
-from .langevin import LangevinConfig
-from .schedule import DiffusionSchedule
-from .training import TrainingConfig
+from .chains.langevin import LangevinConfig
+from .chains.schedule import DiffusionSchedule
+from .energies.networks import EnergyConfig
+from .training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ def published(steps: int, step_size: float, width: int, batch_size: int, epoch_d
     """Settings of the published code, which differ between its benchmarks in the arguments only."""
     return Preset(
         schedule=DiffusionSchedule.ddpm(3),
-        langevin=LangevinConfig(steps, step_size, integrator="euler", step_rule="published", drift_limit=math.inf, kernel_at_top=False),
+        langevin=LangevinConfig(
+            steps, step_size, integrator="euler", step_rule="published", drift_limit=math.inf, kernel_at_top=False
+        ),
         energy=EnergyConfig(width=width, spectral_norm=True),
         training=TrainingConfig(
             batch_size=batch_size,
@@ -61,8 +65,8 @@ SMOOTH = DiffusionSchedule.from_snr([200, 15, 3, 0])
 
 PRESETS = {
     "default": Preset(DiffusionSchedule.cosine(3), LangevinConfig(), EnergyConfig(), TrainingConfig()),
-    # Few steps, which learn the most per gradient on the example's HVAE (docs/benchmarks.md, "Integrators"); the top layer, whose energy is the most
-    # curved, takes shorter steps.
+    # Few steps, which learn the most per gradient on the example's HVAE (docs/benchmarks.md, "Integrators"); the top
+    # layer, whose energy is the most curved, takes shorter steps.
     "fast": Preset(
         SMOOTH,
         LangevinConfig(steps=5, step_size=0.3, start="gaussian", top_steps=6),
@@ -91,8 +95,9 @@ PRESETS = {
     ),
     "paper-cifar10": published(steps=50, step_size=3e-5, width=128, batch_size=50, epoch_decay=0.9),
     "paper-celebahq256": published(steps=30, step_size=2e-5, width=64, batch_size=4, epoch_decay=0.98),
-    # No settings are published for these two. The chains are those of CIFAR-10; the churches' width and batch are of the same authors' marginal EBM
-    # prior on the same backbone (github.com/jcui1224/hierarchical-joint-ebm), which gives both data sets one step size.
+    # No settings are published for these two. The chains are those of CIFAR-10; the churches' width and batch are of
+    # the same authors' marginal EBM prior on the same backbone (github.com/jcui1224/hierarchical-joint-ebm), which
+    # gives both data sets one step size.
     "lsun-church64": published(steps=50, step_size=3e-5, width=64, batch_size=32, epoch_decay=0.9),
     "cifar10-hvae": published(steps=50, step_size=3e-5, width=64, batch_size=50, epoch_decay=0.9),
 }

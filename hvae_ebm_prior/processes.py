@@ -1,12 +1,13 @@
 """Several processes that compute one result: who takes which rows, and how they agree.
 
-Every process runs the same program with the same arguments. Rows of a batch, or samples of a call, are divided into shares that follow each other
-in the order of the processes; since noise belongs to samples, the shares joined are what one process computes. Work that only some processes do
-must not call what needs all of them: inside `alone` a process counts as the only one.
+Every process runs the same program with the same arguments. Rows of a batch, or samples of a call, are divided into
+shares that follow each other in the order of the processes; since noise belongs to samples, the shares joined are what
+one process computes. Work that only some processes do must not call what needs all of them: inside `alone` a process
+counts as the only one.
 
-The group of processes is torch.distributed's. Accelerate or a program of your own may have made it; where it is not made yet and the environment is
-that of `torchrun` (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), the first call here makes it, with gloo, and NCCL beside it where there is CUDA.
-This is the only module that communicates.
+The group of processes is torch.distributed's. Accelerate or a program of your own may have made it; where it is not
+made yet and the environment is that of `torchrun` (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), the first call here
+makes it, with gloo, and NCCL beside it where there is CUDA. This is the only module that communicates.
 """
 
 import atexit
@@ -42,7 +43,11 @@ def rank() -> int:
 
 def start() -> None:
     """Join the group that `torchrun` announces in the environment; with a GPU for each process, on the GPU LOCAL_RANK."""
-    cuda = torch.cuda.is_available() and dist.is_nccl_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = (
+        torch.cuda.is_available()
+        and dist.is_nccl_available()
+        and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -51,7 +56,9 @@ def start() -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process counts as the only one: for what some processes do and others do not, such as pictures by the first."""
+    """Inside, this process counts as the only one: for what some processes do and others do not, such as pictures by
+    the first.
+    """
     before = by_itself.set(True)
     try:
         yield
@@ -60,7 +67,9 @@ def alone() -> Iterator[None]:
 
 
 def share(n: int) -> range:
-    """The part of range(n) that this process takes; parts differ in size by 1 at most, and some are empty if n is small."""
+    """The part of range(n) that this process takes; parts differ in size by 1 at most, and some are empty if n is
+    small.
+    """
     here, count = rank(), world()
     return range(n * here // count, n * (here + 1) // count)
 
@@ -114,9 +123,11 @@ def agree(value: T) -> T:
 
 
 def agree_on_generator(generator: torch.Generator | None) -> torch.Generator | None:
-    """A generator that goes on alike in all processes: `generator` in the state it has in the first one, or a new one for None.
+    """A generator that goes on alike in all processes: `generator` in the state it has in the first one, or a new one
+    for None.
 
-    None stays None in a single process. In several it would be torch's global generator, which networks may draw from, each process as it needs.
+    None stays None in a single process. In several it would be torch's global generator, which networks may draw from,
+    each process as it needs.
     """
     if world() == 1:
         return generator
@@ -126,7 +137,9 @@ def agree_on_generator(generator: torch.Generator | None) -> torch.Generator | N
 
 
 def carried(tensor: Tensor) -> Tensor:
-    """`tensor`, contiguous, where the group can carry it: a group of NCCL alone, as Accelerate makes it, carries nothing from a CPU."""
+    """`tensor`, contiguous, where the group can carry it: a group of NCCL alone, as Accelerate makes it, carries
+    nothing from a CPU.
+    """
     return tensor.contiguous() if tensor.is_cuda or "cpu:" in dist.get_backend_config() else tensor.contiguous().cuda()
 
 

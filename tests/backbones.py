@@ -9,7 +9,9 @@ from torch import Tensor, nn
 class RandomBackbone:
     """Every layer's mean and std are random smooth functions of all latents above; images carry nothing."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float32, hidden: int = 8) -> None:
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float32, hidden: int = 8
+    ) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             sizes = [torch.Size(shape).numel() for shape in shapes]
@@ -41,7 +43,9 @@ class RandomBackbone:
 
 
 class IdentityBackbone:
-    """Layers of standard normals, so that z = u. Images (N, 1, 1, D) hold the latents, squeezed into [0, 1] by (z + 10) / 20."""
+    """Layers of standard normals, so that z = u. Images (N, 1, 1, D) hold the latents, squeezed into [0, 1] by (z + 10)
+    / 20.
+    """
 
     def __init__(self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
         self.shapes, self.dtype = shapes, dtype
@@ -89,7 +93,9 @@ def minimize_batch_loss(prior, u, *, steps, seed):
 
 
 class Quadratic(nn.Module):
-    """f(z) = w . z + v . z^2 with learnable w, v: the tilted Gaussian is still Gaussian, so everything has a closed form."""
+    """f(z) = w . z + v . z^2 with learnable w, v: the tilted Gaussian is still Gaussian, so everything has a closed
+    form.
+    """
 
     def __init__(self, size: int, w: float = 0.0, v: float = 0.0) -> None:
         super().__init__()

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from hvae_ebm_prior.metrics import fidelity
+from hvae_ebm_prior.evaluation.metrics import fidelity
 
 
 @pytest.fixture

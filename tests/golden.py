@@ -27,10 +27,10 @@ from hvae_ebm_prior import (
 )
 from hvae_ebm_prior.baselines import JointEBMPrior, LatentDiffusionPrior, NCPPrior
 from hvae_ebm_prior.control import edit, sample_in_turn
-from hvae_ebm_prior.likelihood import AnnealingConfig, log_normalizer
-from hvae_ebm_prior.ood import diffusion_scores, inference_scores, typicality_scores
+from hvae_ebm_prior.evaluation.likelihood import AnnealingConfig, log_normalizer
+from hvae_ebm_prior.evaluation.outliers import diffusion_scores, inference_scores, typicality_scores
+from hvae_ebm_prior.evaluation.transitions import langevin_transitions
 from hvae_ebm_prior.presets import PRESETS
-from hvae_ebm_prior.transitions import langevin_transitions
 
 DATA = Path(__file__).parent / "data"
 FILE, CHECKPOINT = DATA / "golden.safetensors", DATA / "checkpoint_format_2"
@@ -68,7 +68,9 @@ COUPLING = Coupling({"class": LabelSet(("a", "b", "c"), layers=(0,))}, networks=
 PRIORS = {
     "plain": lambda: build(langevin=CHAINS),
     "fast": lambda: build(schedule=PRESETS["fast"].schedule, langevin=PRESETS["fast"].langevin),
-    "published": lambda: build(schedule=DiffusionSchedule.ddpm(3), langevin=replace(PRESETS["paper-cifar10"].langevin, steps=4, step_size=1e-4)),
+    "published": lambda: build(
+        schedule=DiffusionSchedule.ddpm(3), langevin=replace(PRESETS["paper-cifar10"].langevin, steps=4, step_size=1e-4)
+    ),
     "corrected": lambda: build(langevin=replace(CHAINS, corrector_steps=2, integrator="leimkuhler-matthews")),
     "strang": lambda: build(langevin=replace(CHAINS, integrator="strang", start="gaussian", top_steps=2)),
     "coupled": lambda: build(langevin=CHAINS, coupling=COUPLING),
@@ -85,7 +87,10 @@ def train(prior: DiffusionEBMPrior, **options: object) -> dict[str, Tensor]:
     labels = {"class": LABELS} if prior.coupling else None
     history = prior.fit(IMAGES, labels=labels, training=TRAINING, generator=seed(5), progress=False, **options)
     weights = torch.cat([parameter.detach().flatten() for parameter in prior.parameters()])
-    return {"loss": torch.tensor([record.loss for record in history]), "weights": weights[:: max(1, len(weights) // 500)].clone()}
+    return {
+        "loss": torch.tensor([record.loss for record in history]),
+        "weights": weights[:: max(1, len(weights) // 500)].clone(),
+    }
 
 
 def numbers() -> dict[str, Tensor]:

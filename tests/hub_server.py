@@ -1,7 +1,8 @@
-"""A stand-in for the Hugging Face Hub on loopback: the endpoints that the stock client needs to make a repository, upload to it and download from it.
+"""A stand-in for the Hugging Face Hub on loopback: the endpoints that the stock client needs to make a repository,
+upload to it and download from it.
 
-It keeps commits in memory, checks tokens, digests and YAML as the Hub does, and answers with its error codes. `cut_uploads` makes it hang up in the
-middle of so many uploads.
+It keeps commits in memory, checks tokens, digests and YAML as the Hub does, and answers with its error codes.
+`cut_uploads` makes it hang up in the middle of so many uploads.
 """
 
 import base64
@@ -88,7 +89,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         split = urlsplit(self.path)
-        self.path_parts, self.query = [unquote(part) for part in split.path.strip("/").split("/")], parse_qs(split.query)
+        self.path_parts, self.query = (
+            [unquote(part) for part in split.path.strip("/").split("/")],
+            parse_qs(split.query),
+        )
         self.server.requests.append(f"{self.command} {split.path}")
         length = int(self.headers.get("content-length", 0))
         if self.command == "PUT" and self.server.cut_uploads > 0:
@@ -109,7 +113,9 @@ class Handler(BaseHTTPRequestHandler):
         match parts:
             case ["api", "whoami-v2"]:
                 self.check_token()
-                self.answer_json({"type": "user", "name": OWNER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+                self.answer_json(
+                    {"type": "user", "name": OWNER, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+                )
             case ["api", "repos", "create"]:
                 self.create(json.loads(self.body))
             case ["api", "validate-yaml"]:
@@ -123,7 +129,11 @@ class Handler(BaseHTTPRequestHandler):
                 files = json.loads(self.body)["files"]
                 large = (".safetensors", ".png")
                 modes = [
-                    {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(large) else "regular", "shouldIgnore": False}
+                    {
+                        "path": file["path"],
+                        "uploadMode": "lfs" if file["path"].endswith(large) else "regular",
+                        "shouldIgnore": False,
+                    }
                     for file in files
                 ]
                 self.answer_json({"files": modes})
@@ -136,7 +146,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.describe(owner, name, "main")
             case ["api", "models", owner, name, "tree", revision]:
                 files = self.files(owner, name, revision)[1]
-                self.answer_json([{"type": "file", "path": path, "size": len(data), "oid": digest(data)} for path, data in files.items()])
+                self.answer_json(
+                    [
+                        {"type": "file", "path": path, "size": len(data), "oid": digest(data)}
+                        for path, data in files.items()
+                    ]
+                )
             case [_owner, name, "info", "lfs", "objects", "batch"] if name.endswith(".git"):
                 self.check_token()
                 objects = json.loads(self.body)["objects"]
@@ -174,7 +189,9 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{wanted.get('organization') or OWNER}/{wanted['name']}"
         existed = name in self.server.repositories
         if not existed:
-            self.server.repositories[name] = repository = Repository(wanted.get("private") or wanted.get("visibility") == "private")
+            self.server.repositories[name] = repository = Repository(
+                wanted.get("private") or wanted.get("visibility") == "private"
+            )
             repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         self.answer_json({"url": f"{self.server.address}/{name}", "id": name}, 409 if existed else 200)
 
@@ -184,15 +201,25 @@ class Handler(BaseHTTPRequestHandler):
             values = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)])) if lines[0] == "---" else {}
         except (ValueError, yaml.YAMLError) as error:
             return self.answer_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
-        errors = [f"{name} must be a text" for name in ("license", "library_name", "pipeline_tag") if not isinstance(values.get(name, ""), str)]
+        errors = [
+            f"{name} must be a text"
+            for name in ("license", "library_name", "pipeline_tag")
+            if not isinstance(values.get(name, ""), str)
+        ]
         errors += ["model-index needs names and results"] * any(
             not (each.get("name") and each.get("results")) for each in values.get("model-index", [])
         )
-        return self.answer_json({"errors": [{"message": text} for text in errors], "warnings": []}, 400 if errors else 200)
+        return self.answer_json(
+            {"errors": [{"message": text} for text in errors], "warnings": []}, 400 if errors else 200
+        )
 
     def offer(self, wanted: dict) -> dict:
         known = wanted["oid"] in self.server.stored
-        actions = {} if known else {"actions": {"upload": {"href": f"{self.server.address}/upload/{wanted['oid']}", "header": {}}}}
+        actions = (
+            {}
+            if known
+            else {"actions": {"upload": {"href": f"{self.server.address}/upload/{wanted['oid']}", "header": {}}}}
+        )
         return {"oid": wanted["oid"], "size": wanted["size"], **actions}
 
     def store(self, oid: str) -> None:
@@ -223,7 +250,16 @@ class Handler(BaseHTTPRequestHandler):
         commit, files = self.files(owner, name, revision)
         siblings = [{"rfilename": path} for path in files]
         private = self.repository(owner, name).private
-        self.answer_json({"id": f"{owner}/{name}", "modelId": f"{owner}/{name}", "sha": commit, "siblings": siblings, "private": private, "tags": []})
+        self.answer_json(
+            {
+                "id": f"{owner}/{name}",
+                "modelId": f"{owner}/{name}",
+                "sha": commit,
+                "siblings": siblings,
+                "private": private,
+                "tags": [],
+            }
+        )
 
     def resolve(self, owner: str, name: str, revision: str, path: str) -> None:
         commit, files = self.files(owner, name, revision)

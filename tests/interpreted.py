@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
-from hvae_ebm_prior.kernels import langevin_update
-from hvae_ebm_prior.kernels.fused import fused_update
+from hvae_ebm_prior.chains.kernels import langevin_update
+from hvae_ebm_prior.chains.kernels.fused import fused_update
 
 
 def inputs(n, dim, dtype):
@@ -18,14 +18,18 @@ def both(*tensors, **arguments):
     results = []
     for backend in ("naive", "triton"):
         statistics = torch.empty(len(tensors[0]), 4) if arguments.get("statistics") else None
-        results.append((langevin_update(*tensors, **{**arguments, "statistics": statistics}, backend=backend), statistics))
+        results.append(
+            (langevin_update(*tensors, **{**arguments, "statistics": statistics}, backend=backend), statistics)
+        )
     return results
 
 
 def main():
     cases = 0
     shapes = [(1, 1), (3, 3), (2, 20), (1, 1023), (2, 1024), (2, 2500)]
-    for (n, dim), dtype, previous in itertools.product(shapes, (torch.float32, torch.bfloat16, torch.float16), (False, True)):
+    for (n, dim), dtype, previous in itertools.product(
+        shapes, (torch.float32, torch.bfloat16, torch.float16), (False, True)
+    ):
         key, step = torch.tensor([-(2**40) - 3, 17]), torch.tensor([2**31 + 5])
         (a, _), (b, _) = both(*inputs(n, dim, dtype), key=key, step=step, stream=3, previous=previous)
         assert torch.equal(a, b), (n, dim, dtype, previous, (a - b).abs().max())
@@ -36,7 +40,12 @@ def main():
     gradient[1, 1234] = float("nan")
     gradient[2, 0] = float("inf")
     held = torch.arange(1500) % 3 == 0
-    for arguments in ({"held": held}, {"guard": True}, {"held": held, "guard": True, "statistics": True}, {"statistics": True}):
+    for arguments in (
+        {"held": held},
+        {"guard": True},
+        {"held": held, "guard": True, "statistics": True},
+        {"statistics": True},
+    ):
         (a, sums), (b, others) = both(u, u_next, gradient, coefficients, key=torch.tensor([1, 0]), **arguments)
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), arguments
         if sums is not None:
@@ -49,9 +58,13 @@ def main():
     key, step = torch.tensor([5, 0]), torch.tensor([1])
     whole = langevin_update(u, u_next, gradient, coefficients, key=key, step=step, backend="naive")
     for block in (16, 64, 512, 1024):
-        assert torch.equal(fused_update(u, u_next, gradient, coefficients, key, step, 0, False, None, False, None, block), whole), block
+        assert torch.equal(
+            fused_update(u, u_next, gradient, coefficients, key, step, 0, False, None, False, None, block), whole
+        ), block
         cases += 1
-    part = langevin_update(u[2:], u_next[2:], gradient[2:], coefficients[2:], key=torch.tensor([5, 2]), step=step, backend="triton")
+    part = langevin_update(
+        u[2:], u_next[2:], gradient[2:], coefficients[2:], key=torch.tensor([5, 2]), step=step, backend="triton"
+    )
     assert torch.equal(part, whole[2:])
     wide = torch.randn(4, 900)
     wide[:, 100:800] = u
@@ -64,7 +77,9 @@ def main():
     # As many dimensions as the largest VDVAE has; large blocks, as the interpreter runs programs one after the other.
     u, u_next, gradient, coefficients = inputs(1, 4_500_001, torch.bfloat16)
     expected = langevin_update(u, u_next, gradient, coefficients, key=key, step=step, backend="naive")
-    assert torch.equal(fused_update(u, u_next, gradient, coefficients, key, step, 0, False, None, False, None, 2**20), expected)
+    assert torch.equal(
+        fused_update(u, u_next, gradient, coefficients, key, step, 0, False, None, False, None, 2**20), expected
+    )
     print(f"{cases + 2} cases are equal")
 
 

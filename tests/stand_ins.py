@@ -1,6 +1,8 @@
-"""Small models with the attributes of NVAE, VDVAE and hvae-oodd, written for these tests; each has an ancestral sampler of its own.
+"""Small models with the attributes of NVAE, VDVAE and hvae-oodd, written for these tests; each has an ancestral sampler
+of its own.
 
-`ancestral(noise)` takes standard normal noise, one tensor per layer from the top, and returns latents, their log-density and the output parameters.
+`ancestral(noise)` takes standard normal noise, one tensor per layer from the top, and returns latents, their
+log-density and the output parameters.
 """
 
 import math
@@ -100,7 +102,9 @@ class EluConv(nn.Module):
 class ConvNormSwish(nn.Module):
     def __init__(self, cin, cout, size, **kwargs):
         super().__init__()
-        self.conv = nn.Sequential(nn.Conv2d(cin, cout, size, padding=size // 2, bias=False, **kwargs), SyncBatchNormSwish(cout))
+        self.conv = nn.Sequential(
+            nn.Conv2d(cin, cout, size, padding=size // 2, bias=False, **kwargs), SyncBatchNormSwish(cout)
+        )
 
     def forward(self, x):
         return self.conv(x)
@@ -187,7 +191,18 @@ class AutoEncoder(nn.Module):
     """An NVAE: `groups` latents of `latents` channels at each of `scales` resolutions, the coarsest first."""
 
     def __init__(
-        self, scales=2, groups=2, *, flows=0, res_dist=True, use_se=False, dataset="cifar10", mixtures=2, operation="inverted", size=16, nodes=1
+        self,
+        scales=2,
+        groups=2,
+        *,
+        flows=0,
+        res_dist=True,
+        use_se=False,
+        dataset="cifar10",
+        mixtures=2,
+        operation="inverted",
+        size=16,
+        nodes=1,
     ):
         super().__init__()
         self.dataset, self.num_mix_output = dataset, mixtures
@@ -240,7 +255,9 @@ class AutoEncoder(nn.Module):
             return distributions.Bernoulli(logits=logits)
         if self.num_mix_output == 1:
             mean, log_std = logits.chunk(2, 1)
-            return SimpleNamespace(dist=SimpleNamespace(mu=5 * torch.tanh(mean / 5), sigma=torch.exp(5 * torch.tanh(log_std / 5)) + 0.01))
+            return SimpleNamespace(
+                dist=SimpleNamespace(mu=5 * torch.tanh(mean / 5), sigma=torch.exp(5 * torch.tanh(log_std / 5)) + 0.01)
+            )
         return Mixture(logits)
 
     def ancestral(self, noise, prior_ready=lambda *_: None):
@@ -308,9 +325,14 @@ class VDVAE(nn.Module):
         self.encoder.enc_blocks = nn.ModuleList(Block(width, 4, width, True, down) for down in (None, 2, None, 4))
         self.encoder.forward = self.encode
         self.decoder = nn.Module()
-        self.decoder.dec_blocks = nn.ModuleList(DecBlock(width, zdim, *at) for at in ((1, None), (4, 1), (4, None), (8, 4), (8, None)))
+        self.decoder.dec_blocks = nn.ModuleList(
+            DecBlock(width, zdim, *at) for at in ((1, None), (4, 1), (4, None), (8, 4), (8, None))
+        )
         self.decoder.bias_xs = nn.ParameterList([nn.Parameter(torch.randn(1, width, size, size)) for size in (1, 4)])
-        self.decoder.gain, self.decoder.bias = nn.Parameter(torch.ones(1, width, 1, 1)), nn.Parameter(torch.zeros(1, width, 1, 1))
+        self.decoder.gain, self.decoder.bias = (
+            nn.Parameter(torch.ones(1, width, 1, 1)),
+            nn.Parameter(torch.zeros(1, width, 1, 1)),
+        )
         self.decoder.out_net = nn.Module()
         self.decoder.out_net.out_conv = nn.Conv2d(width, 30, 1)
 
@@ -331,7 +353,11 @@ class VDVAE(nn.Module):
             if block.mixin:
                 x = x + F.interpolate(xs[block.mixin], size=block.base)
             features = block.prior(x)
-            mean, log_std, residual = features[:, : block.zdim], features[:, block.zdim : 2 * block.zdim], features[:, 2 * block.zdim :]
+            mean, log_std, residual = (
+                features[:, : block.zdim],
+                features[:, block.zdim : 2 * block.zdim],
+                features[:, 2 * block.zdim :],
+            )
             latents.append(mean + log_std.exp() * e)
             log_density = log_density + log_normal(latents[-1], mean, log_std.exp())
             xs[block.base] = block.resnet(x + residual + block.z_fn(latents[-1]))
@@ -354,7 +380,11 @@ class GaussianLayer(nn.Module):
             self.p = nn.Linear(16 * width, 2 * math.prod(shape))
 
     def forward(self, x, inference, sample=True, n_prior_samples=1, **_):
-        logits = self.prior_logits.expand(n_prior_samples, -1) if x is None else (self.q if inference else self.p)(x.flatten(1))
+        logits = (
+            self.prior_logits.expand(n_prior_samples, -1)
+            if x is None
+            else (self.q if inference else self.p)(x.flatten(1))
+        )
         mean, scale = (part.unflatten(1, self.shape) for part in logits.chunk(2, 1))
         dist = distributions.Normal(mean, F.softplus(scale, beta=math.log(2)))
         z = dist.rsample() if sample else None
@@ -366,7 +396,10 @@ class WithSkips(nn.Module):
 
     def __init__(self, width, use_skips):
         super().__init__()
-        self.layers, self.use_skips = nn.ModuleList([nn.utils.weight_norm(nn.Conv2d(width, width, 3, padding=1))]), use_skips
+        self.layers, self.use_skips = (
+            nn.ModuleList([nn.utils.weight_norm(nn.Conv2d(width, width, 3, padding=1))]),
+            use_skips,
+        )
 
     def forward(self, x, aux=None):
         x = x + aux.pop() if self.use_skips else x
@@ -420,7 +453,9 @@ class BernoulliLikelihood(nn.Module):
 
     def forward(self, x_p, x=None):
         dist = distributions.Bernoulli(logits=self.head(x_p))
-        return None if x is None else dist.log_prob(x).sum((1, 2, 3)), SimpleNamespace(samples=dist.sample(), mean=dist.mean)
+        return None if x is None else dist.log_prob(x).sum((1, 2, 3)), SimpleNamespace(
+            samples=dist.sample(), mean=dist.mean
+        )
 
 
 class DeepVAE(nn.Module):
@@ -428,13 +463,29 @@ class DeepVAE(nn.Module):
 
     def __init__(self, biva=False, skip_stochastic=True, width=4):
         super().__init__()
-        self.lambda_init, self.n_latents, self.skip_stochastic, self.pad, self.unpad = None, 3, skip_stochastic, [1, 1, 1, 1], [-1, -1, -1, -1]
-        middle = TwoLatentStage(width, (2, 4, 4), skip_stochastic) if biva else Stage(width, (2, 4, 4), False, skip_stochastic)
-        self.stages = nn.ModuleList([Stage(width, (1, 4, 4), False, skip_stochastic), middle, Stage(width, (5,), True, skip_stochastic)])
+        self.lambda_init, self.n_latents, self.skip_stochastic, self.pad, self.unpad = (
+            None,
+            3,
+            skip_stochastic,
+            [1, 1, 1, 1],
+            [-1, -1, -1, -1],
+        )
+        middle = (
+            TwoLatentStage(width, (2, 4, 4), skip_stochastic)
+            if biva
+            else Stage(width, (2, 4, 4), False, skip_stochastic)
+        )
+        self.stages = nn.ModuleList(
+            [Stage(width, (1, 4, 4), False, skip_stochastic), middle, Stage(width, (5,), True, skip_stochastic)]
+        )
         self.encoder, self.likelihood = nn.Conv2d(1, width, 3, padding=1), BernoulliLikelihood(width)
 
     def shapes(self):
-        return [(5,), (2, 4, 4), (2, 4, 4), (1, 4, 4)] if hasattr(self.stages[1], "td_stochastic") else [(5,), (2, 4, 4), (1, 4, 4)]
+        return (
+            [(5,), (2, 4, 4), (2, 4, 4), (1, 4, 4)]
+            if hasattr(self.stages[1], "td_stochastic")
+            else [(5,), (2, 4, 4), (1, 4, 4)]
+        )
 
     def infer(self, x):
         return torch.tanh(self.encoder(F.pad(x, self.pad)))

@@ -1,4 +1,6 @@
-"""The environment that the two commands make: what they take, what they say where it cannot be had, and that a broken one is made anew."""
+"""The environment that the two commands make: what they take, what they say where it cannot be had, and that a broken
+one is made anew.
+"""
 
 import ast
 import importlib.metadata
@@ -16,12 +18,17 @@ import bootstrap
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """What the environment depends on, in a folder whose name has a space and umlauts; pip's installations are recorded instead of run."""
+    """What the environment depends on, in a folder whose name has a space and umlauts; pip's installations are recorded
+    instead of run.
+    """
     root = tmp_path / "Bücher und mehr"
     for name in ("pyproject.toml", "constraints.txt", "hvae_ebm_prior/__init__.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(bootstrap.ROOT / name, root / name)
-    moved = {name: root / getattr(bootstrap, name).relative_to(bootstrap.ROOT) for name in ("ENVIRONMENT", "PYTHON", "STAMP", "BEGUN", "LOG")}
+    moved = {
+        name: root / getattr(bootstrap, name).relative_to(bootstrap.ROOT)
+        for name in ("ENVIRONMENT", "PYTHON", "STAMP", "BEGUN", "LOG")
+    }
     for name, path in {"ROOT": root, **moved}.items():
         monkeypatch.setattr(bootstrap, name, path)
     commands = []
@@ -44,7 +51,7 @@ def run(*arguments, extra="examples"):
 def test_an_environment_takes_the_torch_that_is_there_and_is_repaired(checkout, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
     monkeypatch.setenv("PIP_TARGET", "/somewhere/else")
-    assert run("--cpu", "7") == 0
+    assert run("--cuda" if torch.version.cuda else "--cpu", "7") == 0
     prefix, found, argument = (bootstrap.ROOT / "ran").read_text().rsplit(" ", 2)
     assert (Path(prefix), Path(found), argument.strip()) == (bootstrap.ENVIRONMENT, Path(torch.__file__), "7")
     assert f"{importlib.metadata.version('torch')}, which is installed already" in capsys.readouterr().out
@@ -55,7 +62,10 @@ def test_an_environment_takes_the_torch_that_is_there_and_is_repaired(checkout, 
     assert len(checkout) == 1
     (bootstrap.ENVIRONMENT / "mine").touch()
     assert run(extra="dev") == 0
-    assert [command[-1] for command in checkout[1:]] == [f"{bootstrap.ROOT}[dev]", *bootstrap.WITHOUT_DEPENDENCIES["dev"]]
+    assert [command[-1] for command in checkout[1:]] == [
+        f"{bootstrap.ROOT}[dev]",
+        *bootstrap.WITHOUT_DEPENDENCIES["dev"],
+    ]
     assert run() == 0
     assert len(checkout) == 3
     assert (bootstrap.ENVIRONMENT / "mine").exists()
@@ -68,6 +78,21 @@ def test_an_environment_takes_the_torch_that_is_there_and_is_repaired(checkout, 
     bootstrap.BEGUN.touch()
     assert run() == 0
     assert not (bootstrap.ENVIRONMENT / "mine").exists()
+
+
+def test_without_a_torch_the_cpu_build_of_the_pins_comes_first(checkout, monkeypatch):
+    monkeypatch.setattr(bootstrap, "find_torch", lambda python, build: None)
+    monkeypatch.setattr(bootstrap, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    asked = []
+    monkeypatch.setattr(bootstrap, "install_cpu_torch", lambda install, requirement: asked.append(requirement))
+    bootstrap.make("examples", None)
+    bootstrap.make("examples", "cuda")  # another build: the environment is made anew
+    (pinned,) = [
+        line for line in (bootstrap.ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")
+    ]
+    assert asked == [pinned]
+    assert [bootstrap.read_stamp()["build"], len(checkout)] == ["cuda", 2]
 
 
 def test_an_environment_of_somebody_else_is_left_alone(checkout, monkeypatch):

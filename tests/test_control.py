@@ -5,7 +5,15 @@ import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
 from torch import nn
 
-from hvae_ebm_prior import Coupling, DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, ExecutionConfig, LabelSet, LangevinConfig
+from hvae_ebm_prior import (
+    Coupling,
+    DiffusionEBMPrior,
+    DiffusionSchedule,
+    EnergyConfig,
+    ExecutionConfig,
+    LabelSet,
+    LangevinConfig,
+)
 from hvae_ebm_prior.control import edit, interpolate, resample, sample_in_turn
 
 
@@ -56,7 +64,9 @@ def test_interpolation_stays_on_the_great_circle():
     a, b = torch.tensor([[3.0, 0, 0]]), torch.tensor([[0.0, 3, 0]])
     path = interpolate(prior, a, b, 4)
     angles = torch.tensor([0, 30, 60, 90]) * math.pi / 180
-    torch.testing.assert_close(path[:, 0], 3 * torch.stack((angles.cos(), angles.sin(), 0 * angles), 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        path[:, 0], 3 * torch.stack((angles.cos(), angles.sin(), 0 * angles), 1), atol=1e-6, rtol=0
+    )
     torch.testing.assert_close(interpolate(prior, a, a, 3), a.expand(3, 1, 3))
     held = interpolate(prior, torch.tensor([[1.0, 2, 5]]), torch.tensor([[2.0, 1, -5]]), 5, layers=(0,))
     assert (held[:, :, 2] == 5).all()
@@ -68,10 +78,14 @@ def test_interpolation_stays_on_the_great_circle():
 
 
 def test_posterior_samples_of_a_conjugate_observation():
-    """The prior N(0, 1) tilted by exp(w z) is N(w, 1); given y = z + s noise it is N((y / s^2 + w) / (1 + 1 / s^2), 1 / (1 + 1 / s^2))."""
+    """The prior N(0, 1) tilted by exp(w z) is N(w, 1); given y = z + s noise it is N((y / s^2 + w) / (1 + 1 / s^2), 1 /
+    (1 + 1 / s^2)).
+    """
     w, y, s = 0.6, 2.0, 0.8
     settings = {"schedule": DiffusionSchedule.marginal(), "langevin": LangevinConfig(steps=60, step_size=0.05)}
-    prior = DiffusionEBMPrior(IdentityBackbone((6,)), energy=[Quadratic(6, w)], execution=ExecutionConfig(backend="naive"), **settings)
+    prior = DiffusionEBMPrior(
+        IdentityBackbone((6,)), energy=[Quadratic(6, w)], execution=ExecutionConfig(backend="naive"), **settings
+    )
 
     def log_likelihood(images):
         z = 20 * images.flatten(1) - 10
@@ -88,7 +102,9 @@ def test_posterior_samples_of_a_conjugate_observation():
 
 def test_posterior_samples_join_at_every_level():
     """With T levels the state of every level is drawn to the observation."""
-    prior = DiffusionEBMPrior(IdentityBackbone((4,)), schedule=DiffusionSchedule.cosine(3), langevin=LangevinConfig(steps=20))
+    prior = DiffusionEBMPrior(
+        IdentityBackbone((4,)), schedule=DiffusionSchedule.cosine(3), langevin=LangevinConfig(steps=20)
+    )
     calls = []
 
     def log_likelihood(images):

@@ -46,15 +46,23 @@ def test_links_to_headings_exist(page):
         if target.startswith("http"):
             continue
         text = (page.parent / target if target else page).read_text()
-        headings = [re.sub(r"[^\w\- ]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in text.splitlines() if line.startswith("#")]
+        headings = [
+            re.sub(r"[^\w\- ]", "", line.lstrip("# ")).lower().replace(" ", "-")
+            for line in text.splitlines()
+            if line.startswith("#")
+        ]
         assert anchor in headings
 
 
 def test_pages_say_how_to_install_what_there_is():
-    """Before the first release from a clone, not from an index; the page on it gives the command that the library gives."""
+    """Before the first release from a clone, not from an index; the page on it gives the command that the library
+    gives.
+    """
     pages = [*PAGES, *(path for path in (ROOT / "examples").rglob("*") if path.suffix in {".md", ".py", ".txt"})]
     if extras.SOURCE == ".":
-        assert [page.name for page in pages if re.search(r"pip\d? install[^\n]*hvae-ebm-prior(?!/)", page.read_text())] == []
+        assert [
+            page.name for page in pages if re.search(r"pip\d? install[^\n]*hvae-ebm-prior(?!/)", page.read_text())
+        ] == []
     page = (ROOT / "docs" / "install.md").read_text()
     assert f"    {extras.install_command()}\n" in page
     assert f"`{extras.install_command('demo')}`" in page
@@ -70,10 +78,14 @@ def test_the_table_of_extras_is_complete():
 @pytest.mark.parametrize("module", ["hvae_ebm_prior", "hvae_ebm_prior.adapters", "hvae_ebm_prior.baselines"])
 def test_every_public_name_has_a_place_in_the_reference(module):
     directives = re.findall(
-        r"^\.\. auto\w+:: (\S+)$", "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")), flags=re.MULTILINE
+        r"^\.\. auto\w+:: (\S+)$",
+        "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")),
+        flags=re.MULTILINE,
     )
     places = [name.removeprefix(f"{module}.") for name in directives]
-    assert {name: places.count(name) for name in pkgutil.resolve_name(module).__all__} == dict.fromkeys(pkgutil.resolve_name(module).__all__, 1)
+    assert {name: places.count(name) for name in pkgutil.resolve_name(module).__all__} == dict.fromkeys(
+        pkgutil.resolve_name(module).__all__, 1
+    )
 
 
 def test_overview_of_the_reference_is_complete():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
+from hvae_ebm_prior.evaluation.protocol import frechet_distance, in_chunks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))
@@ -22,14 +22,26 @@ def test_committed_files_are_small(name):
 
 
 def test_main_job(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--iterations", "3", "--images", "300", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "quickstart.py"),
+        "--iterations",
+        "3",
+        "--images",
+        "300",
+        "--out",
+        str(tmp_path),
+    ]
     # Warnings of third parties about this process are none of ours.
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["name"].split(",")[0]: row for row in results["rows"]}
     assert "closure" in done.stdout
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("first.png", "samples.png", "training.png", "prior/model.safetensors"))
+    assert all(
+        (tmp_path / name).stat().st_size > 10_000
+        for name in ("first.png", "samples.png", "training.png", "prior/model.safetensors")
+    )
     # Three steps leave ours about where the Gaussian prior is; 300 images say no more than that.
     assert 0.5 < rows["ours"]["distance"] / rows["Gaussian"]["distance"] < 2
 
@@ -41,9 +53,12 @@ def test_the_prior_that_comes_with_the_repository(capsys, tmp_path):
     from quickstart import load_backbone
 
     from hvae_ebm_prior import DiffusionEBMPrior
-    from hvae_ebm_prior.cli import main
+    from hvae_ebm_prior.cli.main import main
 
-    prior, features = DiffusionEBMPrior.from_pretrained(EXAMPLES / "data" / "prior", backbone=load_backbone()), load_classifier().features
+    prior, features = (
+        DiffusionEBMPrior.from_pretrained(EXAMPLES / "data" / "prior", backbone=load_backbone()),
+        load_classifier().features,
+    )
     target = in_chunks(features, load_subset("train")[0])
     noise = torch.randn(500, prior.dim, generator=torch.Generator().manual_seed(0))
     gaussian = frechet_distance(in_chunks(features, in_chunks(prior.decode, noise)), target)
@@ -70,7 +85,16 @@ def test_the_hole_is_in_the_prior_not_in_a_weak_vae():
 
 
 def test_conditional_example(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "conditional.py"), "--iterations", "2", "--columns", "2", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "conditional.py"),
+        "--iterations",
+        "2",
+        "--columns",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("conditional", "composed", "edited", "inpainted"):
@@ -78,7 +102,12 @@ def test_conditional_example(tmp_path):
     from conditional import load_prior
 
     prior = load_prior(tmp_path / "conditional.safetensors")
-    assert prior.sample(1, labels={"class": "sneaker"}, generator=torch.Generator().manual_seed(0)).shape == (1, 1, 28, 28)
+    assert prior.sample(1, labels={"class": "sneaker"}, generator=torch.Generator().manual_seed(0)).shape == (
+        1,
+        1,
+        28,
+        28,
+    )
 
 
 def test_lite0_is_efficientnet_lite0():
@@ -91,7 +120,8 @@ def test_lite0_is_efficientnet_lite0():
     with torch.no_grad():
         for shape in ((2, 1, 28, 28), (2, 3, 160, 140)):
             assert model.features(torch.rand(shape)).shape == (2, 112)
-        # TensorFlow pads below and to the right: a centred kernel of ones sees the last column, and one pixel beyond it, at stride 2.
+        # TensorFlow pads below and to the right: a centred kernel of ones sees the last column, and one pixel beyond
+        # it, at stride 2.
         convolution = lite0.SameConv2d(1, 1, 3, 2, bias=False)
         convolution.weight.fill_(1.0)
         assert convolution(torch.ones(1, 1, 4, 4)).flatten().tolist() == [9, 6, 6, 4]

@@ -1,4 +1,6 @@
-"""What a seed gives is what it gave: samples, energies, short trainings, and a run that goes on from a checkpoint of before."""
+"""What a seed gives is what it gave: samples, energies, short trainings, and a run that goes on from a checkpoint of
+before.
+"""
 
 import shutil
 

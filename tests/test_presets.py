@@ -18,7 +18,9 @@ def test_published_settings():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains_and_samples(name):
     preset = PRESETS[name]
-    prior = DiffusionEBMPrior(RandomBackbone([(2,), (1, 4, 4)]), schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
+    prior = DiffusionEBMPrior(
+        RandomBackbone([(2,), (1, 4, 4)]), schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy
+    )
     g = torch.Generator().manual_seed(0)
     images = torch.rand(8, 1, 2, 2, generator=g)
     history = prior.fit(images, training=preset.training, iterations=2, batch_size=4, generator=g, progress=False)

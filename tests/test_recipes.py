@@ -61,7 +61,21 @@ def runs(tmp_path_factory):
     def run(recipe, preset="paper"):
         if (recipe, preset) not in made:
             folder = made[recipe, preset] = tmp_path_factory.mktemp(recipe)
-            main([recipe, "--smoke", "--preset", preset, *backbone_options(recipe), "--device", "cpu", "--out", str(folder), "--export", "6"])
+            main(
+                [
+                    recipe,
+                    "--smoke",
+                    "--preset",
+                    preset,
+                    *backbone_options(recipe),
+                    "--device",
+                    "cpu",
+                    "--out",
+                    str(folder),
+                    "--export",
+                    "6",
+                ]
+            )
         return made[recipe, preset]
 
     return run
@@ -86,14 +100,16 @@ def test_smoke(runs, recipe, preset):
 def test_loaded_prior_is_the_trained_one(runs, recipe):
     priors = [load_prior(runs(recipe)) for _ in range(2)]
     assert all(isinstance(prior, DiffusionEBMPrior) for prior in priors)
-    assert any(bool(parameter.any()) for name, parameter in priors[0].named_parameters() if "readout" in name)  # zero before training
+    assert any(
+        bool(parameter.any()) for name, parameter in priors[0].named_parameters() if "readout" in name
+    )  # zero before training
     draws = [prior.sample(2, generator=seed(1)) for prior in priors]
     assert torch.equal(*draws)
     assert draws[0].shape[-1] == min(RECIPES[recipe].image_size, 64)
 
 
 def test_command_line_samples_from_a_recipe(runs, tmp_path, monkeypatch):
-    from hvae_ebm_prior.cli import main as command
+    from hvae_ebm_prior.cli.main import main as command
 
     monkeypatch.setattr(sys, "path", list(sys.path))
     loader = f"{Path(__file__).parent.parent / 'examples' / 'recipes.py'}:load_prior"
@@ -124,7 +140,22 @@ def test_a_model_of_five_bits_gets_images_of_five_bits(runs):
 
 def test_trained_hvae_can_be_given(runs, tmp_path):
     given = runs("cifar10-hvae") / "hvae.safetensors"
-    main(["cifar10-hvae", "--smoke", "--device", "cpu", "--checkpoint", str(given), "--iterations", "1", "--out", str(tmp_path), "--export", "2"])
+    main(
+        [
+            "cifar10-hvae",
+            "--smoke",
+            "--device",
+            "cpu",
+            "--checkpoint",
+            str(given),
+            "--iterations",
+            "1",
+            "--out",
+            str(tmp_path),
+            "--export",
+            "2",
+        ]
+    )
     assert torch.equal(HVAE.load(given).start, HVAE.load(tmp_path / "hvae.safetensors").start)
 
 
@@ -133,7 +164,19 @@ def test_stopping_keeps_what_is_learned(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(DiffusionEBMPrior, "fit", stop)
-    main(["cifar10-nvae", "--smoke", *backbone_options("cifar10-nvae"), "--device", "cpu", "--out", str(tmp_path), "--export", "2"])
+    main(
+        [
+            "cifar10-nvae",
+            "--smoke",
+            *backbone_options("cifar10-nvae"),
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path),
+            "--export",
+            "2",
+        ]
+    )
     assert json.loads((tmp_path / "results.json").read_text())["iterations"] == 0
     assert load_prior(tmp_path).sample(1, generator=seed(0)).shape == (1, 3, 32, 32)
 
@@ -166,7 +209,9 @@ def test_checkpoint_is_asked_for(tmp_path, monkeypatch):
 def test_pictures_are_cut_to_size_from_any_collection():
     from PIL import Image
 
-    tall = Image.fromarray(np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[:, None, None], 40, axis=1).repeat(3, axis=2))  # 120 high, 40 wide
+    tall = Image.fromarray(
+        np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[:, None, None], 40, axis=1).repeat(3, axis=2)
+    )  # 120 high, 40 wide
     for source in ([tall], [{"label": 3, "img": tall}]):
         image = Pictures(source, 20)[0]
         assert image.shape == (3, 20, 20)
@@ -209,15 +254,22 @@ def test_nvae_lmdb(tmp_path):
     for name in ("train", "validation"):
         write_lmdb(tmp_path / f"{name}.lmdb", {str(i).encode(): picture.tobytes() for i, picture in enumerate(pixels)})
     images = Pictures(celeba_hq(tmp_path)[1], 8)
-    assert [np.array_equal(images.levels(i).permute(1, 2, 0).numpy(), picture) for i, picture in enumerate(pixels)] == 12 * [True]
+    assert [
+        np.array_equal(images.levels(i).permute(1, 2, 0).numpy(), picture) for i, picture in enumerate(pixels)
+    ] == 12 * [True]
     assert len(images) == 12
 
 
 def test_lsun_lmdb(tmp_path):
-    """Encoded pictures under keys that are any bytes, in the order of the keys; without 20,000 of them, half are held out."""
+    """Encoded pictures under keys that are any bytes, in the order of the keys; without 20,000 of them, half are held
+    out.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     keys = [b"\xff\x00", b"10", b"9", b"b", b"\x00"]
-    values = {key: encoded(picture, form) for key, picture, form in zip(keys, pixels, ["WEBP", "PNG", "WEBP", "PNG", "WEBP"], strict=True)}
+    values = {
+        key: encoded(picture, form)
+        for key, picture, form in zip(keys, pixels, ["WEBP", "PNG", "WEBP", "PNG", "WEBP"], strict=True)
+    }
     write_lmdb(tmp_path / "church_outdoor_train_lmdb", values)
     sets = [Pictures(part, 8) for part in lsun_churches(tmp_path)]
     found = [images.levels(i).permute(1, 2, 0).numpy() for images in sets for i in range(len(images))]
@@ -231,7 +283,10 @@ def test_a_missing_lmdb_is_named(tmp_path):
         lsun_churches(tmp_path)
 
 
-@pytest.mark.parametrize(("source", "name", "held_out"), [(cifar10, "uoft-cs/cifar10", "test"), (celeba_hq, "mattymchen/celeba-hq", "validation")])
+@pytest.mark.parametrize(
+    ("source", "name", "held_out"),
+    [(cifar10, "uoft-cs/cifar10", "test"), (celeba_hq, "mattymchen/celeba-hq", "validation")],
+)
 def test_pictures_of_folders_go_before_a_download(tmp_path, monkeypatch, source, name, held_out):
     asked = []
 
@@ -269,7 +324,19 @@ def test_pictures_of_folders_and_of_the_hub_with_the_real_package(tmp_path, monk
 
 def test_estimate(tmp_path, capsys):
     main(
-        ["cifar10-nvae", "--smoke", "--estimate", *backbone_options("cifar10-nvae"), "--device", "cpu", "--out", str(tmp_path), "--batches", "1", "3"]
+        [
+            "cifar10-nvae",
+            "--smoke",
+            "--estimate",
+            *backbone_options("cifar10-nvae"),
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path),
+            "--batches",
+            "1",
+            "3",
+        ]
     )
     figures = json.loads((tmp_path / "estimate.json").read_text())
     assert [cost["batch"] for cost in figures["measured"]] == [1, 3]
@@ -304,7 +371,11 @@ def test_durations_in_words():
 @pytest.mark.parametrize("recipe", FUNCTIONS)
 def test_official_code(recipe, tmp_path):
     """With random weights, and with those of a checkpoint in NVAE's format."""
-    arguments = {**RECIPES[recipe].backbone, **TINY, "dataset": "cifar10" if RECIPES[recipe].image_size == 32 else "celeba_64"}
+    arguments = {
+        **RECIPES[recipe].backbone,
+        **TINY,
+        "dataset": "cifar10" if RECIPES[recipe].image_size == 32 else "celeba_64",
+    }
     torch.manual_seed(1)
     weights = official_nvae(os.environ["NVAE_REPO"], arguments).state_dict()
     torch.save({"args": argparse.Namespace(**arguments), "state_dict": weights}, tmp_path / "checkpoint.pt")

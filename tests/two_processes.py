@@ -1,4 +1,6 @@
-"""What tests run in several processes: `run(function, *arguments)` gives what the function returns in each, by a group of gloo on one machine."""
+"""What tests run in several processes: `run(function, *arguments)` gives what the function returns in each, by a group
+of gloo on one machine.
+"""
 
 import os
 import socket
@@ -22,7 +24,8 @@ def free_port() -> int:
 def run(work: Callable[..., Any], *arguments: Any, processes: int = 2) -> list[Any]:
     """What `work(rank, *arguments)` returns in every process, or the exception that it raises there.
 
-    Processes are forks, which begin at once; the environment is that of `torchrun`, and the library makes the group itself.
+    Processes are forks, which begin at once; the environment is that of `torchrun`, and the library makes the group
+    itself.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads of a pool do not survive a fork
@@ -41,9 +44,16 @@ def run(work: Callable[..., Any], *arguments: Any, processes: int = 2) -> list[A
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-def begin(work: Callable[..., Any], rank: int, processes: int, port: int, folder: Path, arguments: tuple[Any, ...]) -> None:
+def begin(
+    work: Callable[..., Any], rank: int, processes: int, port: int, folder: Path, arguments: tuple[Any, ...]
+) -> None:
     try:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         os.environ["LOCAL_RANK"] = str(rank)
         import hvae_ebm_prior.processes as library
 

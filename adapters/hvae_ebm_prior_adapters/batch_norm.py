@@ -1,7 +1,8 @@
 """Batch norm statistics at the temperature one samples at.
 
-A model trained at temperature 1 has batch norm statistics of temperature 1. NVAE's authors estimate them anew, from the model's own samples at the
-lower temperature, before they sample there (`set_bn` of its evaluate.py); in half precision that is known to end in NaN images.
+A model trained at temperature 1 has batch norm statistics of temperature 1. NVAE's authors estimate them anew, from the
+model's own samples at the lower temperature, before they sample there (`set_bn` of its evaluate.py); in half precision
+that is known to end in NaN images.
 """
 
 from collections.abc import Callable
@@ -10,16 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvae_ebm_prior.backbone import BackboneAdapter, NoiseTransform
-from hvae_ebm_prior.lock import backbone_modules
-from hvae_ebm_prior.streams import draw_key, open_streams
+from hvae_ebm_prior.backbone.transform import BackboneAdapter, NoiseTransform
+from hvae_ebm_prior.backbone.lock import backbone_modules
+from hvae_ebm_prior.chains.streams import draw_key, open_streams
 
 
 @torch.no_grad()
 def recalibrate_batch_norm(
-    adapter: BackboneAdapter, temperature: float, *, iterations: int = 500, batch_size: int = 16, generator: torch.Generator | None = None
+    adapter: BackboneAdapter,
+    temperature: float,
+    *,
+    iterations: int = 500,
+    batch_size: int = 16,
+    generator: torch.Generator | None = None,
 ) -> Callable[[], None]:
-    """Estimate the decoder's batch norm statistics anew, as means over batches of Gaussian samples at `temperature`, in float32.
+    """Estimate the decoder's batch norm statistics anew, as means over batches of Gaussian samples at `temperature`, in
+    float32.
 
     Args:
         adapter: the backbone, as trained: not folded by `freeze`, in float32.
@@ -32,19 +39,28 @@ def recalibrate_batch_norm(
         A function that puts the former statistics back.
 
     Raises:
-        ValueError: there is no batch norm, the model is not in float32, a number is not positive, or a statistic came out not finite, in which
-            case the former ones are back.
+        ValueError: there is no batch norm, the model is not in float32, a number is not positive, or a statistic came
+            out not finite, in which case the former ones are back.
     """
     if not (temperature > 0 and iterations > 0 and batch_size > 1):
-        raise ValueError(f"expected temperature > 0, iterations > 0 and batch_size > 1, got {temperature}, {iterations} and {batch_size}")
+        raise ValueError(
+            f"expected temperature > 0, iterations > 0 and batch_size > 1, got {temperature}, {iterations} and {batch_size}"
+        )
     modules = {module: name for root in backbone_modules(adapter) for name, module in root.named_modules()}
     norms: list[Any] = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
-        raise ValueError("no batch norm with running statistics in this backbone; recalibrate before `freeze`, which folds it away")
+        raise ValueError(
+            "no batch norm with running statistics in this backbone; recalibrate before `freeze`, which folds it away"
+        )
     wrong = next((norm.running_mean.dtype for norm in norms if norm.running_mean.dtype != torch.float32), None)
     if wrong is not None:
-        raise ValueError(f"recalibration needs a model in float32, got batch norm in {wrong}: half precision ends in NaN images")
-    former = {norm: (norm.training, norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms}
+        raise ValueError(
+            f"recalibration needs a model in float32, got batch norm in {wrong}: half precision ends in NaN images"
+        )
+    former = {
+        norm: (norm.training, norm.momentum, {name: value.clone() for name, value in norm.named_buffers()})
+        for norm in norms
+    }
 
     def undo() -> None:
         for norm in norms:
@@ -64,7 +80,9 @@ def recalibrate_batch_norm(
             if norm.num_batches_tracked == 0:  # the encoder's, which samples do not meet
                 restore(norm, former[norm][2])
             elif not bool(torch.isfinite(norm.running_mean).all() & torch.isfinite(norm.running_var).all()):
-                raise ValueError(f"the batch norm statistics of {modules[norm]} are not finite at temperature {temperature}; check the weights")
+                raise ValueError(
+                    f"the batch norm statistics of {modules[norm]} are not finite at temperature {temperature}; check the weights"
+                )
     except BaseException:
         undo()
         raise

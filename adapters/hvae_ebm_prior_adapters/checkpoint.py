@@ -1,6 +1,7 @@
 """Official NVAE checkpoints, read without running what is in them.
 
-They hold an argparse Namespace beside the weights, which `torch.load(weights_only=True)` refuses; that one class is allowed here, and nothing else.
+They hold an argparse Namespace beside the weights, which `torch.load(weights_only=True)` refuses; that one class is
+allowed here, and nothing else.
 """
 
 import argparse
@@ -26,10 +27,12 @@ def read_nvae_checkpoint(path: str | Path) -> dict[str, Any]:
         path: the file.
 
     Returns:
-        Its entries, with `args` completed by the defaults of arguments that older versions lack, and `state_dict` without `module.` prefixes.
+        Its entries, with `args` completed by the defaults of arguments that older versions lack, and `state_dict`
+        without `module.` prefixes.
 
     Raises:
-        ValueError: the file holds objects other than tensors, plain containers and an argparse Namespace, or is no NVAE checkpoint.
+        ValueError: the file holds objects other than tensors, plain containers and an argparse Namespace, or is no NVAE
+            checkpoint.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -40,13 +43,17 @@ def read_nvae_checkpoint(path: str | Path) -> dict[str, Any]:
             ) from error
     missing = [name for name in ("args", "state_dict") if not isinstance(checkpoint, dict) or name not in checkpoint]
     if missing:
-        raise ValueError(f"{path}: expected an NVAE checkpoint with args and state_dict, but it has no {' and no '.join(missing)}")
+        raise ValueError(
+            f"{path}: expected an NVAE checkpoint with args and state_dict, but it has no {' and no '.join(missing)}"
+        )
     arguments = {**DEFAULTS, **vars(checkpoint["args"])}
     weights = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
     return {**checkpoint, "args": argparse.Namespace(**arguments), "state_dict": weights}
 
 
-def load_nvae(path: str | Path, autoencoder: Callable[..., nn.Module], architecture: Mapping[str, Any] | None = None) -> nn.Module:
+def load_nvae(
+    path: str | Path, autoencoder: Callable[..., nn.Module], architecture: Mapping[str, Any] | None = None
+) -> nn.Module:
     """An NVAE from an official checkpoint, also where there is no CUDA.
 
     Args:
@@ -58,17 +65,22 @@ def load_nvae(path: str | Path, autoencoder: Callable[..., nn.Module], architect
         The model, on the CPU and in eval mode.
 
     Raises:
-        ValueError: the file is refused (see `read_nvae_checkpoint`), has no architecture and none was given, or its weights do not fit the model.
+        ValueError: the file is refused (see `read_nvae_checkpoint`), has no architecture and none was given, or its
+            weights do not fit the model.
     """
     checkpoint = read_nvae_checkpoint(path)
     architecture = architecture if architecture is not None else checkpoint.get("arch_instance")
     if not isinstance(architecture, Mapping):
         name = getattr(checkpoint["args"], "arch_instance", "...")
-        raise ValueError(f"{path}: holds no architecture; pass architecture=utils.get_arch_cells({name!r}), with `utils` of your clone of NVAE")
+        raise ValueError(
+            f"{path}: holds no architecture; pass architecture=utils.get_arch_cells({name!r}), with `utils` of your clone of NVAE"
+        )
     with contextlib.nullcontext() if torch.cuda.is_available() else without_cuda():
         model = autoencoder(checkpoint["args"], None, architecture)
     # `weight_normalized` is what convolutions work out; some versions saved it.
-    weights = {name: value for name, value in checkpoint["state_dict"].items() if not name.endswith("weight_normalized")}
+    weights = {
+        name: value for name, value in checkpoint["state_dict"].items() if not name.endswith("weight_normalized")
+    }
     result = model.load_state_dict(weights, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("weight_normalized")]
     if missing or result.unexpected_keys:

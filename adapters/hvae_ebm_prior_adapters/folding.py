@@ -1,7 +1,8 @@
 """What is constant in a frozen backbone, worked out once instead of at every step of every chain.
 
 - Weight normalisation becomes plain weights: NVAE's own (recomputed at every forward pass) and PyTorch's.
-- Batch norm in eval mode is the affine map y = scale x + shift. It goes into the convolution before it, or into one without padding after it (padding
+- Batch norm in eval mode is the affine map y = scale x + shift. It goes into the convolution before it, or into one
+  without padding after it (padding
   pads with zeros, not with shifts); elsewhere it stays an affine map.
 - NVAE's swish becomes PyTorch's fused SiLU.
 - Weights are laid out channels last, which convolutions prefer on most devices.
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_weight_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from hvae_ebm_prior.execution import replace_parametrizations
+from hvae_ebm_prior.chains.execution import replace_parametrizations
 
 from .nvae import is_fused_batch_norm, make_portable
 
@@ -26,8 +27,8 @@ from .nvae import is_fused_batch_norm, make_portable
 def freeze(model: nn.Module) -> nn.Module:
     """A copy of `model` for use as a frozen backbone: the same function in eval mode, faster.
 
-    Recalibrate batch norm before, as nothing of it is left afterwards. Cells of an NVAE fork that do not compute what NVAE's do are noticed, by a
-    comparison on random features, and left as they are.
+    Recalibrate batch norm before, as nothing of it is left afterwards. Cells of an NVAE fork that do not compute what
+    NVAE's do are noticed, by a comparison on random features, and left as they are.
 
     Args:
         model: the trained model; it is not changed.
@@ -71,7 +72,12 @@ class Affine(nn.Module):
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A deep copy in eval mode; weights that modules work out and keep as attributes are copied without their history."""
-    derived = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+    derived = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in derived}).eval()
 
 
@@ -86,22 +92,33 @@ def plain_weights(module: nn.Module) -> None:
 
 def is_nvae_cell(module: Any) -> bool:
     """Whether `module` is an NVAE cell, which applies its `_ops` one after the other."""
-    return isinstance(getattr(module, "_ops", None), nn.ModuleList) and hasattr(module, "cell_type") and getattr(module, "_num_nodes", 0) > 0
+    return (
+        isinstance(getattr(module, "_ops", None), nn.ModuleList)
+        and hasattr(module, "cell_type")
+        and getattr(module, "_num_nodes", 0) > 0
+    )
 
 
 def fold_cell(cell: Any) -> None:
     """Fold all operations of an NVAE cell into the first, if that computes the same."""
     operations = list(cell._ops)
     folded = nn.Sequential(*fused(layer for operation in operations for layer in layers_of(operation, nvae=True)))
-    sizes = [getattr(layer, "num_features", None) or getattr(layer, "in_channels", None) for layer in cell._ops.modules()]
+    sizes = [
+        getattr(layer, "num_features", None) or getattr(layer, "in_channels", None) for layer in cell._ops.modules()
+    ]
     channels = next(size for size in sizes if size)
     features = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(next(cell.parameters()))
     expected = features
     for operation in operations:
         expected = operation(expected)
     actual = folded(features)
-    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
-        warnings.warn(f"freeze: a cell of type {cell.cell_type!r} computes something else than NVAE's and is left as it is", stacklevel=3)
+    if actual.shape != expected.shape or not torch.allclose(
+        actual, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())
+    ):
+        warnings.warn(
+            f"freeze: a cell of type {cell.cell_type!r} computes something else than NVAE's and is left as it is",
+            stacklevel=3,
+        )
         return
     cell._ops[0] = folded
     for i in range(1, len(operations)):
@@ -129,7 +146,8 @@ def layers_of_plain(module: nn.Module) -> list[nn.Module]:
 
 
 def layers_of(module: Any, *, nvae: bool) -> list[nn.Module]:
-    """The layers that `module` applies one after the other, with constants worked out; `[module]` where that is not known.
+    """The layers that `module` applies one after the other, with constants worked out; `[module]` where that is not
+    known.
 
     Args:
         module: any module.
@@ -156,7 +174,11 @@ def layers_of(module: Any, *, nvae: bool) -> list[nn.Module]:
             norm = children.get("bn_act") or children.get("bn")
             before: list[nn.Module] = layers_of(norm, nvae=True) if norm is not None else []
             before += [] if "bn_act" in children else [nn.ELU()]
-            return before + ([nn.UpsamplingNearest2d(scale_factor=2)] if module.upsample else []) + layers_of(children["conv_0"], nvae=True)
+            return (
+                before
+                + ([nn.UpsamplingNearest2d(scale_factor=2)] if module.upsample else [])
+                + layers_of(children["conv_0"], nvae=True)
+            )
     return [module]
 
 
@@ -181,9 +203,18 @@ def fused(layers: Iterable[nn.Module]) -> list[nn.Module]:
 def merge(first: nn.Module, second: nn.Module) -> nn.Conv2d | None:
     """One convolution that does both, or None."""
     if is_plain_convolution(first) and isinstance(second, Affine):
-        bias = second.shift.flatten() if first.bias is None else first.bias * second.scale.flatten() + second.shift.flatten()
+        bias = (
+            second.shift.flatten()
+            if first.bias is None
+            else first.bias * second.scale.flatten() + second.shift.flatten()
+        )
         return convolution(first, first.weight * second.scale.reshape(-1, 1, 1, 1), bias)
-    if isinstance(first, Affine) and is_plain_convolution(second) and second.groups == 1 and second.padding in (0, (0, 0)):
+    if (
+        isinstance(first, Affine)
+        and is_plain_convolution(second)
+        and second.groups == 1
+        and second.padding in (0, (0, 0))
+    ):
         bias = (second.weight * first.shift).sum((1, 2, 3)) + (0 if second.bias is None else second.bias)
         return convolution(second, second.weight * first.scale, bias)
     return None
@@ -196,8 +227,12 @@ def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def convolution(like: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """PyTorch's convolution of the shape of `like` with these weights."""
-    settings: dict[str, Any] = {name: getattr(like, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-    new = nn.Conv2d(like.in_channels, like.out_channels, like.kernel_size, bias=bias is not None, device="meta", **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        name: getattr(like, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")
+    }
+    new = nn.Conv2d(
+        like.in_channels, like.out_channels, like.kernel_size, bias=bias is not None, device="meta", **settings
+    )  # type: ignore[arg-type]
     new.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)

@@ -4,9 +4,9 @@ One latent per resolution, top to bottom (4x4, 8x8, 16x16 for 28- or 32-pixel im
 
     p(x, z) = p(x | z) prod_i N(z_i; mean_i, std_i^2),    q(z | x) = prod_i N(z_i; mean_i + std_i d_i, (std_i r_i)^2)
 
-where mean_i, std_i are read from the top-down features h_i, the shift d_i and the ratio r_i from h_i and the image's bottom-up features
-(the residual posterior of NVAE, Vahdat & Kautz 2020, Eq. 3). p(x | z) is Gaussian with one learned scale (sigma-VAE, Rybkin et al. 2021).
-There is no normalisation layer, so images never influence each other.
+where mean_i, std_i are read from the top-down features h_i, the shift d_i and the ratio r_i from h_i and the image's
+bottom-up features (the residual posterior of NVAE, Vahdat & Kautz 2020, Eq. 3). p(x | z) is Gaussian with one learned
+scale (sigma-VAE, Rybkin et al. 2021). There is no normalisation layer, so images never influence each other.
 """
 
 import dataclasses
@@ -41,7 +41,9 @@ class HVAEConfig:
 
     def __post_init__(self) -> None:
         if len(self.latent_channels) != len(self.widths) or not self.widths:
-            raise ValueError(f"latent_channels and widths need one entry per layer, got {self.latent_channels} and {self.widths}")
+            raise ValueError(
+                f"latent_channels and widths need one entry per layer, got {self.latent_channels} and {self.widths}"
+            )
 
 
 class ResidualBlock(nn.Module):
@@ -58,7 +60,9 @@ class ResidualBlock(nn.Module):
 
 
 class TopDownBlock(nn.Module):
-    """One latent layer: prior and posterior from the features, then the features for the layer below, at twice the resolution."""
+    """One latent layer: prior and posterior from the features, then the features for the layer below, at twice the
+    resolution.
+    """
 
     def __init__(self, latent_channels: int, width: int, width_below: int) -> None:
         super().__init__()
@@ -113,14 +117,16 @@ class HVAE(nn.Module):
         self.before = (padded - config.image_size) // 2
         self.after = padded - config.image_size - self.before
         widths = (*config.widths, config.image_channels)
-        # Encoder stages run bottom-up; stage i ends beside latent i, so they are stored top to bottom like everything else.
+        # Encoder stages run bottom-up; stage i ends beside latent i, so they are stored top to bottom like everything
+        # else.
         self.encoder = nn.ModuleList(
             nn.Sequential(nn.Conv2d(below, width, 4, stride=2, padding=1), ResidualBlock(width), ResidualBlock(width))
             for width, below in zip(config.widths, widths[1:], strict=True)
         )
         self.start = nn.Parameter(torch.zeros(1, widths[0], padded // 2**layers, padded // 2**layers))
         self.blocks = nn.ModuleList(
-            TopDownBlock(channels, width, below) for channels, width, below in zip(config.latent_channels, config.widths, widths[1:], strict=True)
+            TopDownBlock(channels, width, below)
+            for channels, width, below in zip(config.latent_channels, config.widths, widths[1:], strict=True)
         )
         self.log_scale = nn.Parameter(torch.tensor(-2.0))
 
@@ -143,8 +149,12 @@ class HVAE(nn.Module):
         residual = (images - self.image_mean(features)) * torch.exp(-self.log_scale)
         return -(0.5 * residual**2 + self.log_scale + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
-    def posterior_walk(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """Draw every latent from the posterior; yields shift, log-ratio, latent z, log q(z | z above, x) in nats and features above, per layer."""
+    def posterior_walk(
+        self, images: Tensor, generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """Draw every latent from the posterior; yields shift, log-ratio, latent z, log q(z | z above, x) in nats and
+        features above, per layer.
+        """
         h = self.start.expand(len(images), -1, -1, -1)
         for block, features in zip(self.blocks, self.bottom_up(images), strict=True):
             mean, std = block.prior(h)
@@ -182,7 +192,9 @@ class HVAE(nn.Module):
         with safe_open(path, framework="pt") as file:
             config = json.loads(file.metadata()["config"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        settings: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
+        }
         model = cls(HVAEConfig(**settings))
         model.load_state_dict(tensors)
         return model

@@ -1,7 +1,9 @@
-"""VAE, LVAE and BIVA of github.com/JakobHavtorn/hvae-oodd (Havtorn et al. 2021): deep VAEs of stages, with vector and spatial latents mixed.
+"""VAE, LVAE and BIVA of github.com/JakobHavtorn/hvae-oodd (Havtorn et al. 2021): deep VAEs of stages, with vector and
+spatial latents mixed.
 
-Skip connections hand every stage the features of the one above, so that a layer depends on all latents above it. A stage of BIVA below the top has
-two latents, first the top-down one, then the bottom-up one. The model lists its stages bottom to top; layers here go top to bottom.
+Skip connections hand every stage the features of the one above, so that a layer depends on all latents above it. A
+stage of BIVA below the top has two latents, first the top-down one, then the bottom-up one. The model lists its stages
+bottom to top; layers here go top to bottom.
 """
 
 from collections.abc import Generator
@@ -59,7 +61,9 @@ class LadderAdapter:
             return self._observe(features, self._inputs(images))[0]
         except ValueError as error:  # of a distribution whose support is left
             kind = type(self.model.likelihood).__name__
-            raise ValueError(f"images: expected what {kind} has a likelihood for; binarise them, as for its training? {error}") from error
+            raise ValueError(
+                f"images: expected what {kind} has a likelihood for; binarise them, as for its training? {error}"
+            ) from error
 
     def _inputs(self, images: Tensor) -> Tensor:
         return images if self.model.lambda_init is None else self.model.lambda_init(images)
@@ -76,7 +80,9 @@ class LadderAdapter:
 
 
 def below(stage: Any, z: Tensor, skips: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-    """A stage's features and skip outputs; the published module takes its skip inputs off the list, so it gets one of its own."""
+    """A stage's features and skip outputs; the published module takes its skip inputs off the list, so it gets one of
+    its own.
+    """
     return stage.p_deterministic(z, None if skips is None else list(skips))
 
 

@@ -1,7 +1,9 @@
-"""Mixture of discretised logistics over RGB pixels (PixelCNN++, Salimans et al. 2017), as NVAE and VDVAE end in: mean, samples, likelihood.
+"""Mixture of discretised logistics over RGB pixels (PixelCNN++, Salimans et al. 2017), as NVAE and VDVAE end in: mean,
+samples, likelihood.
 
-Of the 10 M channels of its parameters, M are the mixture's logits; for each of the three colours M means, M log-scales and M coefficients follow.
-Green depends on red, and blue on both, by the coefficients' tanh. Values live in [-1, 1]; images here are in [0, 1].
+Of the 10 M channels of its parameters, M are the mixture's logits; for each of the three colours M means, M log-scales
+and M coefficients follow. Green depends on red, and blue on both, by the coefficients' tanh. Values live in [-1, 1];
+images here are in [0, 1].
 """
 
 from collections.abc import Callable
@@ -15,7 +17,8 @@ MARGIN = 1e-5
 
 
 def mixture_mean(parameters: Tensor) -> Tensor:
-    """Image of the mixture's mean means and coefficients, differentiable; the estimate of NVAE's `DiscMixLogistic.mean`.
+    """Image of the mixture's mean means and coefficients, differentiable; the estimate of NVAE's
+    `DiscMixLogistic.mean`.
 
     Args:
         parameters: (N, 10 M, H, W).
@@ -53,9 +56,11 @@ def mixture_sample(parameters: Tensor, choice: Tensor, noise: Tensor) -> Tensor:
 
 
 def mixture_log_likelihood(parameters: Tensor, images: Tensor, levels: int = 256) -> Tensor:
-    """Log-probability of images of whole levels: the mixture's mass within half a level, of the outermost levels all that lies beyond.
+    """Log-probability of images of whole levels: the mixture's mass within half a level, of the outermost levels all
+    that lies beyond.
 
-    With a and b the ends of a level in units of the scale, log(sigmoid(a) - sigmoid(b)) = log sigmoid(a) + log sigmoid(-b) + log(1 - exp(b - a)).
+    With a and b the ends of a level in units of the scale, log(sigmoid(a) - sigmoid(b)) = log sigmoid(a) + log
+    sigmoid(-b) + log(1 - exp(b - a)).
 
     Args:
         parameters: (N, 10 M, H, W).
@@ -71,7 +76,11 @@ def mixture_log_likelihood(parameters: Tensor, images: Tensor, levels: int = 256
     logits, means, log_scales, coefficients = unpack(parameters)
     values, half, scales = (2 * images - 1).unsqueeze(2), 1 / (levels - 1), log_scales.exp()
     red, green = values[:, 0], values[:, 1]
-    shifts = (torch.zeros_like(coefficients[:, 0]), coefficients[:, 0] * red, coefficients[:, 1] * red + coefficients[:, 2] * green)
+    shifts = (
+        torch.zeros_like(coefficients[:, 0]),
+        coefficients[:, 0] * red,
+        coefficients[:, 1] * red + coefficients[:, 2] * green,
+    )
     residuals = values - means - torch.stack(shifts, dim=1)
     below, above = F.logsigmoid((residuals + half) / scales), F.logsigmoid((half - residuals) / scales)
     within = below + above + torch.log(-torch.expm1(-2 * half / scales))
@@ -91,15 +100,21 @@ def unpack(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def assemble(values: Tensor, coefficients: Tensor) -> Tensor:
-    """Images in [0, 1] from independent values (N, 3, H, W) and the colours' coefficients (green on red, blue on red, blue on green)."""
+    """Images in [0, 1] from independent values (N, 3, H, W) and the colours' coefficients (green on red, blue on red,
+    blue on green).
+    """
     red = values[:, 0].clamp(-1, 1)
     green = (values[:, 1] + coefficients[:, 0] * red).clamp(-1, 1)
     blue = (values[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green).clamp(-1, 1)
     return (torch.stack((red, green, blue), dim=1) + 1) / 2
 
 
-def image_noise(draw: Callable[..., Tensor], n: int, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
-    """Noise (n, *shape) by `draw` (torch.rand or torch.randn), image by image, so that it does not depend on how images are split into batches."""
+def image_noise(
+    draw: Callable[..., Tensor], n: int, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor
+) -> Tensor:
+    """Noise (n, *shape) by `draw` (torch.rand or torch.randn), image by image, so that it does not depend on how images
+    are split into batches.
+    """
     device = like.device if generator is None else generator.device
     return torch.stack([draw(shape, generator=generator, device=device) for _ in range(n)]).to(like)
 
@@ -107,5 +122,7 @@ def image_noise(draw: Callable[..., Tensor], n: int, shape: tuple[int, ...], gen
 def draw_mixture(parameters: Tensor, generator: torch.Generator | None) -> Tensor:
     """`mixture_sample` with noise from `generator`."""
     mixtures, size = parameters.shape[1] // 10, tuple(parameters.shape[2:])
-    choice, noise = image_noise(torch.rand, len(parameters), (mixtures + 3, *size), generator, parameters).split([mixtures, 3], dim=1)
+    choice, noise = image_noise(torch.rand, len(parameters), (mixtures + 3, *size), generator, parameters).split(
+        [mixtures, 3], dim=1
+    )
     return mixture_sample(parameters, choice, noise)

@@ -1,9 +1,10 @@
-"""NVAE (Vahdat & Kautz 2020; the attributes of github.com/NVlabs/NVAE's `AutoEncoder`): residual cells with latent groups at several scales.
+"""NVAE (Vahdat & Kautz 2020; the attributes of github.com/NVlabs/NVAE's `AutoEncoder`): residual cells with latent
+groups at several scales.
 
     z_0 ~ N(0, 1.01^2),    z_k ~ N(5 tanh(mean_k / 5), (exp(5 tanh(log_std_k / 5)) + .01)^2),    (mean_k, log_std_k) = dec_sampler[k - 1](s_k)
 
-with s_k the features above group k. Posteriors are residual (mean and log-std added to the prior's before the clamp) or not, and may end in
-normalising flows: the latent is what the flows return.
+with s_k the features above group k. Posteriors are residual (mean and log-std added to the prior's before the clamp) or
+not, and may end in normalising flows: the latent is what the flows return.
 """
 
 import math
@@ -31,9 +32,9 @@ class Group(NamedTuple):
 class NVAEAdapter:
     """Adapter of an NVAE, any number of scales and groups, on CPU and CUDA.
 
-    The model is used as it is, but for three things mended in place that change no result in eval mode: fused batch norm and swish also
-    works off CUDA, masks of autoregressive convolutions follow their weights' device, and convolutions that initialise themselves from their
-    first batch count as initialised.
+    The model is used as it is, but for three things mended in place that change no result in eval mode: fused batch
+    norm and swish also works off CUDA, masks of autoregressive convolutions follow their weights' device, and
+    convolutions that initialise themselves from their first batch count as initialised.
 
     Args:
         model: the trained `AutoEncoder`, or a fork with its attributes.
@@ -45,9 +46,25 @@ class NVAEAdapter:
         ValueError: `output` is neither "mean" nor "sample".
     """
 
-    needs = ("dec_tower", "enc_tower", "dec_sampler", "enc_sampler", "prior_ftr0", "z0_size", "image_conditional", "decoder_output")
+    needs = (
+        "dec_tower",
+        "enc_tower",
+        "dec_sampler",
+        "enc_sampler",
+        "prior_ftr0",
+        "z0_size",
+        "image_conditional",
+        "decoder_output",
+    )
 
-    def __init__(self, model: nn.Module, *, output: str = "mean", checkpoint: bool = False, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        output: str = "mean",
+        checkpoint: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
         if output not in ("mean", "sample"):
             raise ValueError(f'output: expected "mean" or "sample", got {output!r}')
         self.model: Any = make_portable(model)
@@ -102,7 +119,9 @@ class NVAEAdapter:
             return mixture_log_likelihood(logits, images, levels=round(getattr(distribution, "max_val", 255)) + 1)
         if isinstance(distribution, torch.distributions.Bernoulli):
             if bool(((images != 0) & (images != 1)).any()):
-                raise ValueError("images: this NVAE's likelihood is of binary pixels, got values between 0 and 1; binarise them, as for its training")
+                raise ValueError(
+                    "images: this NVAE's likelihood is of binary pixels, got values between 0 and 1; binarise them, as for its training"
+                )
             return distribution.log_prob(images).flatten(1).sum(1)
         # NVAE's pixels are in [-1, 1]; the density is that of pixels in [0, 1].
         log_density = torch.distributions.Normal(*normal_output(distribution)).log_prob(2 * images - 1) + math.log(2)
@@ -209,7 +228,9 @@ def is_fused_batch_norm(module: nn.Module) -> bool:
 
 
 def batch_norm_swish(module: Any, x: Tensor) -> Tensor:
-    """Batch norm and swish on any device; several processes that train together keep the published, synchronised forward."""
+    """Batch norm and swish on any device; several processes that train together keep the published, synchronised
+    forward.
+    """
     if module.training and torch.distributed.is_available() and torch.distributed.is_initialized():
         return type(module).forward(module, x)
     # Batch norm as PyTorch does it, with its rule for the running statistics.

@@ -1,8 +1,10 @@
-"""VDVAE (Child 2021; the attributes of github.com/openai/vdvae's `VAE`): features at several resolutions, one latent per block, down to 1x1.
+"""VDVAE (Child 2021; the attributes of github.com/openai/vdvae's `VAE`): features at several resolutions, one latent
+per block, down to 1x1.
 
     (mean, log_std, residual) = prior(x),    x <- x + residual + z_proj(z),    x <- resnet(x)
 
-A block's x are its resolution's features: those of the last block there, the learned bias at the first, or zero; a mixin adds a coarser resolution's.
+A block's x are its resolution's features: those of the last block there, the learned bias at the first, or zero; a
+mixin adds a coarser resolution's.
 """
 
 from collections.abc import Generator
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from .logistic_mixture import draw_mixture, mixture_log_likelihood, mixture_mean
 from .walk import Walk, normal_draw, posterior_draws, priors, run
 
-# Shift and scale of pixels 0..255 by dataset, (x + shift) * scale, as in the published data.py; that of ffhq_1024 is given there for [0, 1].
+# Shift and scale of pixels 0..255 by dataset, (x + shift) * scale, as in the published data.py; that of ffhq_1024 is
+# given there for [0, 1].
 NORMALISATIONS = {
     "cifar10": (-120.63838, 1 / 64.16736),
     "imagenet32": (-116.2373, 1 / 69.37404),
@@ -39,14 +42,16 @@ class VDVAEAdapter:
 
     Args:
         model: the trained `VAE`, or a fork with its attributes; load its EMA weights for samples.
-        shift: added to pixels 0..255 before `scale`; None takes the published one of the dataset that `model.H.dataset` names.
+        shift: added to pixels 0..255 before `scale`; None takes the published one of the dataset that `model.H.dataset`
+            names.
         scale: factor after `shift`; None likewise.
         output: "mean" or "sample" of p(x | z) as the image.
         checkpoint: keep no activations inside blocks for the backward pass: less memory, more time.
         generator: source of the noise of samples; None takes torch's global generators.
 
     Raises:
-        ValueError: the normalisation is not given and the dataset is not a published one, or `output` is neither "mean" nor "sample".
+        ValueError: the normalisation is not given and the dataset is not a published one, or `output` is neither "mean"
+            nor "sample".
     """
 
     needs = ("encoder.enc_blocks", "decoder.dec_blocks", "decoder.bias_xs", "decoder.out_net", "H.image_size")
@@ -71,7 +76,10 @@ class VDVAEAdapter:
                     f"shift and scale: the model's dataset {dataset!r} is none of {', '.join(NORMALISATIONS)}; give both, as in the data.py it was "
                     "trained with: pixels x in 0..255 enter as (x + shift) * scale"
                 )
-            shift, scale = (given if given is not None else own for given, own in zip((shift, scale), NORMALISATIONS[dataset], strict=True))
+            shift, scale = (
+                given if given is not None else own
+                for given, own in zip((shift, scale), NORMALISATIONS[dataset], strict=True)
+            )
         self.shift, self.scale = shift, scale
         self.output, self.checkpoint, self.generator = output, checkpoint, generator
 
@@ -100,7 +108,9 @@ class VDVAEAdapter:
         if getattr(self.model.H, "dataset", None) != "ffhq_256":
             return mixture_log_likelihood(self._mixture(features), images)
         # Trained on pixels 0..255 rounded down to multiples of 8.
-        return mixture_log_likelihood(self._mixture(features), ((images * 255).round() / 8).floor() * 8 / 255, levels=32)
+        return mixture_log_likelihood(
+            self._mixture(features), ((images * 255).round() / 8).floor() * 8 / 255, levels=32
+        )
 
     def _mixture(self, features: Tensor) -> Tensor:
         decoder = self.model.decoder
@@ -117,7 +127,9 @@ class VDVAEAdapter:
             x = features[size] if size in features else like.new_zeros(batch_size, width, size, size)
             if block.mixin is not None:
                 x = x + F.interpolate(features[block.mixin][:, :width], scale_factor=size // block.mixin)
-            mean, log_std, residual = run(block.prior, x, checkpoint=self.checkpoint).split([block.zdim, block.zdim, width], dim=1)
+            mean, log_std, residual = run(block.prior, x, checkpoint=self.checkpoint).split(
+                [block.zdim, block.zdim, width], dim=1
+            )
             z = yield BlockState(block, x, mean, log_std)
             # `z_fn` is a lambda around `z_proj`; see `decode`.
             x = x + residual + block.z_proj(z.to(x.dtype))

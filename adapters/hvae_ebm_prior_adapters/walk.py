@@ -1,7 +1,8 @@
 """A model's top-down pass, written once for the prior and for the posterior.
 
-A walk is a generator that yields what layer i is conditioned on, is sent its latent z_i, and returns the features below the last one. The prior turns
-every state into the layer's Gaussian; the posterior draws the latent from it and from the image's features.
+A walk is a generator that yields what layer i is conditioned on, is sent its latent z_i, and returns the features below
+the last one. The prior turns every state into the layer's Gaussian; the posterior draws the latent from it and from the
+image's features.
 """
 
 import math
@@ -16,7 +17,9 @@ State = TypeVar("State")
 Walk = Generator[State, Tensor, Any]
 
 
-def priors(walk: Walk[State], gaussian: Callable[[State], tuple[Tensor, Tensor]]) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
+def priors(
+    walk: Walk[State], gaussian: Callable[[State], tuple[Tensor, Tensor]]
+) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
     """The coroutine of an adapter's `top_down`: `gaussian` gives (mean, std) of every state of `walk`."""
     try:
         state = next(walk)
@@ -27,8 +30,12 @@ def priors(walk: Walk[State], gaussian: Callable[[State], tuple[Tensor, Tensor]]
         return stop.value
 
 
-def posterior_draws(walk: Walk[State], draw: Callable[[int, State], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """What an adapter's `infer_with_density` returns: `draw` gives layer i's latent and its log-density from its index and state."""
+def posterior_draws(
+    walk: Walk[State], draw: Callable[[int, State], tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """What an adapter's `infer_with_density` returns: `draw` gives layer i's latent and its log-density from its index
+    and state.
+    """
     drawn: list[tuple[Tensor, Tensor]] = []
     try:
         state = next(walk)
@@ -40,7 +47,9 @@ def posterior_draws(walk: Walk[State], draw: Callable[[int, State], tuple[Tensor
 
 
 def run(module: Callable[..., Any], *inputs: Any, checkpoint: bool) -> Any:
-    """`module(*inputs)`; with `checkpoint`, what it computes on the way is not kept for the backward pass but computed again there."""
+    """`module(*inputs)`; with `checkpoint`, what it computes on the way is not kept for the backward pass but computed
+    again there.
+    """
     if checkpoint and torch.is_grad_enabled():
         return checkpointed(module, *inputs, use_reentrant=False, preserve_rng_state=False)
     return module(*inputs)

@@ -6,10 +6,11 @@
     NCPPrior               binary classifiers layer by layer, learned by noise-contrastive estimation
     LatentDiffusionPrior   our diffusion with z in the place of u
 
-docs/baselines.md says how they work, and with which settings they work best.
+docs/baselines.md says how they work, and with which settings they work best. May import from all rooms but evaluation
+and cli, and from the prior itself.
 """
 
-from .gaussian import GaussianPrior
+from ..density.gaussian import GaussianPrior
 from .joint import JointEBMPrior
 from .mixture import GaussianMixturePrior
 from .ncp import NCPPrior

@@ -1,37 +1,40 @@
-"""Joint-EBM (Cui, Wu & Han, CVPR and ICCV 2023): one marginal energy-based model over all layers, learned by maximum likelihood.
+"""Joint-EBM (Cui, Wu & Han, CVPR and ICCV 2023): one marginal energy-based model over all layers, learned by maximum
+likelihood.
 
     log p(u) = F(T(u)) - |u|^2 / 2 + const        (Eq. 8 of Cui & Han, 2024),      loss = F(T(u^-)) - F(T(u)),      u^- by Langevin steps
 
-This is our prior with one noise level (`DiffusionSchedule.marginal`), and the target is right in u. The published two-stage code follows another one:
-its chains in u climb F(T(u)) + log p0(T(u)), the density of z without the Jacobian of T, so what they draw from is
+This is our prior with one noise level (`DiffusionSchedule.marginal`), and the target is right in u. The published
+two-stage code follows another one: its chains in u climb F(T(u)) + log p0(T(u)), the density of z without the Jacobian
+of T, so what they draw from is
 
     log p(u) = F(T(u)) - |u|^2 / 2 - log|det J_T(u)| + const,      log|det J_T| = sum_i sum log std_i(z_<i),
 
 while learning contrasts F alone. Layers that the backbone is sure of (small std) then weigh more than they should.
 
-Chains start from N(0, I), or persist (Tieleman, 2008): states are kept from one training step to the next, and few of them start anew each time
-(Du & Mordatch, 2019). Sampling starts from N(0, I) in both cases, so after persistent chains it takes longer ones.
+Chains start from N(0, I), or persist (Tieleman, 2008): states are kept from one training step to the next, and few of
+them start anew each time (Du & Mordatch, 2019). Sampling starts from N(0, I) in both cases, so after persistent chains
+it takes longer ones.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone import BackboneAdapter
-from ..chain import draw_conditional
-from ..coupling import Coupling, Labels
-from ..energy import EnergyConfig
-from ..execution import ExecutionConfig
-from ..langevin import LangevinConfig
+from ..backbone.transform import BackboneAdapter
+from ..backbone.validation import check_count
+from ..chains.execution import ExecutionConfig
+from ..chains.langevin import LangevinConfig
+from ..chains.schedule import DiffusionSchedule
+from ..chains.streams import draw_key, open_streams
+from ..density.conditional import draw_conditional
+from ..energies.coupling import Coupling, Labels
+from ..energies.networks import EnergyConfig
 from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
-from ..recovery import RecoveryLoss, contrast, observed, recovery_loss
-from ..schedule import DiffusionSchedule
-from ..streams import draw_key, open_streams
-from ..validation import check_count
+from ..training.recovery import RecoveryLoss, contrast, observed, recovery_loss
 
 Chains = Literal["noise", "persistent"]
 Target = Literal["u", "published"]
@@ -46,7 +49,8 @@ class JointEBMPrior(DiffusionEBMPrior):
         backbone: as of `LatentPrior`.
         chains: where training's chains start: "noise" at N(0, I), "persistent" where they ended before.
         target: "u" for Eq. 8, "published" for the target of the published code, without the Jacobian.
-        langevin: the chains; None takes those of PRESETS["joint-ebm"], and in sampling ten times as many where chains persist.
+        langevin: the chains; None takes those of PRESETS["joint-ebm"], and in sampling ten times as many where chains
+            persist.
         energy: as of `EnergyModel`.
         coupling: as of `EnergyModel`.
         execution: as of `EnergyModel`.
@@ -54,8 +58,17 @@ class JointEBMPrior(DiffusionEBMPrior):
         renewal: probability with which a persistent chain starts anew from N(0, I).
 
     Raises:
-        TypeError, ValueError: as of `EnergyModel`, or an unknown kind of chains or target, a wrong number of chains, or no probability.
+        TypeError, ValueError: as of `EnergyModel`, or an unknown kind of chains or target, a wrong number of chains, or
+            no probability.
     """
+
+    saved_settings: ClassVar[Mapping[str, Any] | None] = {
+        "chains": Chains,
+        "target": Target,
+        "langevin": LangevinConfig,
+        "kept": int,
+        "renewal": float,
+    }
 
     def __init__(
         self,
@@ -79,9 +92,17 @@ class JointEBMPrior(DiffusionEBMPrior):
         if langevin is None:
             langevin = PRESETS["joint-ebm"].langevin
             langevin = replace(langevin, sampling_steps=LONGER * langevin.steps if chains == "persistent" else None)
-        super().__init__(backbone, schedule=DiffusionSchedule.marginal(), langevin=langevin, energy=energy, coupling=coupling, execution=execution)
+        super().__init__(
+            backbone,
+            schedule=DiffusionSchedule.marginal(),
+            langevin=langevin,
+            energy=energy,
+            coupling=coupling,
+            execution=execution,
+        )
         self.chains, self.target, self.kept, self.renewal = chains, target, kept, renewal
-        # States (M, D) of persistent chains. They are of training alone, so no part of the state dict; checkpoints hold them as a tensor attribute.
+        # States (M, D) of persistent chains. They are of training alone, so no part of the state dict; checkpoints hold
+        # them as a tensor attribute.
         self.states: Tensor | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -94,7 +115,9 @@ class JointEBMPrior(DiffusionEBMPrior):
             return None
         return -torch.stack([std.log().flatten(1).sum(1) for _, std in self.transform.gaussians(z)], dim=1)
 
-    def batch_loss(self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None) -> RecoveryLoss:
+    def batch_loss(
+        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
+    ) -> RecoveryLoss:
         if self.chains == "noise":
             return recovery_loss(self, u, labels, generator, rows)
         if rows is not None:
@@ -106,14 +129,18 @@ class JointEBMPrior(DiffusionEBMPrior):
         streams = open_streams(key, range(len(u)), u.device, u.dtype, self.execution.backend)
         fresh = streams.normal(self.dim)
         if self.states is None or len(self.states) < len(u):
-            self.states = open_streams(draw_key(choice), range(max(self.kept, len(u))), u.device, u.dtype).normal(self.dim)
+            self.states = open_streams(draw_key(choice), range(max(self.kept, len(u))), u.device, u.dtype).normal(
+                self.dim
+            )
         chosen = torch.randperm(len(self.states), generator=choice)[: len(u)].to(u.device)
         anew = (torch.rand(len(u), 1, generator=choice) < self.renewal).to(u.device)
         t = torch.zeros(len(u), dtype=torch.long, device=u.device)
         # There is no kernel at the only level, so "next" does nothing but say where the chain starts.
         start = torch.where(anew, fresh, self.states[chosen])
         acceptance: list[Tensor] = []
-        negative = draw_conditional(self, start, t, streams, langevin=replace(self.langevin, start="next"), report=acceptance.append)
+        negative = draw_conditional(
+            self, start, t, streams, langevin=replace(self.langevin, start="next"), report=acceptance.append
+        )
         self.states[chosen] = negative
         return observed(contrast(self, negative, u, t, labels), negative, start, acceptance)
 

@@ -1,8 +1,10 @@
-"""A mixture of Gaussians in u, p(u) = sum_k w_k N(u; m_k, S_k), fitted to posterior draws by expectation-maximisation: a cheap control.
+"""A mixture of Gaussians in u, p(u) = sum_k w_k N(u; m_k, S_k), fitted to posterior draws by expectation-maximisation:
+a cheap control.
 
-Most of a deep VAE's dimensions are inactive: their posterior is the prior whatever the image. To a mixture they are noise that hides the clusters, so
-it is over the most active dimensions alone, those in which two posterior draws of one image are the most correlated; the others stay N(0, 1). It says
-how much of the prior hole is a matter of few dimensions with a simple density.
+Most of a deep VAE's dimensions are inactive: their posterior is the prior whatever the image. To a mixture they are
+noise that hides the clusters, so it is over the most active dimensions alone, those in which two posterior draws of one
+image are the most correlated; the others stay N(0, 1). It says how much of the prior hole is a matter of few dimensions
+with a simple density.
 """
 
 from collections.abc import Iterable
@@ -13,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..backbone import BackboneAdapter
-from ..batches import Batches
+from ..backbone.transform import BackboneAdapter
+from ..backbone.validation import check_count
+from ..chains.streams import draw_key, open_streams
+from ..density.latent_prior import LatentPrior
 from ..extras import missing
-from ..latent_prior import LatentPrior
-from ..streams import draw_key, open_streams
-from ..training import TrainingRecord
-from ..validation import check_count
+from ..training.batches import Batches
 
 Covariance = Literal["diag", "full"]
 
 
 class GaussianMixturePrior(LatentPrior):
-    """A Gaussian mixture over the most active dimensions of a hierarchical VAE's noise; before `fit`, the Gaussian prior.
+    """A Gaussian mixture over the most active dimensions of a hierarchical VAE's noise; before `fit`, the Gaussian
+    prior.
 
     Args:
         backbone: as of `LatentPrior`.
@@ -49,7 +51,13 @@ class GaussianMixturePrior(LatentPrior):
     means: Tensor
     factors: Tensor
 
-    def __init__(self, backbone: BackboneAdapter | nn.Module, components: int = 50, covariance: Covariance = "full", dims: int = 16) -> None:
+    def __init__(
+        self,
+        backbone: BackboneAdapter | nn.Module,
+        components: int = 50,
+        covariance: Covariance = "full",
+        dims: int = 16,
+    ) -> None:
         check_count(components, "components")
         check_count(dims, "dims")
         if covariance not in ("diag", "full"):
@@ -60,7 +68,9 @@ class GaussianMixturePrior(LatentPrior):
         self.register_buffer("weights", torch.full_like(zeros[:, 0], 1 / components))
         self.register_buffer("active", torch.arange(zeros.shape[1], device=self.device))
         self.register_buffer("means", zeros)
-        self.register_buffer("factors", torch.ones_like(zeros) if covariance == "diag" else torch.diag_embed(torch.ones_like(zeros)))
+        self.register_buffer(
+            "factors", torch.ones_like(zeros) if covariance == "diag" else torch.diag_embed(torch.ones_like(zeros))
+        )
 
     def fit(
         self,
@@ -70,7 +80,7 @@ class GaussianMixturePrior(LatentPrior):
         iterations: int = 100,
         regularization: float = 1e-3,
         generator: torch.Generator | None = None,
-    ) -> list[TrainingRecord]:
+    ) -> list[Any]:
         """Fit the mixture by scikit-learn, on the CPU.
 
         Args:
@@ -99,7 +109,9 @@ class GaussianMixturePrior(LatentPrior):
                 break
         u = torch.cat(drawn, dim=1)[:, :images].double()
         if u.shape[1] < self.components:
-            raise ValueError(f"data: expected at least one image per component, {self.components} in all, got {u.shape[1]}")
+            raise ValueError(
+                f"data: expected at least one image per component, {self.components} in all, got {u.shape[1]}"
+            )
         centred = u - u.mean(1, keepdim=True)
         correlation = centred.prod(0).mean(0) / centred.square().mean(1).sqrt().prod(0).clamp(min=1e-12)
         self.active.copy_(correlation.argsort(descending=True, stable=True)[: len(self.active)].sort()[0])

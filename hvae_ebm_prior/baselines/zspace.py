@@ -1,32 +1,33 @@
-"""Diffusion of the latents themselves, z_{t+1} = alpha z_t + sigma eps, instead of their noise u (Cui & Han 2024, Sec. 3.1): an ablation.
+"""Diffusion of the latents themselves, z_{t+1} = alpha z_t + sigma eps, instead of their noise u (Cui & Han 2024, Sec.
+3.1): an ablation.
 
     p(z_t | z_{t+1})  proportional to  exp(F(z_t, t)) p0(z_t) N(z_{t+1}; alpha z_t, sigma^2 I),      z_T ~ N(0, I),
 
-with p0(z) = prod_i N(z_i; mean_i(z_<i), std_i(z_<i)^2) the backbone's own prior. All layers and dimensions get noise of one size whatever their std
-given those above, and p0 is a density of very different scales, on which chains of one step size creep or overshoot. That is what u is for.
+with p0(z) = prod_i N(z_i; mean_i(z_<i), std_i(z_<i)^2) the backbone's own prior. All layers and dimensions get noise of
+one size whatever their std given those above, and p0 is a density of very different scales, on which chains of one step
+size creep or overshoot. That is what u is for.
 
-Here the backbone is seen through an adapter whose layers are all N(0, 1): its noise is z, and log p0(z) - log N(z; 0, I) joins F, unlearned.
+Here the backbone is seen through an adapter whose layers are all N(0, 1): its noise is z, and log p0(z) - log N(z; 0,
+I) joins F, unlearned.
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Generator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone import BackboneAdapter, NoiseTransform, drive
-from ..coupling import Coupling
-from ..density import DEFAULT_SCHEDULE
-from ..energy import EnergyConfig
-from ..execution import ExecutionConfig
-from ..langevin import LangevinConfig
-from ..lock import backbone_modules
+from ..backbone.lock import backbone_modules
+from ..backbone.registry import find_adapter
+from ..backbone.transform import BackboneAdapter, NoiseTransform, drive
+from ..chains.execution import ExecutionConfig
+from ..chains.langevin import LangevinConfig
+from ..chains.schedule import DiffusionSchedule
+from ..density.energy_model import DEFAULT_SCHEDULE
+from ..density.sampling import SamplingRequest
+from ..energies.coupling import Coupling
+from ..energies.networks import EnergyConfig
 from ..prior import DiffusionEBMPrior
-from ..registry import find_adapter
-from ..schedule import DiffusionSchedule
-
-if TYPE_CHECKING:
-    from ..composition import Condition, Expression
 
 Base = Literal["backbone", "normal"]
 
@@ -56,16 +57,19 @@ class FlatAdapter:
 
 
 class LatentDiffusionPrior(DiffusionEBMPrior):
-    """A diffusion energy-based prior in z. Wherever a `DiffusionEBMPrior` has noise u, this one has latents z, all layers packed into one (N, D).
+    """A diffusion energy-based prior in z. Wherever a `DiffusionEBMPrior` has noise u, this one has latents z, all
+    layers packed into one (N, D).
 
     Args:
         backbone: as of `LatentPrior`.
         schedule: as of `EnergyModel`.
-        langevin: as of `EnergyModel`; steps are in units of the Gaussian part N(z; 0, I) N(z_{t+1}; alpha z, sigma^2 I).
+        langevin: as of `EnergyModel`; steps are in units of the Gaussian part N(z; 0, I) N(z_{t+1}; alpha z, sigma^2
+            I).
         energy: as of `EnergyModel`.
         coupling: as of `EnergyModel`.
         execution: as of `EnergyModel`.
-        base: "backbone" for p0 the backbone's prior, "normal" for N(z; 0, I), where F has the hierarchy to learn as well.
+        base: "backbone" for p0 the backbone's prior, "normal" for N(z; 0, I), where F has the hierarchy to learn as
+            well.
 
     Raises:
         TypeError, ValueError: as of `EnergyModel`, or an unknown base.
@@ -85,7 +89,9 @@ class LatentDiffusionPrior(DiffusionEBMPrior):
         if base not in ("backbone", "normal"):
             raise ValueError(f'base: expected "backbone" or "normal", got {base!r}')
         flat = backbone if isinstance(backbone, FlatAdapter) else FlatAdapter(NoiseTransform(find_adapter(backbone)))
-        super().__init__(flat, schedule=schedule, langevin=langevin, energy=energy, coupling=coupling, execution=execution)
+        super().__init__(
+            flat, schedule=schedule, langevin=langevin, energy=energy, coupling=coupling, execution=execution
+        )
         self.base = base
 
     def settings(self) -> dict[str, Any]:
@@ -102,15 +108,9 @@ class LatentDiffusionPrior(DiffusionEBMPrior):
         ]
         return torch.stack(parts, dim=1)
 
-    def _check_request(
-        self,
-        n: int,
-        fixed: Mapping[int, Tensor] | None,
-        labels: "Mapping[str, Any] | Expression | None",
-        guidance: float,
-        temperature: float,
-        *observed: Any,
-    ) -> "Condition | None":
-        if temperature != 1:
-            raise ValueError(f"temperature: expected 1, got {temperature}; the diffusion of z has no Gaussian layers to multiply the std of")
-        return super()._check_request(n, fixed, labels, guidance, temperature, *observed)
+    def _request(self, n: int, **asked: Any) -> SamplingRequest:
+        if asked.get("temperature", 1) != 1:
+            raise ValueError(
+                f"temperature: expected 1, got {asked['temperature']}; the diffusion of z has no Gaussian layers to multiply the std of"
+            )
+        return super()._request(n, **asked)

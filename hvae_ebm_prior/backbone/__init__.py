@@ -1,0 +1,9 @@
+"""The frozen model seen from its noise: the transform T, freezing, recognition, densities, and checks of what users
+give.
+
+Imports nothing of this package: everything else rests on it.
+"""
+
+from .transform import BackboneAdapter, NoiseTransform
+
+__all__ = ["BackboneAdapter", "NoiseTransform"]

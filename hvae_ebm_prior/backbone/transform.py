@@ -1,0 +1,291 @@
+"""A backbone is a coroutine of Gaussian layers; everything the prior needs of it is derived here.
+
+An adapter's `top_down` yields each layer's Gaussian (mean_i, std_i), top to bottom, and is sent the latent z_i drawn
+for it. Driving that one generator gives the uni-scale reparameterisation T: u -> z (Eq. 15) and its inverse,
+
+    z_i = mean_i(z_<i) + std_i(z_<i) u_i,     u_i = (z_i - mean_i) / std_i,     log|det dT/du| = sum_i sum log std_i,
+
+under which the backbone's prior over all layers is u ~ N(0, I). u is one flat tensor (N, D), all layers packed top to
+bottom; z is a tuple of tensors, one per layer.
+"""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import einops
+import torch
+from torch import Tensor
+
+# Draws layer i's latent from its index, mean and std.
+DrawLatent = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class BackboneAdapter(Protocol):
+    """What a hierarchical VAE must offer; a plain object, not a module. See the module's text."""
+
+    def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
+        """Yield (mean, std), each (batch_size, *shape), of every latent; receive z; return the features that `decode`
+        needs.
+        """
+
+    def infer(self, images: Tensor) -> Sequence[Tensor]:
+        """One posterior draw z ~ q(z|x) per layer, top to bottom, for images (N, C, H, W) in [0, 1]; may use the global
+        generators.
+        """
+
+    def decode(self, features: Any) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] from the features that `top_down` returned."""
+
+
+class NoiseTransform:
+    """T: u -> z of one backbone, with its inverse and log-determinant.
+
+    Args:
+        adapter: the backbone.
+
+    Attributes:
+        latent_shapes: shapes of the latents without batch, top to bottom.
+        device: device of the latents, read when the transform is made.
+        dtype: dtype of the latents, likewise.
+
+    Raises:
+        TypeError: `adapter` lacks a method, or does not yield pairs of floating-point tensors.
+        ValueError: a layer's mean and std are of wrong shape, not finite or not positive, or there is no layer.
+    """
+
+    def __init__(self, adapter: BackboneAdapter) -> None:
+        missing = [name for name in ("top_down", "infer", "decode") if not callable(getattr(adapter, name, None))]
+        if missing:
+            raise TypeError(
+                f"{type(adapter).__name__} is not a backbone adapter: it has no method {', '.join(missing)}; wrap the model in one of "
+                "hvae_ebm_prior.adapters, or write an adapter with top_down, infer and decode"
+            )
+        self.adapter = adapter
+        shapes: list[torch.Size] = []
+
+        def record(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            if mean.ndim < 2 or len(mean) != 2:
+                raise ValueError(
+                    f"layer {i}: the backbone was asked for a batch of 2, expected mean of shape (2, ...), got {tuple(mean.shape)}"
+                )
+            check_gaussian(i, mean, std)
+            shapes.append(mean.shape[1:])
+            self.device, self.dtype = mean.device, mean.dtype
+            return mean
+
+        with torch.no_grad():
+            drive(adapter, 2, record)
+        if not shapes:
+            raise ValueError(
+                f"{type(adapter).__name__}.top_down ended without yielding a layer; it must yield (mean, std) once per latent"
+            )
+        self.latent_shapes = tuple(tuple(shape) for shape in shapes)
+
+    @property
+    def dim(self) -> int:
+        """Total number of latent dimensions D."""
+        return sum(math.prod(shape) for shape in self.latent_shapes)
+
+    def split(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Per-layer views (N, *latent_shapes[i]) of `u` (N, D)."""
+        return tuple(einops.unpack(u, list(self.latent_shapes), "n *"))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Pack per-layer tensors (N, *latent_shapes[i]) into one (N, D); the inverse of `split`."""
+        self.check_layers(parts, "layers to join")
+        return einops.pack(parts, "n *")[0]
+
+    def to_latents(self, u: Tensor, layers: int | None = None) -> tuple[Tensor, ...]:
+        """T: latents z, one tensor per layer, from noise `u` (N, D). Stops after the last latent: the decoder's tail is
+        not run.
+
+        Args:
+            u: noise (N, D), or that of the first `layers` layers alone.
+            layers: how many layers from the top; None for all.
+
+        Returns:
+            Latents (N, *latent_shapes[i]), top to bottom.
+        """
+        return self._draw_latents(u, layers)[0]
+
+    def to_noise(self, z: Sequence[Tensor]) -> Tensor:
+        """T⁻¹: noise u (N, D) of the latents `z`, in one teacher-forced pass.
+
+        Args:
+            z: one tensor (N, *latent_shapes[i]) per layer.
+
+        Returns:
+            u, shape (N, D).
+
+        Raises:
+            ValueError: a latent has the wrong shape, or a std is not positive.
+        """
+        self.check_layers(z, "latents")
+        gaussians = self.gaussians(z)
+        for i, (mean, std) in enumerate(gaussians):
+            check_gaussian(i, mean, std)
+        return self.join([(z_i - mean) / std for z_i, (mean, std) in zip(z, gaussians, strict=True)])
+
+    def gaussians(self, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Mean and std of every layer given the latents above it, each (N, *latent_shapes[i]), in one teacher-forced
+        pass.
+
+        Args:
+            z: latents (N, *latent_shapes[i]) of all layers, or of the first ones.
+
+        Returns:
+            A pair for each of them.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            found.append((mean, std))
+            return z[i]
+
+        self._walk(z[0], draw, len(z))
+        return found
+
+    def log_abs_det(self, u: Tensor) -> Tensor:
+        """log|det dT/du| in nats, shape (N,), at `u` (N, D)."""
+        parts, total = self.split(u), u.new_zeros(len(u))
+
+        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            nonlocal total
+            check_gaussian(i, mean, std)
+            total = total + std.log().flatten(1).sum(1)
+            return mean + std * parts[i]
+
+        self._walk(u, draw)
+        return total
+
+    def decode(self, u: Tensor) -> Tensor:
+        """The backbone's images (N, C, H, W) for noise `u` (N, D)."""
+        return self.adapter.decode(self.to_latents_and_features(u)[1])
+
+    def to_latents_and_features(self, u: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """Latents, as in `to_latents`, and the features that `adapter.decode` needs, of one walk to the backbone's end."""
+        return self._draw_latents(u, to_end=True)
+
+    def _draw_latents(
+        self, u: Tensor, layers: int | None = None, *, to_end: bool = False
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        parts, latents = einops.unpack(u, list(self.latent_shapes[:layers]), "n *"), []
+
+        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            latents.append(mean + std * parts[i])
+            return latents[-1]
+
+        features = self._walk(u, draw, layers, to_end=to_end)
+        return tuple(latents), features
+
+    def check_layers(self, parts: Sequence[Tensor], what: str) -> None:
+        """Raise TypeError or ValueError unless `parts` holds one tensor (N, *latent_shapes[i]) per layer, with one N."""
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(f"{what}: expected a list or tuple of one tensor per layer, got {describe(parts)}")
+        shapes = [tuple(part.shape) for part in parts]
+        if len(shapes) != len(self.latent_shapes) or any(
+            shape != (shapes[0][:1] + expected) for shape, expected in zip(shapes, self.latent_shapes, strict=False)
+        ):
+            raise ValueError(
+                f"{what}: expected {[('N', *shape) for shape in self.latent_shapes]} from top to bottom, got {shapes}"
+            )
+
+    def _walk(self, like: Tensor, draw: DrawLatent, layers: int | None = None, *, to_end: bool = False) -> Any:
+        """Drive the backbone through its first `layers` latents, for the samples and device of `like`; or to its end
+        for its features.
+        """
+        name, layers = f"{type(self.adapter).__name__}.top_down", len(self.latent_shapes) if layers is None else layers
+
+        def checked(i: int, mean: Tensor, std: Tensor) -> Tensor:
+            if i == len(self.latent_shapes) or tuple(mean.shape) != (len(like), *self.latent_shapes[i]):
+                shapes = [("N", *shape) for shape in self.latent_shapes]
+                raise ValueError(
+                    f"{name}: expected the shapes {shapes} of its first call, got {tuple(mean.shape)} as layer {i}"
+                )
+            if mean.device != like.device:
+                raise ValueError(
+                    f"the backbone is on {mean.device}, the prior's noise or latents on {like.device}; move one of them with .to()"
+                )
+            return draw(i, mean, std).to(mean.dtype)
+
+        drawn, features = drive(self.adapter, len(like), checked, stop_after=None if to_end else layers)
+        if drawn < layers:
+            raise ValueError(
+                f"{name}: expected {layers} layers as at its first call, got {drawn}; it must yield the same number every time"
+            )
+        return features
+
+
+def drive(
+    adapter: BackboneAdapter, batch_size: int, draw: DrawLatent, stop_after: int | None = None
+) -> tuple[int, Any]:
+    """Run an adapter's coroutine with `draw` for each layer's latent.
+
+    Args:
+        adapter: the backbone.
+        batch_size: number of samples N.
+        draw: called with a layer's index, mean and std; returns its latent.
+        stop_after: close the coroutine after that many latents; None runs it to its end.
+
+    Returns:
+        The number of latents drawn, and what the coroutine returned (None where it was closed).
+
+    Raises:
+        TypeError: `top_down` is no generator function, or yields something else than two floating-point tensors.
+        ValueError: a layer's mean and std differ in shape.
+    """
+    name = f"{type(adapter).__name__}.top_down"
+    coroutine = adapter.top_down(batch_size)
+    if not isinstance(coroutine, Generator):
+        raise TypeError(
+            f"{name} must be a generator function that yields (mean, std), got one that returns {type(coroutine).__name__}"
+        )
+    drawn = 0
+    try:
+        gaussian = next(coroutine)
+        while True:
+            if not (isinstance(gaussian, tuple) and len(gaussian) == 2 and all(is_floating(part) for part in gaussian)):
+                raise TypeError(
+                    f"{name}, layer {drawn}: expected a tuple (mean, std) of two floating-point tensors, got {describe(gaussian)}"
+                )
+            mean, std = gaussian
+            if mean.shape != std.shape:
+                raise ValueError(
+                    f"{name}, layer {drawn}: mean and std must have one shape, got {tuple(mean.shape)} and {tuple(std.shape)}"
+                )
+            z = draw(drawn, mean, std)
+            drawn += 1
+            if drawn == stop_after:
+                return drawn, None
+            gaussian = coroutine.send(z)
+    except StopIteration as stop:
+        return drawn, stop.value
+    finally:
+        coroutine.close()
+
+
+def is_floating(value: object) -> bool:
+    """Whether `value` is a floating-point tensor."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def describe(value: Any) -> str:
+    """A short description of what came instead of what was expected."""
+    if isinstance(value, Tensor):
+        return f"one tensor of {value.dtype}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of ({', '.join(describe(part) for part in value)})"
+    return type(value).__name__
+
+
+def check_gaussian(i: int, mean: Tensor, std: Tensor) -> None:
+    """Raise ValueError unless layer i's mean is finite and its std positive and finite."""
+    if not bool(torch.isfinite(mean).all()):
+        raise ValueError(f"layer {i}: the backbone's mean is not finite; check its weights and that it is in eval mode")
+    if not bool((torch.isfinite(std) & (std > 0)).all()):
+        raise ValueError(
+            f"layer {i}: the backbone's std must be positive and finite, got values from {std.min().item():.3g} to {std.max().item():.3g}; "
+            "yield the standard deviation, not its logarithm"
+        )

@@ -1,0 +1,90 @@
+"""Checks at the border: what the caller gave, what was expected, and what to do."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def check_images(images: Tensor) -> None:
+    """Raise TypeError or ValueError unless `images` are floating-point (N, C, H, W), finite and in [0, 1], with N >= 1."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor (N, C, H, W), got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images: expected floating-point values in [0, 1], got {images.dtype}; convert with images.float() / 255"
+        )
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(f"images: expected a non-empty batch (N, C, H, W), got shape {tuple(images.shape)}")
+    low, high = images.aminmax()
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
+        raise ValueError(f"images: {bad} of {len(images)} hold NaN or infinite pixels; drop or repair them")
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"images: expected values in [0, 1], got {low.item():.4g} to {high.item():.4g}; rescale them, for example by (x + 1) / 2 or x / 255"
+        )
+
+
+def check_noise(u: Tensor, dim: int, device: torch.device | None = None) -> None:
+    """Raise TypeError or ValueError unless `u` is a floating-point (N, dim) tensor, on `device` where that is given."""
+    if not isinstance(u, Tensor) or not u.is_floating_point():
+        raise TypeError(
+            f"u: expected a floating-point tensor (N, {dim}), got {u.dtype if isinstance(u, Tensor) else type(u).__name__}"
+        )
+    if u.ndim != 2 or u.shape[1] != dim:
+        raise ValueError(
+            f"u: expected shape (N, {dim}), all layers packed top to bottom (see prior.join), got {tuple(u.shape)}"
+        )
+    if device is not None and u.device.type != device.type:
+        raise ValueError(
+            f"u: expected a tensor on {device}, where the energies are, got {u.device}; move one of them with .to()"
+        )
+
+
+def check_levels(t: int | Tensor, n: int, steps: int, device: torch.device) -> Tensor:
+    """Levels 0..steps-1 as a long tensor (n,) on `device`; raise TypeError or ValueError for anything else."""
+    if isinstance(t, Tensor):
+        if t.dtype != torch.long:
+            raise TypeError(f"t: expected an int or a torch.long tensor, got {t.dtype}")
+        levels = t.to(device)
+    elif isinstance(t, int) and not isinstance(t, bool):
+        levels = torch.full((n,), t, dtype=torch.long, device=device)
+    else:
+        raise TypeError(f"t: expected an int or a torch.long tensor, got {type(t).__name__}")
+    if tuple(levels.shape) != (n,):
+        raise ValueError(f"t: expected one level per sample, shape ({n},), got {tuple(levels.shape)}")
+    if n and not bool(((levels >= 0) & (levels < steps)).all()):
+        raise ValueError(f"t: expected levels 0..{steps - 1}, got {levels.min().item()} to {levels.max().item()}")
+    return levels
+
+
+def check_count(n: int, name: str = "n") -> None:
+    """Raise TypeError or ValueError unless `n` is a positive integer."""
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"{name}: expected a positive integer, got {type(n).__name__}")
+    if n < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {n}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless `temperature` is positive and finite."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+
+
+def check_fixed(fixed: Mapping[int, Tensor], shapes: tuple[tuple[int, ...], ...], n: int) -> None:
+    """Raise TypeError or ValueError unless every layer to hold exists and has noise of the right shape."""
+    if not isinstance(fixed, Mapping):
+        raise TypeError(f"fixed: expected a mapping of layer index to noise u_i, got {type(fixed).__name__}")
+    for i, part in fixed.items():
+        if i not in range(len(shapes)):
+            raise ValueError(f"fixed: expected layer indices 0 (top) to {len(shapes) - 1} (bottom), got {i!r}")
+        if not isinstance(part, Tensor) or not part.is_floating_point():
+            raise TypeError(f"fixed[{i}]: expected a floating-point tensor of noise u_{i}, got {type(part).__name__}")
+        if tuple(part.shape) not in ((n, *shapes[i]), (1, *shapes[i])):
+            raise ValueError(
+                f"fixed[{i}]: expected shape {(n, *shapes[i])}, or {(1, *shapes[i])} for one noise held in all, got {tuple(part.shape)}"
+            )
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError(f"fixed[{i}]: expected finite noise, got NaN or infinite entries")

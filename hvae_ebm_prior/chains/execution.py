@@ -1,0 +1,277 @@
+"""How one gradient of F through the walk is computed, and how a chain's steps are repeated: choices of speed alone.
+
+Always: one backward pass for F (the Gaussian terms are affine and never differentiated), a walk that ends at the last
+latent, weights under a parametrisation worked out once per chain. Where it is faster, default energies of equal shape
+run as one batched call, with their weights stacked once per chain. On request: half precision, a compiled gradient,
+steps replayed from a CUDA graph.
+"""
+
+import copy
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.utils import parametrize
+
+from ..energies.networks import LayerEnergy
+from .kernels import Backend
+
+# On a CPU, networks of equal shape run as one while their inputs have no more numbers than this; beyond, one after the
+# other is as fast.
+BATCHED_INPUTS = 2**17
+# Largest relative difference from the plain gradient at which a compiled one is trusted.
+COMPILED_ERROR = 1e-3
+
+Corrections = Callable[[Sequence[Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How chains are computed. Results stay the same to rounding, but for the noise of another backend and for half
+    precision.
+
+    Attributes:
+        backend: what computes noise and steps, "auto", "torch", "naive" or "triton"; see
+            `hvae_ebm_prior.chains.kernels`.
+        autocast: run backbone and energies of a chain in "bfloat16" or "float16"; None for their own precision. States
+            and steps stay as they are, and so do weights, posterior draws and the optimiser. In training the loss is
+            computed so as well, in "bfloat16" alone: gradients of weights may be too small for "float16". For GPUs; a
+            CPU may be slower with it.
+        compile: compile the gradient with torch.compile. Its first result is compared with the plain one, which is
+            used, with a warning, if they differ.
+        graph: on CUDA, capture a chain's step as a graph and replay it. For models whose step is many small launches.
+            It takes counted noise, a backend other than "torch", and does nothing where
+            `LangevinConfig.curvature_limit` makes every step another.
+    """
+
+    backend: Backend = "auto"
+    autocast: Literal["bfloat16", "float16"] | None = None
+    compile: bool = False
+    graph: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in get_args(Backend):
+            raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {self.backend!r}")
+        if self.autocast not in (None, "bfloat16", "float16"):
+            raise ValueError(f'autocast: expected None, "bfloat16" or "float16", got {self.autocast!r}')
+
+    def precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The autocast that was asked for, on `device`."""
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, getattr(torch, self.autocast))
+
+    def loss_precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The autocast for what weights are learned from."""
+        # Without the cache, in which weights that a chain used without gradients would stay so.
+        return (
+            torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+            if self.autocast == "bfloat16"
+            else nullcontext()
+        )
+
+
+def walk_gradient(total: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> Tensor:
+    """Gradient in u (N, D) of the scalar `total(u, t)`, at levels `t` (N,)."""
+    # Inference tensors cannot take part in autograd; copies can.
+    with torch.inference_mode(False), torch.enable_grad():
+        u = u.detach().clone().requires_grad_()
+        return torch.autograd.grad(total(u, t.clone()), u)[0]
+
+
+def walk_values_and_gradient(values: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """`values(u, t)` (N,) or (N, L), and the gradient (N, D) of their sum in u (N, D), at levels `t` (N,), by one walk."""
+    with torch.inference_mode(False), torch.enable_grad():
+        u = u.detach().clone().requires_grad_()
+        found = values(u, t.clone())
+        return found.detach(), torch.autograd.grad(found.sum(), u)[0]
+
+
+def chain_gradient(
+    total: Callable[[Tensor, Tensor], Tensor], t: Tensor, temperature: float, execution: ExecutionConfig
+) -> Callable[[Tensor], Tensor]:
+    """Gradient in v of `total(temperature v, t)`, at levels `t` (N,), as a function of v (N, D)."""
+
+    def gradient(v: Tensor) -> Tensor:
+        with execution.precision(v.device):
+            return temperature * walk_gradient(total, temperature * v, t)
+
+    return gradient
+
+
+def one_by_one(energies: Sequence[nn.Module], z: Sequence[Tensor], t: Tensor) -> Tensor:
+    """f_i(z_i, t), (N, L), of all layers or of the first ones."""
+    return torch.stack([network(z_i, t) for network, z_i in zip(energies, z, strict=False)], dim=1)
+
+
+def batched_energies(
+    energies: Sequence[nn.Module], shapes: Sequence[Sequence[int]], n: int, device: torch.device
+) -> Corrections:
+    """f_i(z_i, t), (N, L), of a chain's energies as one function, default networks of equal shape as one call where
+    that is faster.
+
+    Args:
+        energies: one network per layer; their weights are taken as they are now.
+        shapes: shapes of the latents.
+        n: number of samples N.
+        device: where they run.
+
+    Returns:
+        The function of the latents of all layers, or of the first ones, and of the levels.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, (network, shape) in enumerate(zip(energies, shapes, strict=True)):
+        small = device.type != "cpu" or n * math.prod(shape) <= BATCHED_INPUTS
+        groups[tuple(shape) if small and isinstance(network, LayerEnergy) else i].append(i)
+    stacked = {}
+    for members in groups.values():
+        if len(members) > 1:
+            # Stacking copies already; another copy is needed only where weights are to be worked out first.
+            plain = [plain_copy(energies[i]) if is_parametrized(energies[i]) else energies[i] for i in members]
+            parameters, buffers = stack_module_state(plain)
+            weightless = copy.deepcopy(plain[0]).to("meta")
+            stacked[members[0]] = (
+                members,
+                weightless,
+                {name: value.detach() for name, value in parameters.items()},
+                buffers,
+            )
+    single = [frozen(network) for network in energies]
+    alone = [members[0] for members in groups.values() if len(members) == 1]
+
+    def corrections(z: Sequence[Tensor], t: Tensor) -> Tensor:
+        if len(z) < len(energies):
+            return torch.stack([network(z_i, t) for network, z_i in zip(single, z, strict=False)], dim=1)
+        values: list[Tensor] = [t] * len(z)
+        for i in alone:
+            values[i] = single[i](z[i], t)
+        for members, network, parameters, buffers in stacked.values():
+
+            def call(weights: Any, state: Any, x: Tensor, network: nn.Module = network) -> Tensor:
+                return functional_call(network, (weights, state), (x, t))
+
+            for i, value in zip(
+                members, vmap(call)(parameters, buffers, torch.stack([z[i] for i in members])), strict=True
+            ):
+                values[i] = value
+        return torch.stack(values, dim=1)
+
+    return corrections
+
+
+def frozen(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """`network` with weights that ask for no gradients, so that a backward pass keeps and computes nothing for them."""
+    weights = {name: value.detach() for name, value in network.named_parameters()}
+    return lambda z, t: functional_call(network, weights, (z, t))
+
+
+def is_parametrized(network: nn.Module) -> bool:
+    """Whether any weight of `network` is under a parametrisation."""
+    return any(parametrize.is_parametrized(module) for module in network.modules())
+
+
+def plain_copy(network: nn.Module) -> nn.Module:
+    """A copy whose parametrised weights (spectral normalisation) are plain parameters of their present values."""
+    new = copy.deepcopy(network)
+    with torch.no_grad():
+        for module, source in list(zip(new.modules(), network.modules(), strict=True)):
+            if parametrize.is_parametrized(source):
+                replace_parametrizations(module, {name: getattr(source, name) for name in source.parametrizations})  # type: ignore[union-attr]
+    return new
+
+
+def replace_parametrizations(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give a copied module plain parameters; `remove_parametrizations` would change the class that it shares with the
+    original.
+    """
+    plain = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.__class__ = plain
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value.detach().clone()))
+
+
+class CompiledTotal:
+    """A compiled scalar function of (u, t) whose gradient is checked against the plain one at its first call.
+
+    torch 2.13's inductor has been seen to return a gradient that is wrong by some per cent on a CPU, for convolutions
+    around an upsampling.
+
+    Args:
+        total: the plain function.
+        device: where it runs.
+    """
+
+    def __init__(self, total: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
+        self.plain = total
+        options: Any = (
+            {"layout_optimization": False} if device.type == "cpu" else None
+        )  # the optimisation that went wrong
+        self.compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(total, options=options)
+        self.trusted: bool | None = None
+
+    def __call__(self, u: Tensor, t: Tensor) -> Tensor:
+        if self.trusted is None:
+            self.trusted = self._check(u, t)
+        return self.compiled(u, t) if self.trusted else self.plain(u, t)
+
+    def _check(self, u: Tensor, t: Tensor) -> bool:
+        expected = walk_gradient(self.plain, u, t)
+        try:
+            actual = walk_gradient(self.compiled, u, t)
+        except Exception as error:  # a compiler fails in many ways
+            warnings.warn(
+                f"torch.compile failed ({type(error).__name__}: {str(error)[:200]}); the plain gradient is used",
+                stacklevel=2,
+            )
+            return False
+        difference = ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+        if not difference <= COMPILED_ERROR:
+            warnings.warn(
+                f"torch.compile's gradient differs from the plain one by {difference:.1%}; the plain one is used",
+                stacklevel=2,
+            )
+        return difference <= COMPILED_ERROR
+
+
+def cuda_record(step: Callable[[], None]) -> Callable[[], None]:
+    """Capture what `step` launches as a CUDA graph, without running it; returns what runs it."""
+    if not torch.cuda.is_available():
+        raise ValueError("graph: a step can be captured on CUDA alone; leave ExecutionConfig(graph=False) here")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def repeat(
+    advance: Callable[[Tensor], Tensor],
+    u: Tensor,
+    times: int,
+    record: Callable[[Callable[[], None]], Callable[[], None]] = cuda_record,
+) -> Tensor:
+    """`advance` applied `times` times to `u`, from one recording.
+
+    Args:
+        advance: one step, whose every other input stays where it is in memory and which counts its noise on there.
+        u: the state; left as it is.
+        times: how often.
+        record: captures a function without running it, and returns what runs it.
+
+    Returns:
+        The state afterwards.
+    """
+    state = u.clone()
+
+    def step() -> None:
+        state.copy_(advance(state))
+
+    replay = record(step)
+    for _ in range(times):
+        replay()
+    return state

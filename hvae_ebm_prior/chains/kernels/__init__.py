@@ -1,0 +1,226 @@
+"""One step of Langevin dynamics as one call, and which code computes it.
+
+    backend    where                         noise
+    torch      everywhere                    PyTorch's generators, per sample
+    naive      everywhere, in plain torch    Philox, a pure function of (key, sample, step, stream, element)
+    triton     CUDA, ROCm; one launch        the same bits
+
+"auto" takes triton on devices where it runs and torch elsewhere; the environment variable HVAE_EBM_PRIOR_BACKEND
+overrides "auto".
+"""
+
+import functools
+import importlib.util
+import os
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .naive import naive_update
+
+Backend = Literal["auto", "torch", "naive", "triton"]
+VARIABLE = "HVAE_EBM_PRIOR_BACKEND"
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that runs on `device`: "torch", "naive" or "triton".
+
+    Args:
+        backend: the wish; "auto" asks the environment variable first.
+        device: where the states are.
+
+    Returns:
+        The backend.
+
+    Raises:
+        ValueError: an unknown backend, or triton where it cannot run.
+    """
+    source = "backend"
+    if backend == "auto" and os.environ.get(VARIABLE):
+        backend, source = os.environ[VARIABLE], VARIABLE
+    if backend not in get_args(Backend):
+        raise ValueError(f"{source}: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+    runs = triton_runs_on(device.type)
+    if backend == "triton" and not runs:
+        raise ValueError(
+            f"{source}: triton does not run on {device.type} here; install it beside a CUDA or ROCm build of PyTorch, or use auto"
+        )
+    if backend == "auto":
+        return "triton" if runs and device.type != "cpu" else "torch"
+    return backend
+
+
+@functools.cache
+def triton_runs_on(kind: str) -> bool:
+    """Whether Triton is installed and runs on a kind of device; on the CPU it does in its interpreter alone
+    (TRITON_INTERPRET=1).
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return kind == "cuda" or (kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def langevin_update(
+    u: Tensor,
+    u_next: Tensor,
+    gradient: Tensor,
+    coefficients: Tensor,
+    *,
+    noise: Tensor | None = None,
+    key: Tensor | None = None,
+    step: Tensor | int = 0,
+    stream: int = 0,
+    previous: bool = False,
+    held: Tensor | None = None,
+    guard: bool = False,
+    statistics: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One Langevin step of every first-order integrator: A u + B u_next + C gradient + D xi, with xi ~ N(0, I).
+
+    Give either `noise`, or a `key` from which it is drawn. Of a key, the noise of an element is a pure function of
+    (key, sample, step, stream, element): it does not depend on the batch, on the device or on the backend.
+
+    Args:
+        u: states (N, D).
+        u_next: states of the noisier level (N, D).
+        gradient: grad_u F at `u` (N, D); with a key it may be in bfloat16 or float16, and arithmetic is in float32.
+        coefficients: A, B, C, D of every sample (N, 4).
+        noise: standard normal (N, D).
+        key: int64 (2,) on the device of `u`: a Philox key, and the number of the first sample.
+        step: number of the step, 0..2^32 - 1, an int or int64 (1,) on the device, where a captured graph can count it
+            up.
+        stream: which of a step's independent noises, an int.
+        previous: add the noise of the step before, as the Leimkuhler-Matthews integrator does.
+        held: mask (D,) of elements to leave as they are.
+        guard: leave elements as they are whose new value is not finite.
+        statistics: (N, 4) float32, written over with |gradient|^2, |u|^2 and u . u_next of the new states, and the
+            number of elements that were not finite.
+        backend: for a key, "naive" or "triton"; "auto" chooses, and "torch" is "naive" here.
+
+    Returns:
+        The new states (N, D), without gradient.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not match, there are no elements, neither or both of noise
+            and key are given, or the backend does not run here.
+    """
+    check(u, u_next, gradient, coefficients, noise, key, held, statistics)
+    with torch.no_grad():
+        if noise is not None:
+            if previous:
+                raise ValueError("previous: with `noise` given, add the noise of the step before to it")
+            return given_update(u, u_next, gradient, coefficients, noise, held, guard, statistics)
+        number = step if isinstance(step, Tensor) else torch.tensor([step], device=u.device)
+        return _drawn_update(
+            rows(u),
+            rows(u_next),
+            rows(gradient),
+            coefficients.contiguous(),
+            key,
+            number,
+            stream,
+            previous,
+            held,
+            guard,
+            statistics,
+            backend,
+        )
+
+
+def given_update(
+    u: Tensor,
+    u_next: Tensor,
+    gradient: Tensor,
+    coefficients: Tensor,
+    noise: Tensor,
+    held: Tensor | None,
+    guard: bool,
+    statistics: Tensor | None,
+) -> Tensor:
+    """The update with noise from outside, in the dtype of `u`."""
+    a, b, c, d = coefficients.unsqueeze(2).unbind(1)
+    new = (a * u).addcmul_(b, u_next).addcmul_(c, gradient.to(u.dtype)).addcmul_(d, noise)
+    if guard or statistics is not None:
+        finite = torch.isfinite(new)
+        new = torch.where(finite, new, u) if guard else new
+    new = new if held is None else torch.where(held, u, new)
+    if statistics is not None:
+        sums = (gradient.square(), new.square(), new * u_next, ~finite)
+        statistics.copy_(torch.stack([part.sum(1).to(statistics.dtype) for part in sums], dim=1))
+    return new
+
+
+@torch.library.custom_op("hvae_ebm_prior::drawn_update", mutates_args=("statistics",))
+def _drawn_update(
+    u: Tensor,
+    u_next: Tensor,
+    gradient: Tensor,
+    coefficients: Tensor,
+    key: Tensor,
+    step: Tensor,
+    stream: int,
+    previous: bool,
+    held: Tensor | None,
+    guard: bool,
+    statistics: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """One node for torch.compile, which would not get through the twin's integer arithmetic in any useful time."""
+    arguments = (u, u_next, gradient, coefficients, key, step, stream, previous, held, guard, statistics)
+    if choose_backend(backend, u.device) == "triton":
+        from .fused import fused_update
+
+        return fused_update(*arguments)
+    return naive_update(*arguments)
+
+
+@_drawn_update.register_fake
+def _(u: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` with contiguous rows."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def check(
+    u: Tensor,
+    u_next: Tensor,
+    gradient: Tensor,
+    coefficients: Tensor,
+    noise: Tensor | None,
+    key: Tensor | None,
+    held: Tensor | None,
+    statistics: Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError unless the arguments of `langevin_update` fit each other."""
+    if u.ndim != 2 or u.numel() == 0:
+        raise ValueError(f"u: expected a non-empty (N, D), got {tuple(u.shape)}")
+    n, dim = u.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "u_next": (u_next, (n, dim)),
+        "gradient": (gradient, (n, dim)),
+        "coefficients": (coefficients, (n, 4)),
+        "noise": (noise, (n, dim)),
+        "key": (key, (2,)),
+        "held": (held, (dim,)),
+        "statistics": (statistics, (n, 4)),
+    }
+    for name, (value, shape) in expected.items():
+        if value is not None and (tuple(value.shape) != shape or value.device != u.device):
+            raise ValueError(
+                f"{name}: expected shape {shape} on {u.device}, got {tuple(value.shape)} on {value.device}"
+            )
+    if (noise is None) == (key is None):
+        raise ValueError("give either noise or a key to draw it from")
+    if held is not None and held.dtype != torch.bool:
+        raise TypeError(f"held: expected a bool mask, got {held.dtype}")
+    if key is not None and (
+        key.dtype != torch.int64 or u.dtype != torch.float32 or coefficients.dtype != torch.float32
+    ):
+        raise TypeError(
+            f"with a key, expected int64 key and float32 u and coefficients, got {key.dtype}, {u.dtype} and {coefficients.dtype}"
+        )

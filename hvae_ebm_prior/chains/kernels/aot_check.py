@@ -1,0 +1,183 @@
+"""Compile the fused kernel for GPUs that are not here, and look at the machine code.
+
+    python -m hvae_ebm_prior.chains.kernels.aot_check
+
+prints a table and fails on register spills, on more than 64 registers, on loads or stores of states narrower than 128
+bits, and on fused multiply-adds, which would round differently from the twin. It needs Triton's wheel alone, which
+brings NVIDIA's assembler and disassembler, and no driver.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import fused
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MOST_REGISTERS = 64
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16 gradient": {"gradient": "bf16"},
+    "float16 gradient": {"gradient": "fp16"},
+    "two noises": {"PREVIOUS": True},
+    "held": {"HELD": True},
+    "guard, statistics": {"GUARD": True, "STATISTICS": True},
+}
+
+
+@dataclass
+class Report:
+    """What was compiled, and what is wrong with it.
+
+    Attributes:
+        target: the GPU.
+        variant: which options of the kernel.
+        registers: vector registers per thread.
+        spills: bytes of local memory, or registers that were spilled.
+        wide: number of 128-bit loads and stores of global memory.
+        narrow: number of narrower ones, but for single values that all elements of a program share.
+        faults: what breaks a promise.
+    """
+
+    target: str
+    variant: str
+    registers: int = 0
+    spills: int = 0
+    wide: int = 0
+    narrow: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def compile_kernel(target: GPUTarget, gradient: str = "fp32", **constants: bool) -> Any:
+    """The compiled kernel, with pointers and row strides that are multiples of 16."""
+    flags = {name: constants.get(name, False) for name in ("PREVIOUS", "HELD", "GUARD", "STATISTICS")}
+    kinds = {
+        "u_ptr": "*fp32",
+        "next_ptr": "*fp32",
+        "gradient_ptr": f"*{gradient}",
+        "coefficients_ptr": "*fp32",
+        "key_ptr": "*i64",
+        "step_ptr": "*i64",
+        "held_ptr": "*u8",
+        "partial_ptr": "*fp32",
+        "out_ptr": "*fp32",
+        **dict.fromkeys(("dim", "chunks", "u_stride", "next_stride", "gradient_stride", "stream"), "i32"),
+        **dict.fromkeys(("BLOCK", *flags), "constexpr"),
+    }
+    kernel = fused.update_kernel
+    aligned = [
+        name for name, kind in kinds.items() if kind.startswith("*") or name == "dim" or name.endswith("_stride")
+    ]
+    source = ASTSource(
+        kernel,
+        kinds,
+        {"BLOCK": fused.LARGEST_BLOCK, **flags},
+        multiples_of_16([kernel.arg_names.index(name) for name in aligned]),
+    )
+    return triton.compile(source, target=target, options=fused.launch_options(flags["PREVIOUS"], target.warp_size))
+
+
+def multiples_of_16(places: list[int]) -> Any:
+    """What `ASTSource` is told of arguments that are multiples of 16; Triton 3.3 changed how."""
+    try:
+        from triton.backends.compiler import AttrsDescriptor
+    except ImportError:
+        return {(place,): [["tt.divisibility", 16]] for place in places}
+    return AttrsDescriptor.from_hints(dict.fromkeys(places, 16))
+
+
+def inspect_nvidia(report: Report, compiled: Any) -> None:
+    """Read registers and stack from the assembler's own account, and accesses from the disassembly."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump's account has another form than expected: {usage}")
+    report.registers, report.spills = int(found[1]), int(found[2]) + int(found[3])
+    accesses = re.findall(r"\b(?:LDG|STG)\.E(\.\w+)*", code)
+    report.wide = accesses.count(".128")
+    report.narrow = len(accesses) - report.wide
+    if re.search(r"\b(?:LDL|STL)\b", code):
+        report.faults.append("local memory is used")
+    if re.search(r"fma\.rn\.f32", compiled.asm["ptx"]):
+        report.faults.append("multiplications and additions are fused")
+
+
+def inspect_amd(report: Report, compiled: Any) -> None:
+    """Read registers and spills from the metadata of the assembly, and accesses from its text."""
+    code = compiled.asm["amdgcn"]
+    found = {
+        name: int(value)
+        for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", code)
+    }
+    report.registers, report.spills = found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
+    accesses = re.findall(r"(?:global|buffer)_(?:load|store)_(\w+)", code)
+    report.wide = accesses.count("dwordx4")
+    report.narrow = len(accesses) - report.wide
+
+
+def check(name: str, variant: str) -> Report:
+    """Compile one variant for one target and check it."""
+    options, target = VARIANTS[variant], TARGETS[name]
+    report = Report(name, variant)
+    (inspect_amd if target.backend == "hip" else inspect_nvidia)(report, compile_kernel(target, **options))
+    threads = fused.launch_options("PREVIOUS" in options, target.warp_size)["num_warps"] * target.warp_size
+    vectors = max(1, fused.LARGEST_BLOCK // (4 * threads))  # of 4 floats, per thread
+    half = "gradient" in options
+    wide = vectors * 4 if not half else vectors * 3 + vectors // 2
+    # Key, sample, step and coefficients; partial sums; a mask of bytes; with few elements per thread, a gradient of 16
+    # bits.
+    narrow = 7 + 4 * bool(options.get("STATISTICS")) + 2 * bool(options.get("HELD")) + (half and vectors == 1)
+    faults = {
+        f"more than {MOST_REGISTERS} registers": report.registers > MOST_REGISTERS,
+        "registers are spilled": report.spills > 0,
+        f"expected {wide} accesses of 128 bits": report.wide < wide,
+        f"expected at most {narrow} narrower accesses": report.narrow > narrow,
+    }
+    report.faults += [fault for fault, holds in faults.items() if holds]
+    return report
+
+
+def linkable() -> list[str]:
+    """Targets that Triton can link for here: AMD's linker comes with Triton 3.3 and newer, and with ROCm alone before."""
+    try:
+        getattr(backends["amd"].compiler, "path_to_rocm_lld", str)()
+    except Exception as error:  # Triton raises nothing more specific
+        print(f"no AMD target: {error}", file=sys.stderr)
+        return [name for name, target in TARGETS.items() if target.backend != "hip"]
+    return list(TARGETS)
+
+
+def main() -> int:
+    """Check every variant for every target; returns 1 if a promise is broken."""
+    reports = [check(name, variant) for name in linkable() for variant in VARIANTS]
+    print("| target | variant | registers | spilled | 128-bit accesses | narrower | |\n|---|---|---|---|---|---|---|")
+    for report in reports:
+        faults = "; ".join(report.faults)
+        print(
+            f"| {report.target} | {report.variant} | {report.registers} | {report.spills} | {report.wide} | {report.narrow} | {faults or 'ok'} |"
+        )
+    return int(any(report.faults for report in reports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

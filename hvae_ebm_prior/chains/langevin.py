@@ -1,0 +1,341 @@
+"""Langevin dynamics on the conditional priors.
+
+The target p(u | u_next), proportional to exp(F(T(u), t)) N(u; 0, I) N(u_next; alpha u, sigma^2), is a correction exp F
+times a Gaussian of precision lambda = 1 + alpha^2/sigma^2 and mean mu = alpha u_next/(sigma^2 lambda). Our convention
+is that of Eq. 3: a step s moves u by s grad log p and adds noise of variance 2s. Every integrator here is one affine
+map with four coefficients per sample,
+
+    u <- A u + B u_next + C grad F + D xi,     xi ~ N(0, I),
+
+    exponential           A = e^-h            B = (1 - A) w         C = (1 - A)/lambda   D = sqrt((1 - A^2)/lambda)     exact where F = 0
+    strang                A = e^-h            B = (1 - A) w         C = A h/lambda       D = sqrt((1 - A^2)/lambda)     likewise
+    euler                 A = 1 - s lambda    B = s lambda w        C = s                D = sqrt(2s)
+    leimkuhler-matthews   as euler, with D/2 and the sum of this step's noise and that of the step before
+
+with h the dimensionless step size, s = h/lambda and w = alpha/(sigma^2 lambda). Strang's steps kick by F and then let
+the Gaussian part act; the last one of a chain lets it act for h/2, which makes the whole symmetric. On a quadratic F
+the stationary variance has an error of order h, smaller with strang, and none with leimkuhler-matthews (Leimkuhler &
+Matthews 2013), whose weak order is 2. The published code takes s = s_t/2 with s_t = b^2 (sigma_bar_t/sigma_bar_0)
+sigma_{t+1}^2, lets its network f stand for F = f/s_t and drops the kernel at t = T-1: the `published` step rule.
+
+The top layer's energy is the most curved one, as the top holds most of the prior hole, and the only one whose gradient
+needs no walk through the backbone. `top_steps` > 1 therefore moves the top layer by that many shorter steps within each
+step, and renews there only the gradient of its own energy: multiple time stepping (r-RESPA, Tuckerman et al. 1992).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .kernels import langevin_update as langevin_update
+from .schedule import DiffusionSchedule
+from .streams import Streams
+
+Integrator = Literal["exponential", "strang", "euler", "leimkuhler-matthews"]
+Start = Literal["next", "gaussian"]
+StepRule = Literal["relative", "published"]
+Gradient = Callable[[Tensor], Tensor]
+# Parts of the dimensions that move with noise of their own: all of them, or those below the top layer, and the top
+# layer's shorter steps.
+BELOW, TOP = 0, 1
+
+
+class ChainDiverged(FloatingPointError):
+    """A Langevin chain left the finite numbers."""
+
+
+@dataclass(frozen=True)
+class LangevinConfig:
+    """How a conditional prior is sampled.
+
+    Attributes:
+        steps: Langevin steps K per noise level.
+        step_size: h, in relaxation times of the Gaussian part (`relative`), or b^2 (`published`).
+        integrator: "exponential", "strang", "leimkuhler-matthews", or "euler" as in Eq. 3.
+        start: where the chain starts: "next" at u_{t+1}, "gaussian" at an exact draw of the Gaussian part.
+        step_rule: "relative" (s = h/lambda), or "published", for euler only: the published code's step with its scaling
+            F = f/s_t.
+        drift_limit: largest length of the drift C grad F, in units of D^(1/4) standard deviations of the step's noise.
+            Where F is too curved for the step size, a chain overshoots further at every step; this bounds it and is
+            idle otherwise.
+        curvature_limit: shorten a sample's steps to this over C kappa, with kappa = |change of grad F| / |change of u|
+            the curvature that its last step met; None for steps of one size. Where F grows curved, chains then slow
+            down instead of overshooting.
+        top_steps: shorter steps of the top layer within each step; 1 for none.
+        sampling_steps: steps per noise level in sampling; None takes `steps`.
+        corrector_steps: steps with a Metropolis test after each chain, which take away the error of the others; see
+            `metropolis`. 0 for none.
+        kernel_at_top: keep the term N(u_T; alpha u_{T-1}, sigma^2) at t = T-1; the published code drops it.
+    """
+
+    steps: int = 15
+    step_size: float = 0.15
+    integrator: Integrator = "exponential"
+    start: Start = "next"
+    step_rule: StepRule = "relative"
+    drift_limit: float = 1.0
+    curvature_limit: float | None = None
+    top_steps: int = 1
+    sampling_steps: int | None = None
+    corrector_steps: int = 0
+    kernel_at_top: bool = True
+
+    def __post_init__(self) -> None:
+        for name, kind in (("integrator", Integrator), ("start", Start), ("step_rule", StepRule)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        counts = {
+            "steps": self.steps,
+            "top_steps": self.top_steps,
+            "sampling_steps": 1 if self.sampling_steps is None else self.sampling_steps,
+        }
+        for name, steps in counts.items():
+            if not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"{name} must be a positive integer, got {steps!r}")
+        if not isinstance(self.corrector_steps, int) or self.corrector_steps < 0:
+            raise ValueError(f"corrector_steps must be an integer from 0, got {self.corrector_steps!r}")
+        for name, limit in (("drift_limit", self.drift_limit), ("curvature_limit", self.curvature_limit)):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} must be positive, got {limit!r}")
+        if not 0 < self.step_size < float("inf"):
+            raise ValueError(f"step_size must be positive and finite, got {self.step_size!r}")
+        if self.integrator in ("euler", "leimkuhler-matthews") and self.step_rule == "relative" and self.step_size >= 2:
+            raise ValueError(
+                f"{self.integrator} is unstable at a relative step_size of 2 and above, got {self.step_size}; use exponential or a smaller step"
+            )
+        if self.step_rule == "published" and (
+            self.top_steps > 1 or self.curvature_limit is not None or self.corrector_steps
+        ):
+            raise ValueError(
+                "the published step rule has no top_steps, curvature_limit and corrector_steps; leave them at 1, None and 0"
+            )
+        if self.step_rule == "published" and self.integrator != "euler":
+            raise ValueError(f"the published step rule belongs to the euler integrator, got {self.integrator}")
+
+
+def gaussian_part(
+    t: Tensor, schedule: DiffusionSchedule, config: LangevinConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gaussian factor N(u; w u_next, 1/lambda) of the conditional priors at levels `t`.
+
+    Args:
+        t: levels (N,) long, 0..T-1.
+        schedule: the noise levels.
+        config: the settings; only `kernel_at_top` matters.
+        dtype: dtype of the result.
+
+    Returns:
+        Weight w = alpha/(sigma^2 lambda) and precision lambda = 1 + alpha^2/sigma^2, each (N,).
+    """
+    alpha, sigma = (level.to(t.device, dtype)[t + 1] for level in (schedule.alpha, schedule.sigma))
+    if not config.kernel_at_top:
+        alpha = torch.where(t == schedule.steps - 1, 0.0, alpha)
+    precision = 1 + (alpha / sigma) ** 2
+    return alpha / (sigma**2 * precision), precision
+
+
+def published_step(t: Tensor, schedule: DiffusionSchedule, config: LangevinConfig, dtype: torch.dtype) -> Tensor:
+    """The published code's step s_t = b^2 (sigma_bar_t/sigma_bar_0) sigma_{t+1}^2, (N,), at levels `t` (N,)."""
+    sigma, sigma_bar = schedule.sigma.to(t.device, dtype), schedule.sigma_bar.to(t.device, dtype)
+    return config.step_size * (sigma_bar[t] / sigma_bar[0]) * sigma[t + 1] ** 2
+
+
+def langevin_coefficients(
+    t: Tensor,
+    schedule: DiffusionSchedule,
+    config: LangevinConfig,
+    dtype: torch.dtype,
+    *,
+    slowdown: Tensor | float = 1.0,
+    share: int = 1,
+    last: bool = False,
+) -> Tensor:
+    """Coefficients A, B, C, D of the update at levels `t`; see the module's text.
+
+    Args:
+        t: levels (N,) long, 0..T-1.
+        schedule: the noise levels.
+        config: integrator and step size.
+        dtype: dtype of the coefficients.
+        slowdown: multiplies the relative step size h, one number or one per sample (N,).
+        share: divides it.
+        last: whether these are the coefficients of a chain's last step.
+
+    Returns:
+        Coefficients (N, 4).
+    """
+    weight, precision = gaussian_part(t, schedule, config, dtype)
+    h = config.step_size / share * slowdown * torch.ones_like(precision)
+    if config.integrator in ("euler", "leimkuhler-matthews"):
+        s = published_step(t, schedule, config, dtype) / 2 if config.step_rule == "published" else h / precision
+        noise = (2 * s).sqrt() if config.integrator == "euler" else (s / 2).sqrt()
+        return torch.stack((1 - s * precision, s * weight * precision, s, noise), dim=1)
+    time = h / 2 if config.integrator == "strang" and last else h
+    left, moved = torch.exp(-time), -torch.expm1(-time)
+    drift = left * h if config.integrator == "strang" else moved
+    return torch.stack((left, moved * weight, drift / precision, (-torch.expm1(-2 * time) / precision).sqrt()), dim=1)
+
+
+def chain_start(
+    u_next: Tensor, t: Tensor, schedule: DiffusionSchedule, config: LangevinConfig, streams: Streams
+) -> Tensor:
+    """Where a chain starts: at `u_next` (N, D), or at an exact draw of the Gaussian part."""
+    if config.start == "next":
+        return u_next
+    weight, precision = gaussian_part(t, schedule, config, u_next.dtype)
+    return weight[:, None] * u_next + streams.normal(u_next.shape[1]) / precision.sqrt()[:, None]
+
+
+def limited_move(
+    u: Tensor,
+    u_next: Tensor,
+    gradient: Tensor,
+    coefficients: Tensor,
+    config: LangevinConfig,
+    streams: Streams,
+    part: int,
+    held: Tensor | None,
+) -> Tensor:
+    """One step of a part of the dimensions, with a drift no longer than `config.drift_limit`: the limit goes into C."""
+    longest = config.drift_limit * u.shape[1] ** 0.25 * coefficients[:, 3] / coefficients[:, 2]
+    shorter = (longest / torch.linalg.vector_norm(gradient, dim=1)).clamp(max=1)
+    limited = torch.cat((coefficients[:, :2], (coefficients[:, 2] * shorter)[:, None], coefficients[:, 3:]), dim=1)
+    return streams.move(
+        u, u_next, gradient, limited, part=part, previous=config.integrator == "leimkuhler-matthews", held=held
+    )
+
+
+def top_moves(
+    own_gradient: Gradient,
+    u: Tensor,
+    u_next: Tensor,
+    gradient: Tensor,
+    coefficients: Sequence[Tensor],
+    config: LangevinConfig,
+    streams: Streams,
+    held: Tensor | None,
+) -> Tensor:
+    """Shorter steps of the top layer: of its gradient `gradient` at the first one, the part `own_gradient` is renewed
+    at every later one.
+    """
+    at_start = own_gradient(u)
+    for i, fine in enumerate(coefficients):
+        now = gradient if i == 0 else gradient + (own_gradient(u) - at_start)
+        u = limited_move(u, u_next, now, fine, config, streams, TOP, held)
+    return u
+
+
+def curvature_slowdown(
+    limit: float, drift: Tensor, before: tuple[Tensor, Tensor] | None, u: Tensor, gradient: Tensor
+) -> Tensor:
+    """Factor on the step size that keeps C kappa below a limit; 1 at the first step.
+
+    Args:
+        limit: the largest C kappa.
+        drift: C at the full step size (N,).
+        before: state and gradient (N, D) of the step before.
+        u: state (N, D).
+        gradient: grad F there (N, D).
+
+    Returns:
+        Factors (N,) in (0, 1].
+    """
+    if before is None:
+        return torch.ones_like(drift)
+    moved = torch.linalg.vector_norm(u - before[0], dim=1)
+    curvature = torch.linalg.vector_norm(gradient - before[1], dim=1) / moved
+    return (limit / (drift * curvature)).nan_to_num(nan=1.0).clamp(max=1)
+
+
+def langevin_chain(
+    gradient: Gradient,
+    u_next: Tensor,
+    t: Tensor,
+    *,
+    schedule: DiffusionSchedule,
+    config: LangevinConfig,
+    streams: Streams,
+    hold: tuple[Tensor, Tensor] | None = None,
+    top: tuple[int, Gradient] | None = None,
+    repeat: Callable[[Gradient, Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """Draw u_t given u_{t+1} by K Langevin steps.
+
+    Args:
+        gradient: grad_u F(T(u), t) as a function of u (N, D).
+        u_next: states of the noisier level (N, D).
+        t: levels (N,) long, 0..T-1.
+        schedule: the noise levels.
+        config: steps, integrator and start.
+        streams: the samples' noise.
+        hold: mask (D,) of dimensions to hold, and the states (N, D) to hold them at.
+        top: number of dimensions of the top layer, the first of D, and the gradient of its own energy as a function of
+            them; for `top_steps`.
+        repeat: applies a step to a state so many times, from a recording; None for a plain loop. Not used with
+            `curvature_limit`.
+
+    Returns:
+        States (N, D), finite.
+
+    Raises:
+        ChainDiverged: a state is not finite at the end of the chain.
+    """
+    streams.begin()
+    u = chain_start(u_next, t, schedule, config, streams)
+    held = None if hold is None else hold[0]
+    if hold is not None:
+        u = torch.where(hold[0], hold[1], u)
+    split = top[0] if top is not None and config.top_steps > 1 else 0
+    fixed = functools.cache(partial(langevin_coefficients, t, schedule, config, u.dtype))
+    coefficients: Callable[..., Tensor] = fixed
+    before = None
+
+    def advance(u: Tensor, last: bool = False) -> Tensor:
+        nonlocal coefficients, before
+        g = gradient(u)
+        if config.curvature_limit is not None:
+            slowdown = curvature_slowdown(config.curvature_limit, fixed()[:, 2], before, u, g)
+            coefficients, before = (
+                partial(langevin_coefficients, t, schedule, config, u.dtype, slowdown=slowdown),
+                (u, g),
+            )
+        parts = []
+        if split < u.shape[1]:
+            rest = None if held is None else held[split:]
+            parts.append(
+                limited_move(
+                    u[:, split:], u_next[:, split:], g[:, split:], coefficients(last=last), config, streams, BELOW, rest
+                )
+            )
+        if top is not None and split:
+            first = None if held is None else held[:split]
+            fine = [
+                coefficients(share=config.top_steps, last=last and i == config.top_steps - 1)
+                for i in range(config.top_steps)
+            ]
+            parts.insert(
+                0, top_moves(top[1], u[:, :split], u_next[:, :split], g[:, :split], fine, config, streams, first)
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    # All steps but the last are alike; from a recording, the first one still runs by itself and leaves everything
+    # ready.
+    alike = config.steps - 1
+    if repeat is not None and alike > 1 and config.curvature_limit is None:
+        u = repeat(advance, advance(u), alike - 1)
+    else:
+        for _ in range(alike):
+            u = advance(u)
+    u = advance(u, last=True)
+    finite = torch.isfinite(u).all(dim=1)
+    if not bool(finite.all()):
+        raise ChainDiverged(
+            f"{int((~finite).sum())} of {len(u)} Langevin chains are not finite after {config.steps} steps at t = "
+            f"{sorted(set(t[~finite].tolist()))}; lower LangevinConfig.step_size, or train with a lower learning rate"
+        )
+    return u

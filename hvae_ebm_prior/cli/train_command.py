@@ -1,0 +1,135 @@
+"""The command `train`: a prior for a backbone. The same command, run again, goes on from the last checkpoint."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone.transform import BackboneAdapter
+from ..baselines.layerwise import LayerwisePrior
+from ..chains.streams import seeded
+from ..evaluation.contenders import build
+from ..presets import PRESETS
+from ..prior import DiffusionEBMPrior
+from ..processes import rank
+from ..saving.files import write_json
+from ..training.callbacks import LOGS, open_log
+from ..training.checkpoint import find_checkpoints
+from ..training.image_data import DATA, image_shape, open_images
+
+# Those of baselines are left out.
+SUITED = [name for name in PRESETS if name not in ("joint-ebm", "ncp")]
+# What a run that is gone on with must have been begun with, besides the settings, which its checkpoints know.
+GIVEN = ("loader", "checkpoint", "data", "size", "limit", "preset", "seed")
+
+
+def add_train(command: argparse.ArgumentParser) -> None:
+    """Options of `train`."""
+    command.add_argument(
+        "--backbone",
+        required=True,
+        dest="loader",
+        help="function that returns your model or an adapter of it, as package.module:function or path/to/file.py:function",
+    )
+    command.add_argument("--checkpoint", help="the model's file, handed to that function, if given")
+    command.add_argument("--data", required=True, help=DATA)
+    command.add_argument(
+        "--size",
+        type=int,
+        help="resize images, and crop them about their centre, to squares of this side (as they are)",
+    )
+    command.add_argument("--limit", type=int, help="use so many images from the start (all)")
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder of the trained prior, and of checkpoints on the way to it"
+    )
+    command.add_argument(
+        "--preset",
+        choices=SUITED,
+        default="fast",
+        help="settings of the prior and its training; layerwise makes a LayerwisePrior (%(default)s)",
+    )
+    command.add_argument("--iterations", type=int, help="optimiser steps (the preset's)")
+    command.add_argument("--batch-size", type=int, help="images per step (the preset's)")
+    command.add_argument("--learning-rate", type=float, help="largest learning rate (the preset's)")
+    command.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
+    command.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help=f"write numbers and samples to {LOGS}; may be given several times",
+    )
+    command.add_argument(
+        "--samples-every", type=int, default=500, help="steps between samples in the logs, 0 for none (%(default)s)"
+    )
+    command.add_argument("--device", default="cpu", help="where to put the model, if it is a module (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
+
+
+def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module, generator: torch.Generator) -> None:
+    """Train a prior, or go on with its training, and write it."""
+    preset = PRESETS[options.preset]
+    given = {name: getattr(options, name) for name in ("iterations", "batch_size", "learning_rate")}
+    training = replace(preset.training, **{name: value for name, value in given.items() if value is not None})
+    # The first weights follow from the seed as well.
+    with seeded(options.seed, torch.device("cpu")):
+        if options.preset == "layerwise":
+            prior: DiffusionEBMPrior = LayerwisePrior(backbone, schedule=preset.schedule, energy=preset.energy)
+        else:
+            prior = build(preset, backbone)
+    data = open_images(options.data, image_shape(prior), size=options.size, limit=options.limit)
+    logs = [open_log(place, options.samples_every, options.out.name) for place in options.log]
+    folder, about = options.out / "checkpoints", options.out / "train.json"
+    command = {name: getattr(options, name) for name in GIVEN}
+    if begun := find_checkpoints(folder):
+        check_command(about, command)
+        print(f"going on from {begun[0]}", file=sys.stderr)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(about, command)
+    try:
+        history = prior.fit(
+            data,
+            training=training,
+            callback=logs,
+            checkpoint_dir=folder,
+            checkpoint_every=options.checkpoint_every,
+            resume=True,
+            generator=generator,
+        )
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; the same command goes on from the last checkpoint in {folder}, if there is one yet",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
+    if rank() > 0:
+        return
+    prior.save_pretrained(options.out)
+    print(
+        f"{len(history)} steps in {history[-1].seconds:.0f} s; saved in {options.out}, see hvae-ebm-prior info {options.out}",
+        file=sys.stderr,
+    )
+
+
+def check_command(path: Path, command: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the run whose options stand in `path` was begun with those of `command`."""
+    try:
+        before = json.loads(path.read_text())
+        differences = [
+            f"{name} was {before[name]} and is {value}" for name, value in command.items() if before[name] != value
+        ]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected the options that this run was begun with, got none ({error!r}); give another --out"
+        ) from error
+    if differences:
+        raise ValueError(
+            f"{path.parent} holds another run: {', '.join(differences)}; give the same options to go on with it, or another --out"
+        )

@@ -1,0 +1,106 @@
+"""The commands `compare` and `ablate`: their options, tables and plot."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..backbone.registry import find_adapter
+from ..backbone.transform import BackboneAdapter
+from ..backbone.validation import check_images
+from ..evaluation.comparison import GAUSSIAN, RECONSTRUCTION, Budget, Contender, Yardstick, compare, key, table
+from ..evaluation.contenders import ablations, contenders
+from ..evaluation.pictures import save_progress
+from ..presets import PRESETS
+from ..saving.files import write_atomically
+from ..training.image_data import IMAGES, load_images
+from .report import find_extractor
+
+TRIALS = {"compare": contenders, "ablate": ablations}
+
+
+def add_trials(command: argparse.ArgumentParser, name: str) -> None:
+    """Options of `compare` or `ablate`."""
+    command.add_argument(
+        "--train", required=True, help=f"{IMAGES}, to train on; they are the reference of the Fréchet distance too"
+    )
+    command.add_argument("--images", required=True, help="the same, held out; as many samples of each prior are drawn")
+    command.add_argument("--limit", type=int, help="use so many held-out images from the start of the file (all)")
+    command.add_argument(
+        "--features",
+        nargs="+",
+        default=["inception"],
+        help="one or more: inception, or a function that returns one of images to features, as package.module:function or path/to/file.py:function",
+    )
+    command.add_argument(
+        "--weights", help="Inception's weights file (that in torch.hub's cache, where it is downloaded if need be)"
+    )
+    command.add_argument("--seconds", type=float, help="train each for so long")
+    command.add_argument(
+        "--gradients", type=int, help="and, or instead, for so many gradients of the networks for a batch"
+    )
+    command.add_argument("--iterations", type=int, help="and, or instead, for so many optimiser steps")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (0 1 2)")
+    command.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(TRIALS[name]())}")
+    command.add_argument("--preset", choices=PRESETS, default="fast", help="settings of ours (%(default)s)")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path(name),
+        help="results go to OUT.json, OUT.md and OUT.png; runs in OUT.json are not repeated",
+    )
+
+
+def run_trials(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module) -> None:
+    """Train and measure what was asked for; print the tables and write them, the results and the plot."""
+    available = TRIALS[options.command](PRESETS[options.preset])
+    unknown = [name for name in options.only or () if name not in available]
+    if unknown:
+        raise ValueError(f"only: expected some of {', '.join(available)}; got {', '.join(unknown)}")
+    chosen = {name: available[name] for name in options.only or available}
+    given = ({"seconds": options.seconds}, {"gradients": options.gradients}, {"iterations": options.iterations})
+    budgets = [Budget(**budget) for budget in given if next(iter(budget.values())) is not None]
+    if not budgets:
+        raise ValueError("budget: expected at least one of --seconds, --gradients, --iterations")
+    train, images = load_images(options.train), load_images(options.images)[: options.limit]
+    for each in (train, images):
+        check_images(each)
+    extractors = [find_extractor(name, options.weights, options.device) for name in options.features]
+    yardstick = Yardstick(images, train, {extractor.name: extractor for extractor in extractors}, options.device)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    files = {kind: options.out.with_name(f"{options.out.name}.{kind}") for kind in ("json", "md", "png")}
+    runs = compare(
+        find_adapter(backbone),
+        chosen,
+        train,
+        yardstick,
+        budgets=budgets,
+        seeds=options.seeds,
+        path=files["json"],
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    text = "\n\n".join(f"{budget} each:\n\n{table(runs, chosen, str(budget), options.seeds)}" for budget in budgets)
+    print(text)
+    write_atomically(files["md"], lambda scratch: scratch.write_text(text + "\n"))
+    draw_progress(files["png"], runs, chosen, budgets[0], options.seeds, extractors[0].name)
+
+
+def draw_progress(
+    path: Path,
+    runs: Mapping[str, Mapping[str, Any]],
+    chosen: Mapping[str, Contender],
+    budget: Budget,
+    seeds: list[int],
+    features: str,
+) -> None:
+    """Quality against training time of one budget's runs, under one extractor."""
+    curves = {
+        name: [runs[key(name, str(budget), seed)]["curve"] for seed in seeds]
+        for name, contender in chosen.items()
+        if contender.training
+    }
+    levels = {name: runs[key(name, "none", seeds[0])]["distances"][features] for name in (GAUSSIAN, RECONSTRUCTION)}
+    write_atomically(path, lambda scratch: save_progress(scratch, curves, levels, f"Fréchet distance, {features}"))

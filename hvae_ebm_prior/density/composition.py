@@ -1,0 +1,300 @@
+"""Boolean composition of labels and priors: what is sampled instead of one prior's density.
+
+An expression stands for a weight w(u_t, t) >= 0 on the Gaussian part of the conditional priors, so sampling it means to
+put log w in the place of F:
+
+    Label     p(y | u_t)                              NOT   1 - p(y | u_t)
+    prior     exp F^(u_t, t)                          NOT   1 / (1 + exp F^(u_t, t)) ^ strength
+    AND       the product: energies add               NOT   OR of the parts' NOTs
+    OR        the sum: logsumexp of energies          NOT   AND of the parts' NOTs
+
+(Du et al., 2020, compose energies so.) To subtract an energy without bound would let chains run away to where it is
+high; the NOT of a label or prior is at most 1, so the density that it multiplies stays normalisable. An energy is known
+up to a constant: an `Expert`'s `offset` says where its prior counts as true, and sets the shares of a mixture.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..energies.coupling import check_values, find_set
+from .energy_model import EnergyModel, Terms
+
+TermsOf = Callable[[EnergyModel], Terms]
+# log w (N,) by noise, of all layers or of the first ones, at levels (N,).
+Target = Callable[..., Tensor]
+
+
+class Expression:
+    """A condition; `&`, `|` and `~` compose it."""
+
+    def __and__(self, other: "Expression | EnergyModel") -> "Expression":
+        return AND(self, other)
+
+    def __or__(self, other: "Expression | EnergyModel") -> "Expression":
+        return OR(self, other)
+
+    def __invert__(self) -> "Expression":
+        return NOT(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Label(Expression):
+    """One label of the prior that is sampled.
+
+    Attributes:
+        name: the label set.
+        value: a category's index or name, or a tensor (N,) of indices, one per sample; -1 asks for nothing.
+    """
+
+    name: str
+    value: int | str | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Expert(Expression):
+    """A prior as a part of an expression.
+
+    Attributes:
+        prior: the prior.
+        strength: factor on F^.
+        offset: subtracted from F^, in nats.
+    """
+
+    prior: EnergyModel
+    strength: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Composite(Expression):
+    """Several parts: all of them, or any."""
+
+    parts: tuple[Expression, ...]
+    any: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Negation(Expression):
+    """NOT of a label or prior, with a factor on its logarithm."""
+
+    part: Label | Expert
+    strength: float = 1.0
+
+
+def AND(*parts: Expression | EnergyModel) -> Expression:
+    """All of these."""
+    return Composite(as_expressions(parts), any=False)
+
+
+def OR(*parts: Expression | EnergyModel) -> Expression:
+    """Any of these."""
+    return Composite(as_expressions(parts), any=True)
+
+
+def NOT(part: Expression | EnergyModel, strength: float = 1.0) -> Expression:
+    """Away from this; `strength` multiplies the logarithm of its weight."""
+    if not strength > 0:
+        raise ValueError(f"strength: expected a positive number, got {strength!r}")
+    expression = as_expressions((part,))[0]
+    if isinstance(expression, Composite):
+        return Composite(tuple(NOT(inner, strength) for inner in expression.parts), any=not expression.any)
+    if isinstance(expression, Label | Expert):
+        return Negation(expression, strength)
+    assert isinstance(expression, Negation)
+    return expression.part
+
+
+def as_expressions(parts: Sequence[object]) -> tuple[Expression, ...]:
+    """Expressions of expressions and priors."""
+    if not parts:
+        raise ValueError("expected at least one label or prior to compose")
+    found: list[Expression] = []
+    for part in parts:
+        if not isinstance(part, Expression | EnergyModel):
+            raise TypeError(f"expected labels, priors or expressions of them, got {type(part).__name__}")
+        found.append(Expert(part) if isinstance(part, EnergyModel) else part)
+    return tuple(found)
+
+
+def log_weight(expression: Expression, sampled: EnergyModel, terms: TermsOf) -> Tensor:
+    """log w (N,) of an expression.
+
+    Args:
+        expression: as `make_condition` checked it, with labels as tensors.
+        sampled: the prior that labels belong to.
+        terms: what a prior says of the latents.
+
+    Returns:
+        log w in nats, (N,).
+    """
+    if isinstance(expression, Composite):
+        inside = torch.stack([log_weight(part, sampled, terms) for part in expression.parts])
+        return inside.logsumexp(0) if expression.any else inside.sum(0)
+    if isinstance(expression, Expert):
+        return expression.strength * (terms(expression.prior)[0] - expression.offset)
+    if isinstance(expression, Negation) and isinstance(expression.part, Expert):
+        return -expression.strength * F.softplus(log_weight(expression.part, sampled, terms))
+    label = expression.part if isinstance(expression, Negation) else expression
+    assert isinstance(label, Label) and isinstance(label.value, Tensor)  # noqa: PT018
+    f, log_probabilities = terms(sampled)
+    if label.name not in log_probabilities:  # not coupled at this level
+        return torch.zeros_like(f)
+    log_p, category = log_probabilities[label.name], label.value.clamp(min=0)[:, None]
+    if isinstance(expression, Negation):
+        found = expression.strength * log_p.scatter(1, category, -torch.inf).logsumexp(1)
+    else:
+        found = log_p.gather(1, category).squeeze(1)
+    return torch.where(label.value >= 0, found, 0.0)
+
+
+def atoms(expression: Expression) -> Iterator[Label | Expert]:
+    """The labels and priors in an expression."""
+    if isinstance(expression, Composite):
+        for part in expression.parts:
+            yield from atoms(part)
+    elif isinstance(expression, Negation):
+        yield expression.part
+    elif isinstance(expression, Label | Expert):
+        yield expression
+
+
+def rebuild(expression: Expression, change: Callable[[Label | Expert], Label | Expert]) -> Expression:
+    """An expression with every label and prior changed."""
+    if isinstance(expression, Composite):
+        return replace(expression, parts=tuple(rebuild(part, change) for part in expression.parts))
+    if isinstance(expression, Negation):
+        return replace(expression, part=change(expression.part))
+    assert isinstance(expression, Label | Expert)
+    return change(expression)
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What is sampled in the place of a prior.
+
+    Attributes:
+        expression: labels and priors; None for the prior alone.
+        guidance: factor on log w of an expression of labels.
+        log_likelihood: log p(y | x) (N,) of images; None for none.
+    """
+
+    expression: Expression | None
+    guidance: float
+    log_likelihood: Callable[[Tensor], Tensor] | None
+
+    def rows(self, chunk: slice) -> "Condition":
+        """The condition of some samples."""
+
+        def change(atom: Label | Expert) -> Label | Expert:
+            return (
+                replace(atom, value=atom.value[chunk])
+                if isinstance(atom, Label) and isinstance(atom.value, Tensor)
+                else atom
+            )
+
+        return replace(self, expression=self.expression and rebuild(self.expression, change))
+
+    def target(self, prior: EnergyModel, t: Tensor) -> Target:
+        """log w (N,) of noise u (N, D) at levels `t`, as target(u, t, layers=None), for one chain of `prior`."""
+        parts = [] if self.expression is None else list(atoms(self.expression))
+        experts = [part.prior for part in parts if isinstance(part, Expert)]
+        terms_of = {id(each): each.terms_at(t) for each in (prior, *experts)}
+
+        def target(u: Tensor, t: Tensor, layers: int | None = None) -> Tensor:
+            told: Tensor | float = 0.0
+            seen: dict[int, Terms] = {}
+            if self.log_likelihood is None or layers is not None:
+                z = prior.transform.to_latents(u, layers)
+            else:
+                z, features = prior.transform.to_latents_and_features(u)
+                told = check_likelihood(self.log_likelihood(prior.backbone.decode(features)), len(u))
+
+            def terms(each: EnergyModel) -> Terms:
+                if id(each) not in seen:
+                    seen[id(each)] = terms_of[id(each)](z, t)
+                return seen[id(each)]
+
+            if self.expression is None:
+                return terms(prior)[0] + told
+            log_w = log_weight(self.expression, prior, terms)
+            return told + (log_w if experts else terms(prior)[0] + self.guidance * log_w)
+
+        return target
+
+
+def check_likelihood(values: object, n: int) -> Tensor:
+    """The values of a log-likelihood; TypeError or ValueError unless they are (n,) and differentiable."""
+    if not isinstance(values, Tensor) or not values.requires_grad:
+        raise TypeError("log_likelihood: expected a tensor computed from the images by differentiable operations")
+    if tuple(values.shape) != (n,):
+        raise ValueError(
+            f"log_likelihood: expected one number per image, shape ({n},), got {tuple(values.shape)}; sum over pixels"
+        )
+    return values
+
+
+def make_condition(
+    prior: EnergyModel,
+    n: int,
+    labels: "Mapping[str, Any] | Expression | None",
+    guidance: float,
+    log_likelihood: Callable[[Tensor], Tensor] | None,
+) -> Condition | None:
+    """What was asked for, checked.
+
+    Args:
+        prior: the prior to sample.
+        n: number of samples.
+        labels: label set -> category, or an expression.
+        guidance: factor on log w of an expression of labels.
+        log_likelihood: of images.
+
+    Returns:
+        The condition; None for the prior alone.
+
+    Raises:
+        TypeError, ValueError: an unknown label set or category, priors that do not fit together, or a wrong guidance.
+    """
+    if not 0 <= guidance < float("inf"):
+        raise ValueError(f"guidance: expected a non-negative number, got {guidance}")
+    if log_likelihood is not None and not callable(log_likelihood):
+        raise TypeError(f"log_likelihood: expected a function of images, got {type(log_likelihood).__name__}")
+    if labels is not None and not isinstance(labels, Expression | EnergyModel):
+        if not isinstance(labels, Mapping):
+            raise TypeError(f"labels: expected {{label set: category}} or an expression, got {type(labels).__name__}")
+        labels = AND(*(Label(name, value) for name, value in labels.items())) if labels else None
+    if labels is None:
+        return Condition(None, guidance, log_likelihood) if log_likelihood is not None else None
+
+    def check(atom: Label | Expert) -> Label | Expert:
+        if isinstance(atom, Label):
+            return replace(atom, value=label_values(atom, prior, n))
+        other = atom.prior
+        if other.latent_shapes != prior.latent_shapes or other.backbone is not prior.backbone:
+            raise ValueError("priors can be composed over one backbone alone: make them with the same adapter object")
+        if other.schedule != prior.schedule:
+            raise ValueError(
+                f"priors can be composed at equal noise levels alone, got {other.schedule} and {prior.schedule}"
+            )
+        return atom
+
+    expression = rebuild(as_expressions((labels,))[0], check)
+    if guidance != 1 and any(isinstance(atom, Expert) for atom in atoms(expression)):
+        raise ValueError(
+            "guidance: it goes with labels alone; give priors in an expression a strength, as Expert(prior, strength=...)"
+        )
+    return Condition(expression, guidance, log_likelihood)
+
+
+def label_values(label: Label, prior: EnergyModel, n: int) -> Tensor:
+    """Categories (n,) of a label on the prior's device; TypeError or ValueError where there is no such label."""
+    labels = find_set(label.name, prior.coupling)
+    if isinstance(label.value, Tensor) and label.value.ndim:
+        return check_values(label.name, label.value, labels, n, prior.device)
+    value: Any = label.value.item() if isinstance(label.value, Tensor) else label.value
+    return torch.full((n,), labels.index(label.name, value), dtype=torch.long, device=prior.device)

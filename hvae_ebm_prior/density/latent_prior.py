@@ -1,0 +1,211 @@
+"""A frozen backbone seen from its noise space: what every prior over u shares.
+
+A prior draws noise u ~ p(u); images follow by the backbone, x = decode(T(u)). Data come as noise by `encode`, u =
+T⁻¹(z) with z ~ q(z|x).
+"""
+
+import contextlib
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.lock import lock
+from ..backbone.registry import find_adapter
+from ..backbone.transform import BackboneAdapter, NoiseTransform
+from ..backbone.validation import check_count, check_images, check_noise
+from ..chains.langevin import ChainDiverged
+from ..chains.streams import draw_key, draw_seeds, seeded
+from ..processes import agree, collect, join, share
+
+# Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded; a GPU needs more at a
+# time to be busy.
+CHUNK_DIMENSIONS, CHUNK_DIMENSIONS_GPU = 2**18, 2**21
+
+
+class LatentPrior(nn.Module, ABC):
+    """A prior over the noise of a frozen hierarchical VAE; its parameters and state dict are its own alone, never the
+    backbone's.
+
+    Args:
+        backbone: the trained model's adapter, or a model of a family that `find_adapter` recognises; its modules are
+            put in eval mode without gradients until `release` is called or the prior is garbage collected.
+
+    Raises:
+        TypeError: `backbone` is no adapter and none fits it.
+        ValueError: the backbone breaks its contract.
+    """
+
+    def __init__(self, backbone: BackboneAdapter | nn.Module) -> None:
+        super().__init__()
+        adapter = find_adapter(backbone)
+        self._release = weakref.finalize(self, lock(adapter))
+        self._release.atexit = False
+        try:
+            self._transform = NoiseTransform(adapter)
+        except BaseException:
+            self.release()
+            raise
+        self.eval()
+
+    @property
+    def transform(self) -> NoiseTransform:
+        """The map T from noise u to latents z of the backbone."""
+        if not torch.compiler.is_compiling() and not self._release.alive:
+            raise RuntimeError("this prior has released its backbone; make a new one and load the state dict into it")
+        return self._transform
+
+    @property
+    def backbone(self) -> BackboneAdapter:
+        """The adapter this prior was made with."""
+        return self.transform.adapter
+
+    def __reduce__(self) -> str:
+        raise TypeError("a prior cannot be pickled, as it does not own its backbone; save prior.state_dict()")
+
+    def release(self) -> None:
+        """Let the backbone go: its training flags and requires_grad are as they were before. The prior cannot be used
+        afterwards.
+        """
+        self._release()
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the latents without batch, top to bottom."""
+        return self._transform.latent_shapes
+
+    @property
+    def dim(self) -> int:
+        """Total number of latent dimensions D."""
+        return self._transform.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the prior's parameters, where noise is drawn; the backbone's own where it has none."""
+        return next((parameter.device for parameter in self.parameters()), self._transform.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the prior's parameters, in which u is kept; the backbone's own where it has none."""
+        return next((parameter.dtype for parameter in self.parameters()), self._transform.dtype)
+
+    @property
+    def samples_per_chunk(self) -> int:
+        """How many samples are computed at a time where nobody says."""
+        return max(1, (CHUNK_DIMENSIONS if self.device.type == "cpu" else CHUNK_DIMENSIONS_GPU) // self.dim)
+
+    def to_latents(self, u: Tensor) -> tuple[Tensor, ...]:
+        """T: latents z, one tensor (N, *latent_shapes[i]) per layer, of noise `u` (N, D)."""
+        check_noise(u, self.dim, self.device)
+        return self.transform.to_latents(u)
+
+    def to_noise(self, z: Sequence[Tensor]) -> Tensor:
+        """T⁻¹: noise (N, D) of the latents `z`, one tensor (N, *latent_shapes[i]) per layer."""
+        return self.transform.to_noise(z)
+
+    def log_abs_det(self, u: Tensor) -> Tensor:
+        """log|det dT/du| in nats, (N,), at noise `u` (N, D)."""
+        check_noise(u, self.dim, self.device)
+        return self.transform.log_abs_det(u)
+
+    def split(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Per-layer views (N, *latent_shapes[i]) of noise `u` (N, D)."""
+        check_noise(u, self.dim)
+        return self.transform.split(u)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Pack per-layer tensors (N, *latent_shapes[i]) into one (N, D); the inverse of `split`."""
+        return self.transform.join(parts)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """A posterior draw z ~ q(z|x) as noise u = T⁻¹(z).
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            generator: source of the posterior noise; None takes torch's global generators.
+
+        Returns:
+            Noise (N, D).
+
+        Raises:
+            TypeError, ValueError: images or the backbone's latents have a wrong type, shape or range, or are not
+                finite.
+        """
+        check_images(images)
+        if images.dtype == torch.float64:  # what NumPy gives; backbones are rarely in double
+            images = images.to(self.transform.dtype)
+        with contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device):
+            z = self.transform.adapter.infer(images)
+        u = self.transform.to_noise(z).to(self.dtype)
+        if not bool(torch.isfinite(u).all()):
+            raise ValueError("the backbone's posterior draws are not finite; check its weights and that images suit it")
+        return u
+
+    def decode(self, u: Tensor) -> Tensor:
+        """The backbone's images (N, C, H, W) of noise `u` (N, D), differentiable in u."""
+        check_noise(u, self.dim, self.device)
+        return self.transform.decode(u)
+
+    @abstractmethod
+    def _draw(self, key: int, samples: range) -> Tensor:
+        """Noise (N, D) of the given samples of a call; a sample's noise does not depend on which others are drawn with
+        it.
+        """
+
+    def sample_noise(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw noise from the prior.
+
+        Args:
+            n: number of samples N.
+            generator: source of the noise; None takes torch's default generator.
+
+        Returns:
+            Noise (N, D).
+
+        Raises:
+            TypeError, ValueError: a wrong count.
+            ChainDiverged: a chain left the finite numbers.
+        """
+        check_count(n)
+        return self._draw(draw_key(generator), range(n))
+
+    def sample(self, n: int, *, chunk_size: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Draw images from the prior.
+
+        Args:
+            n: number of images N.
+            chunk_size: images computed at a time; the result does not depend on it. None bounds the memory by the
+                latents' size.
+            generator: source of the noise; None takes torch's default generator.
+
+        Returns:
+            Images (N, C, H, W) in [0, 1].
+
+        Raises:
+            TypeError, ValueError: a wrong count.
+            ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
+        """
+        check_count(n)
+        key = agree(draw_key(generator))
+        return self._decode_in_chunks(n, lambda chunk: self._draw(key, range(n)[chunk]), chunk_size)
+
+    def _decode_in_chunks(self, n: int, draw: Callable[[slice], Tensor], chunk_size: int | None) -> Tensor:
+        """Images (n, C, H, W) of the noise that `draw` returns of each chunk of samples; each process makes its share."""
+        size = self.samples_per_chunk if chunk_size is None else chunk_size
+        check_count(size, "chunk_size")
+        mine, images = share(n), list[Tensor]()
+        chunks = [slice(first, min(first + size, mine.stop)) for first in mine[::size]]
+        collect(lambda: images.extend(self._decode_finite(draw(chunk)) for chunk in chunks))
+        return join(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive
+
+    @torch.no_grad()
+    def _decode_finite(self, u: Tensor) -> Tensor:
+        images = self.transform.decode(u)
+        if not bool(torch.isfinite(images).all()):
+            raise ChainDiverged(
+                "the backbone's images are not finite though the noise is; check the backbone's precision and statistics"
+            )
+        return images

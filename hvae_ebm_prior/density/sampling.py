@@ -1,0 +1,172 @@
+"""Sampling (Alg. 2): from u_T ~ N(0, I) through the conditional priors to u_0, all layers together or some held.
+
+At a temperature the backbone's stds are multiplied by it. Then the chains run in v = u / temperature, in which the
+backbone's prior is N(0, I) again. A held layer takes part at level t as its own diffusion to that level, so that every
+conditional prior meets noise of the level it was trained on.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..backbone.transform import NoiseTransform
+from ..backbone.validation import check_count, check_fixed, check_temperature
+from ..chains.langevin import LangevinConfig
+from ..chains.schedule import DiffusionSchedule
+from ..chains.streams import Streams, open_streams
+from .composition import Condition, Expression, make_condition
+from .conditional import Held, draw_conditional
+from .energy_model import EnergyModel
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingRequest:
+    """What is asked of a prior, checked; see `DiffusionEBMPrior.sample_noise`.
+
+    Attributes:
+        fixed: layer index -> noise u_i (N, *latent_shapes[i]) or (1, ...) to hold.
+        condition: what is sampled in the place of the prior; None for the prior alone.
+        temperature: factor on the std of the backbone's Gaussian layers.
+        langevin: settings of the chains; None takes the prior's.
+    """
+
+    fixed: Mapping[int, Tensor] = field(default_factory=dict)
+    condition: Condition | None = None
+    temperature: float = 1.0
+    langevin: LangevinConfig | None = None
+
+    def rows(self, chunk: slice) -> "SamplingRequest":
+        """The request of some of its samples; one noise for all samples stays."""
+        fixed = {i: part if len(part) == 1 else part[chunk] for i, part in self.fixed.items()}
+        return replace(self, fixed=fixed, condition=self.condition and self.condition.rows(chunk))
+
+
+def make_request(
+    model: EnergyModel,
+    n: int,
+    *,
+    fixed: Mapping[int, Tensor] | None = None,
+    labels: Mapping[str, Any] | Expression | None = None,
+    guidance: float = 1.0,
+    temperature: float = 1.0,
+    log_likelihood: Callable[[Tensor], Tensor] | None = None,
+    langevin: LangevinConfig | None = None,
+) -> SamplingRequest:
+    """Check what is asked of a prior.
+
+    Args:
+        model: the prior.
+        n: number of samples.
+        fixed: layers to hold.
+        labels: label set -> category, or an expression.
+        guidance: strength of the labels.
+        temperature: of the backbone's Gaussian layers.
+        log_likelihood: log p(y | x) of images.
+        langevin: settings of the chains.
+
+    Returns:
+        The request.
+
+    Raises:
+        TypeError, ValueError: something that cannot be sampled.
+    """
+    check_count(n)
+    check_temperature(temperature)
+    check_fixed(fixed or {}, model.latent_shapes, n)
+    condition = make_condition(model, n, labels, guidance, log_likelihood)
+    return SamplingRequest(fixed or {}, condition, temperature, langevin)
+
+
+def sample_levels(model: EnergyModel, request: SamplingRequest, key: int, samples: range) -> list[Tensor]:
+    """States of all levels, by the chains of `model`.
+
+    Args:
+        model: energies and backbone.
+        request: what to sample.
+        key: of all noise of the call.
+        samples: numbers of the samples in the call.
+
+    Returns:
+        u_0..u_T, each (N, D); held dimensions are exact.
+
+    Raises:
+        ChainDiverged: a chain left the finite numbers.
+    """
+    streams = open_streams(key, samples, model.device, model.dtype, model.execution.backend)
+    config = request.langevin or model.langevin
+    config = replace(config, steps=config.sampling_steps or config.steps)
+    temperature, condition = request.temperature, request.condition
+
+    def chain(v_next: Tensor, t: Tensor, *, hold: Held | None) -> Tensor:
+        return draw_conditional(
+            model, v_next, t, streams, langevin=config, temperature=temperature, hold=hold, condition=condition
+        )
+
+    held = held_states(request.fixed, model.transform, model.schedule, streams, temperature) if request.fixed else None
+    return descend(chain, model.schedule.steps, streams.normal(model.dim), held=held, temperature=temperature)
+
+
+class Chain(Protocol):
+    """Draws v_t given v_{t+1} at levels t (N,), some dimensions held."""
+
+    def __call__(self, v_next: Tensor, t: Tensor, /, *, hold: Held | None) -> Tensor: ...
+
+
+def descend(
+    chain: Chain, steps: int, v: Tensor, *, held: tuple[Tensor, list[Tensor]] | None = None, temperature: float = 1.0
+) -> list[Tensor]:
+    """States of all levels, from the noisiest to the first.
+
+    Args:
+        chain: draws from the conditional prior of a level.
+        steps: number of levels T.
+        v: standard normal noise (N, D), where the pass starts.
+        held: mask and states from `held_states`.
+        temperature: factor on the backbone's stds.
+
+    Returns:
+        u_0..u_T, each (N, D); held dimensions are exact.
+    """
+
+    def hold(u: Tensor, t: int) -> Tensor:
+        return u if held is None else torch.where(held[0], held[1][t], u)
+
+    states = [hold(temperature * v, steps)]
+    for t in reversed(range(steps)):
+        levels = torch.full((len(v),), t, dtype=torch.long, device=v.device)
+        at = None if held is None else (held[0], held[1][t] / temperature)
+        v = chain(states[0] / temperature, levels, hold=at)
+        states.insert(0, hold(temperature * v, t))
+    return states
+
+
+def held_states(
+    fixed: Mapping[int, Tensor],
+    transform: NoiseTransform,
+    schedule: DiffusionSchedule,
+    streams: Streams,
+    temperature: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """The diffusion of held layers.
+
+    Args:
+        fixed: layer index -> noise u_i, (N, *latent_shapes[i]) or (1, ...).
+        transform: the backbone's layers.
+        schedule: noise levels.
+        streams: the samples' noise.
+        temperature: factor on the backbone's stds, so the std of pure noise.
+
+    Returns:
+        Mask (D,) of the held dimensions, and T + 1 states (N, D), the first noise-free.
+    """
+    shapes = transform.latent_shapes
+    zeros = [torch.zeros(len(streams), *shape, device=streams.device, dtype=streams.dtype) for shape in shapes]
+    masks = [torch.full_like(zero[:1], i in fixed, dtype=torch.bool) for i, zero in enumerate(zeros)]
+    at = [fixed[i].to(zero).expand_as(zero) if i in fixed else zero for i, zero in enumerate(zeros)]
+    states = [transform.join(at)]
+    for alpha, sigma in zip(schedule.alpha[1:].tolist(), schedule.sigma[1:].tolist(), strict=True):
+        states.append(alpha * states[-1] + sigma * temperature * streams.normal(transform.dim))
+    return transform.join(masks)[0], states

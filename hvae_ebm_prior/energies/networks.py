@@ -1,0 +1,216 @@
+"""The energies: one small network f_i per latent layer, shared over the noise levels t.
+
+    F(z, t) = sum_i f_i(z_i, t),     p(u_t | u_{t+1}) proportional to exp(F(T(u_t), t)) p0(u_t) N(u_{t+1}; alpha u_t, sigma^2)      (Eq. 9, 13)
+
+f_i is a correction to the log-density, high where the data are. Its last layer starts at zero, so an untrained prior is
+the backbone's own Gaussian prior.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+
+# Maps are halved until neither side is longer than this, then read out position by position; smaller latents are
+# vectors from the start.
+READOUT_SIZE = 4
+# Fewest feature channels at fine resolutions.
+NARROWEST = 16
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """Shape of the default energy networks.
+
+    Attributes:
+        width: feature channels of maps at the coarsest resolution; half as many at each finer one, but no fewer than 16
+            (or `width`).
+        vector_width: features of vectors.
+        vector_size: maps of at most so many dimensions are treated as vectors; those up to 4x4 always are. Networks
+            over all dimensions learn fast, and overfit and diverge sooner.
+        blocks: residual blocks at the coarsest resolution, and of vectors; finer resolutions have one each.
+        spectral_norm: divide the weight of every layer but the readout by its largest singular value, estimated once
+            per chain.
+    """
+
+    width: int = 64
+    vector_width: int = 256
+    vector_size: int = 0
+    blocks: int = 2
+    spectral_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("width", "vector_width", "blocks"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if not isinstance(self.vector_size, int) or self.vector_size < 0:
+            raise ValueError(f"vector_size must be an integer from 0, got {self.vector_size!r}")
+
+
+class TimeConditionedBlock(nn.Module):
+    """Residual block whose features are scaled and shifted by learned tables over t, the identity modulation at
+    initialisation.
+    """
+
+    def __init__(self, width: int, steps: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.modulation = nn.Embedding(steps, 2 * width)
+        nn.init.zeros_(self.modulation.weight)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        scale, shift = self.modulation(t)[:, :, None, None].chunk(2, dim=1)
+        h = self.first(F.silu(x))
+        return x + self.second(F.silu(h * (1 + scale) + shift))
+
+
+class MapFeatures(nn.Module):
+    """Features (N, size) of a map (N, C, H, W): convolutions down to at most 4x4."""
+
+    def __init__(self, shape: tuple[int, int, int], steps: int, config: EnergyConfig) -> None:
+        super().__init__()
+        channels, height, width = shape
+        halvings = math.ceil(math.log2(max(height, width) / READOUT_SIZE))
+        self.layers = nn.ModuleList()
+        for finer in reversed(range(halvings)):
+            features = max(config.width >> finer, min(config.width, NARROWEST))
+            self.layers.append(nn.Conv2d(channels, features, 3, stride=2, padding=1))
+            self.layers.append(TimeConditionedBlock(features, steps))
+            channels, height, width = features, -(-height // 2), -(-width // 2)
+        self.layers.extend(TimeConditionedBlock(channels, steps) for _ in range(config.blocks - 1))
+        self.size = channels * height * width
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        h = z
+        for layer in self.layers:
+            h = layer(h, t) if isinstance(layer, TimeConditionedBlock) else layer(h)
+        return h.flatten(1)
+
+
+class VectorFeatures(nn.Module):
+    """Features (N, size) of a vector or small map: residual layers over all its dimensions, shifted by a learned table
+    over t.
+    """
+
+    def __init__(self, dim: int, steps: int, config: EnergyConfig) -> None:
+        super().__init__()
+        self.size = config.vector_width
+        self.inputs = nn.Linear(dim, self.size)
+        self.shift = nn.Embedding(steps, self.size)
+        self.layers = nn.ModuleList(nn.Linear(self.size, self.size) for _ in range(config.blocks))
+        nn.init.normal_(self.inputs.weight, std=dim**-0.5)
+        nn.init.zeros_(self.shift.weight)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        h = self.inputs(z.flatten(1)) + self.shift(t)
+        for layer in self.layers:
+            h = h + layer(F.silu(h))
+        return h
+
+
+class LayerEnergy(nn.Module):
+    """f_i: a network over one latent layer of any shape.
+
+    Args:
+        shape: shape of the latent without batch; (C, H, W) with a side above 4 and more than `config.vector_size`
+            dimensions is treated as a map, everything else as a vector.
+        steps: number of conditional priors T.
+        config: the network's size.
+        categories: numbers per sample; None for one, without a dimension of its own.
+
+    Attributes:
+        activity: factor on every input, `shape`; see `set_activity`. Ones at first.
+    """
+
+    activity: Tensor
+
+    def __init__(self, shape: Sequence[int], steps: int, config: EnergyConfig, categories: int | None = None) -> None:
+        super().__init__()
+        self.config, self.categories = config, categories
+        is_map = len(shape) == 3 and max(shape[1:]) > READOUT_SIZE and math.prod(shape) > config.vector_size
+        self.features = (
+            MapFeatures((shape[0], shape[1], shape[2]), steps, config)
+            if is_map
+            else VectorFeatures(math.prod(shape), steps, config)
+        )
+        self.readout = nn.Linear(self.features.size, steps * (categories or 1))
+        nn.init.zeros_(self.readout.weight)
+        nn.init.zeros_(self.readout.bias)
+        self.register_buffer("activity", torch.ones(*shape))
+        if config.spectral_norm:
+            for module in self.features.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    spectral_norm(module)
+
+    @torch.no_grad()
+    def set_activity(self, activity: Tensor) -> None:
+        """Tell a fresh network what part of each latent dimension's variance images determine; most of a deep VAE's are
+        inactive.
+
+        Args:
+            activity: 0 (pure noise) to 1 (determined), `shape`, or that of one of several latents stacked along its
+                first dimension. Inputs are multiplied by it, their best linear estimate of the determined part.
+        """
+        self.activity.copy_(torch.cat([activity] * (len(self.activity) // len(activity))))
+        if isinstance(self.features, VectorFeatures) and not parametrize.is_parametrized(self.features.inputs):
+            # The features then vary as they would if all inputs were active.
+            self.features.inputs.weight.mul_((activity.square().mean().clamp(min=1e-4)) ** -0.5)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """f_i(z, t) in nats, (N,) or (N, categories), for latents `z` (N, *shape) at levels `t` (N,) long."""
+        h = self.readout(F.silu(self.features(z * self.activity, t)))
+        if self.categories is None:
+            return h.gather(1, t[:, None]).squeeze(1)
+        return (
+            h.unflatten(1, (-1, self.categories)).gather(1, t[:, None, None].expand(-1, 1, self.categories)).squeeze(1)
+        )
+
+
+def build_energies(
+    energy: EnergyConfig | Sequence[nn.Module], shapes: Sequence[Sequence[int]], steps: int, device: torch.device
+) -> nn.ModuleList:
+    """One energy network per latent layer.
+
+    Args:
+        energy: settings of the default network, or the user's own networks, one per layer: network(z, t) returns f of
+            shape (N,) for latents z (N, *shape) and levels t (N,) long.
+        shapes: shapes of the latents without batch, top to bottom.
+        steps: number of conditional priors T.
+        device: where default networks are made.
+
+    Returns:
+        The networks, top to bottom.
+
+    Raises:
+        TypeError: `energy` is neither.
+        ValueError: there is not one network per layer, or one returns another shape than (N,).
+    """
+    if isinstance(energy, EnergyConfig):
+        return nn.ModuleList(LayerEnergy(shape, steps, energy) for shape in shapes).to(device)
+    if not isinstance(energy, list | tuple | nn.ModuleList) or not all(
+        isinstance(network, nn.Module) for network in energy
+    ):
+        raise TypeError(
+            f"energy: expected an EnergyConfig or a list of one nn.Module per layer, got {type(energy).__name__}"
+        )
+    if len(energy) != len(shapes):
+        raise ValueError(f"energy: expected one network per layer, {len(shapes)} in all, got {len(energy)}")
+    for i, (network, shape) in enumerate(zip(energy, shapes, strict=True)):
+        parameter = next(network.parameters(), torch.empty((), device=device))
+        training = network.training
+        with torch.no_grad():
+            out = network.eval()(
+                parameter.new_zeros(2, *shape), torch.zeros(2, dtype=torch.long, device=parameter.device)
+            )
+        network.train(training)
+        if tuple(out.shape) != (2,):
+            raise ValueError(
+                f"energy network {i}: for 2 latents of shape {tuple(shape)} expected an output of shape (2,), got {tuple(out.shape)}"
+            )
+    return nn.ModuleList(energy)

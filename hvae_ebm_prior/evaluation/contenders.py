@@ -1,0 +1,85 @@
+"""What `compare` and `ablate` train: ours, baselines with settings that are fair to each (docs/baselines.md), and ours
+with one thing changed.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..backbone.transform import BackboneAdapter
+from ..baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
+from ..baselines.layerwise import LayerwisePrior
+from ..chains.schedule import DiffusionSchedule
+from ..presets import PRESETS, Preset
+from ..prior import DiffusionEBMPrior
+from .comparison import Contender
+
+OURS = "ours"
+
+
+def build(preset: Preset, backbone: BackboneAdapter | nn.Module, kind: Any = DiffusionEBMPrior) -> DiffusionEBMPrior:
+    """A fresh prior with a preset's settings."""
+    return kind(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
+
+
+def contenders(preset: Preset = PRESETS["fast"]) -> dict[str, Contender]:
+    """Ours and all baselines, by the names that `compare` takes.
+
+    Args:
+        preset: settings of ours; baselines have their own.
+
+    Returns:
+        The contenders.
+    """
+    joint, ncp = PRESETS["joint-ebm"].training, PRESETS["ncp"].training
+    return {
+        OURS: Contender(partial(build, preset), preset.training),
+        "ours-layerwise": Contender(LayerwisePrior, PRESETS["layerwise"].training),
+        "joint-ebm": Contender(JointEBMPrior, joint),
+        "joint-ebm-persistent": Contender(partial(JointEBMPrior, chains="persistent"), joint),
+        "joint-ebm-published": Contender(partial(JointEBMPrior, target="published"), joint),
+        "ncp-sir": Contender(partial(NCPPrior, sampler="sir"), ncp),
+        "ncp-langevin": Contender(partial(NCPPrior, sampler="langevin"), ncp),
+        "z-diffusion": Contender(partial(build, preset, kind=LatentDiffusionPrior), preset.training),
+        "mixture": Contender(GaussianMixturePrior),
+        **{f"gaussian-{t:g}": Contender(partial(GaussianPrior, temperature=t)) for t in (0.9, 0.8, 0.7, 0.6)},
+    }
+
+
+def ablations(preset: Preset = PRESETS["fast"]) -> dict[str, Contender]:
+    """The preset, and the preset with one thing changed: K and T (Table 3 of the paper), integrator, space, schedule,
+    batch, moving average.
+
+    Args:
+        preset: what to change.
+
+    Returns:
+        The contenders; the preset itself is the first.
+    """
+
+    def chains(**changes: Any) -> Preset:
+        return replace(preset, langevin=replace(preset.langevin, **changes))
+
+    def training(**changes: Any) -> Preset:
+        return replace(preset, training=replace(preset.training, **changes))
+
+    # T levels from one signal-to-noise ratio to another; each ratio to the next about the same.
+    levels = {1: (200, 0), 2: (200, 6, 0), 4: (200, 25, 6, 1.5, 0), 6: (200, 50, 18, 7, 2.5, 0.7, 0)}
+    changed = {
+        OURS: preset,
+        **{f"K = {steps}": chains(steps=steps) for steps in (3, 8, 15, 30)},
+        **{f"T = {steps}": replace(preset, schedule=DiffusionSchedule.from_snr(snr)) for steps, snr in levels.items()},
+        "euler": chains(integrator="euler"),
+        "strang": chains(integrator="strang"),
+        "leimkuhler-matthews": chains(integrator="leimkuhler-matthews"),
+        "from u_{t+1}": chains(start="next"),
+        "cosine schedule": replace(preset, schedule=DiffusionSchedule.cosine(3)),
+        "ddpm schedule": replace(preset, schedule=DiffusionSchedule.ddpm(3)),
+        **{f"batch of {size}": training(batch_size=size) for size in (32, 128)},
+        "no moving average": training(ema_decay=0.0),
+        "moving average .999": training(ema_decay=0.999),
+    }
+    found = {name: Contender(partial(build, each), each.training) for name, each in changed.items()}
+    return found | {"z-space": Contender(partial(build, preset, kind=LatentDiffusionPrior), preset.training)}

@@ -1,0 +1,306 @@
+"""Langevin transitions: what the chains of sampling (Alg. 2) do, step by step, in short and in long runs.
+
+A prior learned with K steps per level is a sampler; that it is an energy too shows when its chains run on. They should
+stay where the data are: no drift of energies, no loss of quality, no oversaturated pixels. Recorded along a run are
+
+- the layers' energies -f_i at every step. Their autocorrelation rho_m at lag m tells how long chains remember: the
+  relaxation time in steps,
+
+      tau = 1/2 + sum_{m=1}^{M} rho_m,     M the first lag with M >= c tau     (Sokal's window),
+
+  is 1/2 for independent states, and (1 + phi)/(2 (1 - phi)) for a process x' = phi x + noise;
+- the probability with which the Metropolis test (see `metropolis`) would take a step: 1 if a step has no error. The
+  chain itself takes every one;
+- mean, std and share of saturated pixels of the decoded states.
+
+The chain is `langevin_chain` itself, watched where it asks for its gradient, once per step: all its settings are
+supported, and the samples are those of `sample_noise` from the same generator. The tests' proposals are plain steps
+with noise of their own. Where `top_steps` > 1 the chain's step is a composite of several and has no simple test: the
+figure is then that of a plain step of the same size, with top_steps=1, which is less exact than the chain's. So it is
+with `leimkuhler-matthews`, whose plain step is Euler's, and where `curvature_limit` shortens steps.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from ..backbone.validation import check_count, check_images
+from ..chains.execution import batched_energies, chain_gradient, walk_values_and_gradient
+from ..chains.langevin import langevin_chain
+from ..chains.metropolis import log_acceptance, plain_proposal, propose, visit
+from ..chains.streams import Streams, draw_key, open_streams
+from ..density.conditional import Held
+from ..density.sampling import descend
+from ..prior import DiffusionEBMPrior
+
+# Pixels nearer than this to 0 or 1 are saturated.
+SATURATED = 0.02
+# Records and pictures per level, where nothing else is asked for.
+RECORDS, COLUMNS = 20, 5
+# A run is oversaturated if a figure exceeds the reference's by this share of it, and by so many standard errors.
+EXCESS, SIGNIFICANT = 0.1, 3.0
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """A recorded run of n chains through T levels of K steps; the first index t counts down in time.
+
+    Attributes:
+        energies: -f_i in nats after 0..K steps (T, K + 1, n, L).
+        recorded: steps after which the next two were recorded (R,).
+        acceptance: probability of the matching Metropolis test (T, R, n).
+        pixels: mean, std and share of saturated pixels of the decoded states (T, R, n, 3).
+        shown: steps after which states were kept (S,).
+        states: the first m samples' noise there (T, S, m, D).
+        samples: u_0 of all samples (n, D).
+    """
+
+    energies: Tensor
+    recorded: Tensor
+    acceptance: Tensor
+    pixels: Tensor
+    shown: Tensor
+    states: Tensor
+    samples: Tensor
+
+
+def langevin_transitions(
+    prior: DiffusionEBMPrior,
+    n: int,
+    *,
+    steps: int,
+    every: int | None = None,
+    shown: int = 8,
+    columns: int = COLUMNS,
+    generator: torch.Generator | None = None,
+) -> Transitions:
+    """Draw samples as `sample_noise` does, with `steps` steps per level, and record the run.
+
+    A step costs what it costs in sampling; a record costs a gradient and a decoded image more.
+
+    Args:
+        prior: the trained prior.
+        n: number of samples.
+        steps: Langevin steps K per level.
+        every: steps from one record of pixels and acceptance to the next, besides one at the end of each level; None
+            makes about 20 per level.
+        shown: number of samples, the first ones, whose states are kept.
+        columns: number of times per level at which they are kept, evenly spread over the records from first to last.
+        generator: source of the noise; None takes torch's default generator.
+
+    Returns:
+        The run.
+
+    Raises:
+        TypeError, ValueError: a count that is no positive integer.
+        ChainDiverged: a chain left the finite numbers.
+    """
+    every = max(1, steps // RECORDS) if every is None and isinstance(steps, int) else every
+    for name, count in (("n", n), ("steps", steps), ("every", every), ("shown", shown), ("columns", columns)):
+        check_count(count, name)
+    recorded = sorted({*range(0, steps, every), steps})
+    kept = torch.linspace(0, len(recorded) - 1, min(columns, len(recorded))).round().long().tolist()
+    times = torch.tensor(recorded), torch.tensor([recorded[i] for i in kept])
+    # The chains' noise is that of sample_noise, so the first key must be.
+    keys, chunk_size = (draw_key(generator), draw_key(generator)), prior.samples_per_chunk
+    chunks = [
+        run_chunk(prior, range(n)[first : first + chunk_size], keys, steps, times, shown)
+        for first in range(0, n, chunk_size)
+    ]
+    joined = {"recorded": times[0], "shown": times[1]}
+    for name, axis in (("energies", 2), ("acceptance", 2), ("pixels", 2), ("states", 2), ("samples", 0)):
+        joined[name] = torch.cat([getattr(chunk, name) for chunk in chunks], dim=axis)
+    return Transitions(**joined)
+
+
+@torch.no_grad()
+def run_chunk(
+    prior: DiffusionEBMPrior,
+    samples: range,
+    keys: tuple[int, int],
+    steps: int,
+    times: tuple[Tensor, Tensor],
+    shown: int,
+) -> Transitions:
+    """The run of some samples of a call."""
+    streams, tests = (open_streams(key, samples, prior.device, prior.dtype, prior.execution.backend) for key in keys)
+    rows = max(0, min(len(samples), shown - samples.start))
+    levels: list[dict[str, Tensor]] = []
+
+    def chain(v_next: Tensor, t: Tensor, *, hold: Held | None) -> Tensor:
+        u, records = watched_chain(prior, v_next, t, steps, times, rows, streams, tests)
+        levels.insert(0, records)
+        return u
+
+    u = descend(chain, prior.schedule.steps, streams.normal(prior.dim))[0]
+    stacked = {name: torch.stack([level[name] for level in levels]) for name in levels[0]}
+    return Transitions(recorded=times[0], shown=times[1], samples=u, **stacked)
+
+
+def watched_chain(
+    prior: DiffusionEBMPrior,
+    u_next: Tensor,
+    t: Tensor,
+    steps: int,
+    times: tuple[Tensor, Tensor],
+    rows: int,
+    streams: Streams,
+    tests: Streams,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The chain of one level.
+
+    Args:
+        prior: the prior.
+        u_next: states of the noisier level (N, D).
+        t: the level (N,).
+        steps: Langevin steps.
+        times: steps after which to record, and after which to keep states.
+        rows: number of samples to keep states of.
+        streams: the chain's noise.
+        tests: noise of the Metropolis tests' proposals.
+
+    Returns:
+        States (N, D), and the records of `Transitions` at this level.
+    """
+    recorded, kept = (set(some.tolist()) for some in times)
+    energies = batched_energies(list(prior.energies), prior.input_shapes, len(u_next), u_next.device)
+    proposal = plain_proposal(u_next, t, schedule=prior.schedule, config=prior.langevin)
+    records: dict[str, list[Tensor]] = {name: [] for name in ("energies", "acceptance", "pixels", "states")}
+
+    def layer_values(u: Tensor, t: Tensor) -> Tensor:
+        return prior.corrections(prior.transform.to_latents(u), t, energies)[0]
+
+    def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
+        with prior.execution.precision(u.device):
+            return walk_values_and_gradient(layer_values, u, t)
+
+    def value_and_gradient(u: Tensor) -> tuple[Tensor, Tensor]:
+        values, gradient = evaluate(u)
+        return values.sum(1), gradient
+
+    def watch(u: Tensor) -> Tensor:
+        step = len(records["energies"])
+        values, gradient = evaluate(u)
+        records["energies"].append(-values)
+        if step in recorded:
+            now = visit(lambda _: (values.sum(1), gradient), u, proposal)
+            proposed = visit(value_and_gradient, propose(now, u_next, proposal, tests), proposal)
+            records["acceptance"].append(log_acceptance(now, proposed, proposal).exp())
+            records["pixels"].append(pixel_statistics(prior.decode(u)))
+        if step in kept:
+            records["states"].append(u[:rows].clone())
+        return gradient
+
+    own = chain_gradient(
+        lambda u, t: prior.corrections(prior.transform.to_latents(u, 1), t, energies)[0].sum(), t, 1.0, prior.execution
+    )
+    config, top = replace(prior.langevin, steps=steps), (math.prod(prior.latent_shapes[0]), own)
+    with parametrize.cached():
+        u = langevin_chain(watch, u_next, t, schedule=prior.schedule, config=config, streams=streams, top=top)
+        watch(u)
+    return u, {name: torch.stack(values) for name, values in records.items()}
+
+
+def pixel_statistics(images: Tensor) -> Tensor:
+    """Mean, std and share of saturated pixels (N, 3) of images (N, C, H, W) in [0, 1]."""
+    pixels = images.flatten(1)
+    saturated = ((pixels < SATURATED) | (pixels > 1 - SATURATED)).to(pixels).mean(1)
+    return torch.stack((pixels.mean(1), pixels.std(1, correction=0), saturated), dim=1)
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """Pixels of a run beside those of reference images.
+
+    Attributes:
+        reference: mean, std and share of saturated pixels of the reference (3,), means over images.
+        run: the same at every record (T, R, 3).
+        oversaturated: whether the std or the share of saturated pixels at the run's end exceeds the reference's by a
+            tenth of it or more, and by three standard errors.
+    """
+
+    reference: Tensor
+    run: Tensor
+    oversaturated: bool
+
+
+def oversaturation(run: Transitions, reference: Tensor | None = None) -> Saturation:
+    """Whether a run ends in images that are more contrasty or more saturated than they should be.
+
+    Args:
+        run: the run.
+        reference: images (M, C, H, W) in [0, 1], M >= 2; reconstructions tell more than real images where the decoder
+            blurs. None takes the run's own images at the first record of the last level.
+
+    Returns:
+        The figures and the verdict.
+
+    Raises:
+        TypeError, ValueError: images of a wrong type, shape or range, or fewer than two images or samples.
+    """
+    if reference is not None:
+        check_images(reference)
+    expected, end = run.pixels[0, 0] if reference is None else pixel_statistics(reference), run.pixels[0, -1]
+    if min(len(expected), len(end)) < 2:
+        raise ValueError(f"expected at least 2 reference images and 2 samples, got {len(expected)} and {len(end)}")
+    error = sum(part.var(0) / len(part) for part in (expected.cpu(), end.cpu())) ** 0.5
+    beyond = end.mean(0).cpu() - expected.mean(0).cpu()
+    excessive = (beyond > EXCESS * expected.mean(0).cpu()) & (beyond > SIGNIFICANT * error)
+    return Saturation(expected.mean(0), run.pixels.mean(2), bool(excessive[1:].any()))
+
+
+def relaxation_time(series: Tensor, *, window: float = 5.0) -> Tensor:
+    """Integrated autocorrelation time of stationary chains, each about a mean of its own.
+
+    Chains of different u_{t+1} have different means, which must be estimated from the chain, and that hides a part 2
+    tau/K of its variance. It is put back here, and autocovariances are half mean squares of differences, which need no
+    mean; so K of 20 tau will do where there are many chains.
+
+    Args:
+        series: K states in a row of n chains (K, n), or of L quantities each (K, n, L), without the way to the
+            stationary state.
+        window: c, the window in relaxation times.
+
+    Returns:
+        tau in steps, () or (L,), one for all chains; infinite where K is too small to tell, NaN where nothing moves.
+
+    Raises:
+        ValueError: fewer than 4 states, or a series of another shape or not finite.
+    """
+    if series.ndim not in (2, 3) or len(series) < 4 or not bool(torch.isfinite(series).all()):
+        raise ValueError(f"series: expected at least 4 finite states (K, n) or (K, n, L), got {tuple(series.shape)}")
+    if series.ndim == 3:
+        return torch.stack([relaxation_time(part, window=window) for part in series.unbind(2)])
+    x = series.detach().to("cpu", torch.float64)
+    x = x - x.mean(0)
+    seen, lags = x.square().mean(), torch.arange(1, len(x) // 2 + 1)
+    if not bool(seen > 0):
+        return torch.tensor(torch.nan)
+    decorrelated = half_square_differences(x)[1 : len(lags) + 1]
+    tau = 0.5
+    for _ in range(50):
+        hidden = 2 * tau / len(x)
+        if hidden > 0.5:
+            return torch.tensor(torch.inf)
+        sums = 0.5 + torch.cumsum(1 - decorrelated * (1 - hidden) / seen, dim=0)
+        closed = (lags >= window * sums.clamp(min=0.5)).nonzero()
+        if not len(closed):
+            return torch.tensor(torch.inf)
+        before, tau = tau, sums[closed[0, 0]].item()
+        if abs(tau - before) < 1e-3 * tau:
+            break
+    return torch.tensor(tau)
+
+
+def half_square_differences(x: Tensor) -> Tensor:
+    """Mean of (x_{k+m} - x_k)^2 / 2 over chains and steps k, (K,), at lags m = 0..K-1 of states (K, n)."""
+    k = len(x)
+    squares, spectrum = x.square().mean(1).cumsum(0), torch.fft.rfft(x, n=2 * k, dim=0)
+    products = torch.fft.irfft(spectrum.abs().square().mean(1), n=2 * k)[:k]
+    # Sums of squares of the first K - m states, and of the last ones.
+    first = squares.flip(0)
+    last = squares[-1] - torch.cat((squares.new_zeros(1), squares[:-1]))
+    return ((first + last) / 2 - products) / torch.arange(k, 0, -1)

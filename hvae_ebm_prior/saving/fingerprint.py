@@ -1,0 +1,125 @@
+"""The fingerprint of a backbone: by it a saved prior knows the model that it was learned for.
+
+Fixed noise, the same bits on every device, is walked through the backbone. Of every layer's mean and log std a few
+projections on fixed random directions are kept, in units of their size. A cast, a renamed or a folded copy of the model
+has nearly the same ones; another training of the same architecture has others, and so has one with its channels
+permuted. Files of weights are not compared: they differ where the model does not. Neither are images: how they are made
+of the latents, mean or sample, is no matter of the prior's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backbone.transform import drive
+from ..chains.kernels.noise import philox_normal
+from ..density.latent_prior import LatentPrior
+
+SAMPLES = 2
+# Streams of the fixed noise: what is walked, and what is projected on.
+NOISE, DIRECTIONS = 0, 1
+# Largest difference of two projections of one model: in single precision on different devices (TF32 included), and in
+# half precision.
+TOLERANCE, TOLERANCE_HALF = 0.01, 0.15
+# Significant digits kept.
+DIGITS = 5
+
+
+class BackboneMismatch(ValueError):
+    """A saved prior belongs to another backbone."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a backbone does to fixed noise.
+
+    Attributes:
+        latent_shapes: shapes of the latents without batch, top to bottom.
+        half: whether the backbone was in half precision.
+        layers: per layer, projections of its means and of its log stds, `SAMPLES` each.
+    """
+
+    latent_shapes: tuple[tuple[int, ...], ...]
+    half: bool
+    layers: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if [len(values) for values in self.layers] != [2 * SAMPLES] * len(self.latent_shapes):
+            raise ValueError(f"expected {2 * SAMPLES} projections of each of {len(self.latent_shapes)} layers")
+
+
+@torch.no_grad()
+def fingerprint(prior: LatentPrior) -> Fingerprint:
+    """The fingerprint of a prior's backbone.
+
+    Args:
+        prior: any prior over it.
+
+    Returns:
+        The fingerprint.
+    """
+    transform, key = prior.transform, torch.zeros(2, dtype=torch.long)
+    noise = transform.split(
+        philox_normal(key, torch.zeros(1, dtype=torch.long), NOISE, SAMPLES, transform.dim).to(
+            transform.device, transform.dtype
+        )
+    )
+    found: list[tuple[float, ...]] = []
+
+    def note(i: int, mean: Tensor, std: Tensor) -> Tensor:
+        found.append((*project(mean, 2 * i), *project(std.log(), 2 * i + 1)))
+        return mean + std * noise[i]
+
+    drive(transform.adapter, SAMPLES, note, stop_after=len(noise))
+    return Fingerprint(prior.latent_shapes, transform.dtype in (torch.float16, torch.bfloat16), tuple(found))
+
+
+def project(values: Tensor, step: int) -> tuple[float, ...]:
+    """Projections of `values` (N, ...) on a fixed random direction, in units of their root mean square (of 1 where that
+    is smaller), rounded.
+    """
+    x = values.detach().double().cpu().flatten(1)
+    zeros = torch.zeros(2, dtype=torch.long)
+    direction = philox_normal(zeros, torch.tensor([step]), DIRECTIONS, 1, x.shape[1])[0].double()
+    size = x.square().mean().sqrt().clamp(min=1.0) * x.shape[1] ** 0.5
+    return tuple(float(f"{value:.{DIGITS}g}") for value in (x @ direction / size).tolist())
+
+
+def check_backbone(saved: Fingerprint, found: Fingerprint, origin: str = "the prior was learned for") -> str:
+    """Compare the fingerprint in a file with that of the backbone at hand.
+
+    Args:
+        saved: of the file.
+        found: of the backbone.
+        origin: what the file has to do with its backbone, for messages.
+
+    Returns:
+        What differs although all shapes agree, or an empty text.
+
+    Raises:
+        BackboneMismatch: the latents' shapes differ.
+    """
+    if saved.latent_shapes != found.latent_shapes:
+        raise BackboneMismatch(f"{origin} a backbone with {differing(saved.latent_shapes, found.latent_shapes)}")
+    tolerance = TOLERANCE_HALF if saved.half or found.half else TOLERANCE
+    apart = [
+        max(abs(a - b) for a, b in zip(mine, yours, strict=True))
+        for mine, yours in zip(saved.layers, found.layers, strict=True)
+    ]
+    if max(apart) <= tolerance:
+        return ""
+    first = next(i for i, value in enumerate(apart) if value > tolerance)
+    return (
+        f"the Gaussian of layer {first} differs from that of the model which {origin}, by {apart[first]:.3g} where {tolerance:g} can be rounding. "
+        "The shapes agree, so this is probably another training, or other weights, of the same architecture"
+    )
+
+
+def differing(saved: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]]) -> str:
+    """The first difference of two lists of shapes, in words."""
+    if len(saved) != len(found):
+        return f"{len(saved)} latent layers, this one has {len(found)}"
+    i = next(i for i, (mine, yours) in enumerate(zip(saved, found, strict=True)) if mine != yours)
+    return f"a latent of shape {saved[i]} in layer {i}, this one has {found[i]}"

@@ -1,0 +1,82 @@
+"""Tensors in a safetensors file: written whole or not at all, and read only where every one of them is as expected.
+
+A file from elsewhere is compared with what should be in it by its header, before a number is read, so that what it
+makes us allocate is bounded by its own size. Nothing in it is executed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import write_atomically
+from .typed_json import InvalidPrior
+
+# Longest header that is parsed: room for about 50,000 tensors.
+LARGEST_HEADER = 8 * 2**20
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors, of any device and layout, to a safetensors file."""
+    # Copies, as the format takes no tensors that share memory, and networks may.
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda scratch: save_file(plain, scratch, metadata=dict(metadata or {})))
+
+
+def read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Floating-point tensors of known names and shapes.
+
+    Args:
+        path: the safetensors file.
+        shapes: shape by name of every tensor that it must hold.
+
+    Returns:
+        The tensors by name, on the CPU, in the dtype of the file.
+
+    Raises:
+        InvalidPrior: the file is damaged, lacks a tensor, holds another one, or one of another shape, of integers, or
+            with numbers that are not finite.
+        OSError: it cannot be read.
+    """
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = set(file.keys())
+            for what, found in (("lacks", shapes.keys() - names), ("has an unexpected", names - shapes.keys())):
+                if found:
+                    raise InvalidPrior(
+                        f"{path.name}: {what} tensor {sorted(found)[0][:100]!r}; expected {len(shapes)} tensors, got {len(names)}"
+                    )
+            for name, shape in shapes.items():
+                part = file.get_slice(name)
+                if tuple(part.get_shape()) != shape:
+                    raise InvalidPrior(
+                        f"{path.name}: {name}: expected the shape {shape}, got {tuple(part.get_shape())}"
+                    )
+                if part.get_dtype() not in FLOATS:
+                    raise InvalidPrior(
+                        f"{path.name}: {name}: expected floating-point numbers ({', '.join(FLOATS)}), got {part.get_dtype()}"
+                    )
+            # Copies: as mapped from the file they lie at any address, and sums over them differ in the last bit.
+            tensors = {name: file.get_tensor(name).clone() for name in shapes}
+    except SafetensorError as error:
+        raise InvalidPrior(f"{path.name}: no safetensors file, or a damaged one ({error})") from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidPrior(f"{path.name}: {name} holds numbers that are not finite")
+    return tensors
+
+
+def check_header(path: Path) -> None:
+    """Raise InvalidPrior unless the header's length, the file's first eight bytes, fits into the file and our bound."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, LARGEST_HEADER):
+        raise InvalidPrior(
+            f"{path.name}: no safetensors file, or a truncated one: a header of {length} bytes in a file of {size} bytes"
+        )

@@ -1,0 +1,227 @@
+"""Batches of images for ever, from a place in the data that can be told and found again.
+
+A pass over the data is fixed by one seed, drawn when it begins: the order of a tensor's or dataset's images follows
+from it, and so does what the data themselves draw from torch's global CPU generator (a DataLoader its order, a dataset
+its augmentation), which is forked for them. The place is then the pass, the batches given of it, the seed, and the
+state that those draws have come to. Worker processes read a dataset ahead, each batch with a seed of its own, so that
+neither their number nor where they were interrupted shows.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from ..backbone.validation import check_images
+from ..chains.streams import draw_key, sample_seeds
+from ..density.latent_prior import LatentPrior
+from ..energies.coupling import Labels
+from .posterior_cache import PosteriorCache
+
+# Images (N, C, H, W), or numbers (N,) of rows of a posterior cache; their labels if any, and the number of the pass
+# over the data.
+Batch = tuple[Tensor, Tensor | Labels | None, int]
+END = object()
+
+
+class Batches:
+    """An endless iterator over batches: images (N, C, H, W), labels, and the pass from 0. Of a batch that is a tuple
+    the second entry is its labels.
+
+    Of a posterior cache, numbers of rows come in the place of images; `noise` gives the posterior noise of either.
+
+    Args:
+        data: images (N, C, H, W), a dataset, a posterior cache, or an iterable of batches that can be started again.
+        batch_size: images per batch of a tensor or dataset; what is left over at the end of a pass is not given.
+        generator: source of every pass's seed; None takes torch's default generator.
+        labels: of the images of a tensor.
+        workers: processes that read a dataset ahead; 0 for none.
+        pin: put a dataset's batches in pinned memory, from which copies to a GPU need not wait for each other.
+
+    Attributes:
+        epoch: the pass over the data, from 0.
+        index: how many batches of it were given.
+
+    Raises:
+        TypeError: `data` is none of these.
+        ValueError: there are no images, or they are out of range; batches are checked as they are read.
+    """
+
+    def __init__(
+        self,
+        data: Tensor | Dataset[Any] | Iterable[Any],
+        batch_size: int,
+        generator: torch.Generator | None,
+        labels: Labels | None = None,
+        workers: int = 0,
+        pin: bool = False,
+    ) -> None:
+        if isinstance(data, Tensor):
+            check_images(data)
+        elif isinstance(data, IterableDataset):
+            data = DataLoader(data, batch_size)
+        elif isinstance(data, Dataset) and hasattr(data, "__len__"):
+            if len(data) == 0:
+                raise ValueError("data: the dataset is empty")
+        elif not isinstance(data, Iterable):
+            raise TypeError(
+                f"data: expected images (N, C, H, W), a dataset with a length, or an iterable of batches, got {type(data).__name__}"
+            )
+        self.data: Any = data
+        self.batch_size, self.generator, self.labels = batch_size, generator, labels
+        self._loading: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "batch_size": None}
+        self._whole = isinstance(data, Tensor) or (isinstance(data, Dataset) and hasattr(data, "__len__"))
+        # No pass has begun.
+        self.epoch, self.index, self._seed = 0, 0, -1
+        self._rest: Iterator[Any] = iter(())
+        self._random = torch.Generator().get_state()
+        own = [getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None))]
+        self._own = [each for each in own if isinstance(each, torch.Generator) and each.device.type == "cpu"]
+        self._own_start = [generator.get_state() for generator in self._own]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._seed < 0:
+            self._begin(draw_key(self.generator))
+        batch = self._read()
+        if batch is END and self.index:
+            self.epoch, self.index = self.epoch + 1, 0
+            self._begin(draw_key(self.generator))
+            batch = self._read()
+        if batch is END:
+            raise ValueError(
+                f"data: the {type(self.data).__name__} gave no batch in pass {self.epoch + 1}; it must hold images and allow several passes"
+            )
+        self.index += 1
+        images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
+        if not isinstance(self.data, PosteriorCache):
+            check_images(images)
+        return images, rest[0] if rest else None, self.epoch
+
+    def noise(self, prior: LatentPrior, images: Tensor, draw: int, generator: torch.Generator | None) -> Tensor:
+        """Posterior noise of what a batch holds.
+
+        Args:
+            prior: the prior that learns from it.
+            images: of a batch, images or rows of a cache.
+            draw: which draw to take of a cache that holds several, modulo their number; in training the pass over the
+                data.
+            generator: source of the posterior noise that is not in a cache.
+
+        Returns:
+            Noise (N, D), of the prior's dtype and device.
+        """
+        if isinstance(self.data, PosteriorCache):
+            return self.data.noise(images, draw, generator).to(prior.device, prior.dtype)
+        return prior.encode(images.to(prior.device, non_blocking=True), generator=generator)
+
+    def describe(self) -> dict[str, Any]:
+        """What the data are, as far as it shows without reading them."""
+        if isinstance(self.data, Tensor):
+            labels = sorted(self.labels) if self.labels else None
+            return {"kind": "tensor", "shape": list(self.data.shape), "dtype": str(self.data.dtype), "labels": labels}
+        if isinstance(self.data, PosteriorCache):
+            return {"kind": "posterior cache", "length": len(self.data), "digest": self.data.digest}
+        try:
+            length = len(self.data)
+        except TypeError:  # a loader of a stream has the method and no length
+            length = None
+        return {"kind": "dataset" if self._whole else "batches", "length": length}
+
+    def place(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Where the next batch stands: random states, and numbers."""
+        starts = {f"generator_{i}": state for i, state in enumerate(self._own_start)}
+        return {"random": self._random, **starts}, {"epoch": self.epoch, "index": self.index, "seed": self._seed}
+
+    def go_to(self, states: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
+        """Go to a place as from `place`; batches of an iterable are read and dropped on the way.
+
+        Args:
+            states: its random states.
+            numbers: its numbers.
+
+        Raises:
+            ValueError: the data end before it.
+        """
+        for i, generator in enumerate(self._own):
+            generator.set_state(states[f"generator_{i}"])
+        self.epoch, self.index = numbers["epoch"], numbers["index"]
+        self._begin(numbers["seed"], self.index)
+        self._random = states["random"]
+
+    def _begin(self, seed: int, given: int = 0) -> None:
+        """Begin a pass after as many batches."""
+        self._seed = seed
+        self._random = torch.Generator().manual_seed(seed).get_state()
+        self._own_start = [generator.get_state() for generator in self._own]
+        if self._whole:
+            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
+            chosen = order.split(self.batch_size)[: max(1, len(order) // self.batch_size)][given:]
+        if isinstance(self.data, Tensor):
+            self._rest = (take(self.data, self.labels, part) for part in chosen)
+            return
+        if isinstance(self.data, PosteriorCache):
+            self._rest = ((part, self.data.labels(part)) for part in chosen)
+            return
+        if self._whole:
+            seeds = sample_seeds(seed, range(given, given + len(chosen)))
+            parts = [(part.tolist(), own) for part, own in zip(chosen, seeds, strict=True)]
+        batches = DataLoader(SeededBatches(self.data), sampler=parts, **self._loading) if self._whole else self.data
+        with self._own_randomness():
+            self._rest = iter(batches)
+        for done in range(0 if self._whole else given):
+            if self._read() is END:
+                raise ValueError(
+                    f"data: pass {self.epoch + 1} ended after {done} batches, where training was interrupted after {given}; give the same"
+                )
+
+    def _read(self) -> Any:
+        """The next batch of the pass, or `END`."""
+        if isinstance(self.data, Tensor):
+            return next(self._rest, END)
+        with self._own_randomness():
+            return next(self._rest, END)
+
+    @contextlib.contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Inside, torch's global CPU generator is where the data left it; outside, it is as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random)
+            yield
+            self._random = torch.get_rng_state()
+
+
+class SeededBatches(Dataset[Any]):
+    """Batches of a dataset, each read with the global generators of the CPU at a seed of its own.
+
+    Args:
+        data: the dataset.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __getitem__(self, item: tuple[list[int], int]) -> Any:
+        """The batch of some indices, read with a seed."""
+        indices, seed = item
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if get_worker_info() is not None:  # a process for this alone
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+            many = getattr(self.data, "__getitems__", None)
+            return default_collate(many(indices) if many else [self.data[i] for i in indices])
+
+
+def take(images: Tensor, labels: Labels | None, chosen: Tensor) -> tuple[Tensor, Labels | None]:
+    """Images and labels of the given indices."""
+    return images[chosen.to(images.device)], labels and {
+        name: values[chosen.to(values.device)] for name, values in labels.items()
+    }

@@ -1,0 +1,74 @@
+"""Settings of training."""
+
+from dataclasses import dataclass
+
+from ..backbone.validation import check_count
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the energies are learned.
+
+    Attributes:
+        iterations: optimiser steps.
+        batch_size: images per step.
+        learning_rate: largest learning rate of Adam.
+        betas: Adam's decay rates.
+        weight_decay: L2 penalty, added to the gradient.
+        warmup: steps over which the learning rate rises linearly from 0, at the start and after each return to a good
+            state.
+        final_learning_rate: fraction of the learning rate that a cosine decay reaches at the last step; 1 for none.
+        epoch_decay: factor on the learning rate after each pass over the data.
+        energy_penalty: weight of mean F^2 / sqrt(D), added to the loss, which keeps energies and their curvature small
+            (Du & Mordatch, 2019); a bias, to be used where training is not stable without.
+        clip_norm: largest gradient norm; infinite for none.
+        ema_decay: decay rate of the moving average that the prior holds; 0 for none.
+        gap_limit: largest energy gap, in units of sqrt(D) nats, averaged over levels and the last steps, that is
+            healthy; 20 nats always are.
+        restarts: how often the last good state is restored, at half the learning rate, before giving up.
+        activity_images: images on which a fresh prior measures the activity of every latent dimension; see
+            `measure_activity`. 0 for none.
+        micro_batch: images whose chains and gradients are computed at a time; it bounds memory, and results depend on
+            it by rounding alone. None for all of a batch (in several processes, of a process's share). It is halved,
+            with a warning, when memory runs out.
+        encode_batch: images whose posterior draws come from one seed; None for a whole batch. Results depend on it, and
+            not on how many processes there are. Several processes encode a whole batch each for None, and otherwise the
+            parts of this size that they need.
+        workers: processes that read a dataset ahead; 0 for none. Results do not depend on it.
+    """
+
+    iterations: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.5, 0.99)
+    weight_decay: float = 0.0
+    warmup: int = 50
+    final_learning_rate: float = 0.1
+    epoch_decay: float = 1.0
+    energy_penalty: float = 0.0
+    clip_norm: float = 10.0
+    ema_decay: float = 0.99
+    gap_limit: float = 0.5
+    restarts: int = 3
+    activity_images: int = 1024
+    micro_batch: int | None = None
+    encode_batch: int | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        for name in ("micro_batch", "encode_batch"):
+            if getattr(self, name) is not None:
+                check_count(getattr(self, name), name)
+        for name in ("learning_rate", "clip_norm", "gap_limit", "epoch_decay"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
+        for name in ("energy_penalty", "weight_decay", "warmup", "restarts", "activity_images", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")

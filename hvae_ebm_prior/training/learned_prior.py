@@ -1,0 +1,274 @@
+"""A prior that is learned, saved and shared: what `fit`, `save_pretrained` and `from_pretrained` are of every such
+class.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..backbone.transform import BackboneAdapter
+from ..chains.execution import ExecutionConfig
+from ..energies.coupling import Labels
+from ..saving.card import Card
+from ..saving.config import Measured
+from ..saving.folder import load, save
+from ..saving.hub import fetch, upload
+from .config import TrainingConfig
+from .loop import Checkpoints, Data, fit
+from .memory import MemoryEstimate, estimate
+from .record import Callback, TrainingRecord
+from .trainable import TrainablePrior
+
+
+class LearnedPrior(TrainablePrior):
+    """A prior with `fit`, `loss`, and a place on disk and on the Hub."""
+
+    def loss(
+        self, images: Tensor, *, labels: Tensor | Labels | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Recovery-likelihood loss of every image at a random level (Alg. 1, Eq. 11-12); its gradient is the learning
+        gradient.
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            labels: of a coupled prior, as in `fit`; adds the weighted cross-entropy.
+            generator: source of the posterior draw, the levels and the chains' noise; None takes torch's global
+                generators.
+
+        Returns:
+            F(T(u_t^-), t) - F(T(u_t), t) in nats, (N,). Its value is no measure of quality; near 0 is where data and
+            chain agree.
+
+        Raises:
+            TypeError, ValueError: images of a wrong type, shape or range, or wrong labels.
+            ChainDiverged: a chain left the finite numbers.
+        """
+        return self.batch_loss(self.encode(images, generator=generator), labels, generator).total
+
+    def estimate(self, batch_size: int) -> MemoryEstimate:
+        """Memory that `fit` will take with so many images at a time (in a step, or as `micro_batch`), measured on one
+        and on two.
+        """
+        return estimate(self, batch_size)
+
+    def fit(
+        self,
+        data: Data,
+        *,
+        labels: Tensor | Labels | None = None,
+        iterations: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+        training: TrainingConfig | None = None,
+        callback: Callback | Sequence[Callback] | None = None,
+        progress: bool | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 100,
+        resume: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> list[TrainingRecord]:
+        """Learn the energies from images; the prior holds their moving average at every moment, also after Ctrl-C.
+
+        Args:
+            data: images (N, C, H, W) in [0, 1], a dataset, posterior cache or loader of batches; of tuples the first
+                entry, the second as labels.
+            labels: of the images of a tensor, by label set (or those of the only one): (N,) indices, -1 or NaN where
+                unknown.
+            iterations: optimiser steps; None as in `training`.
+            batch_size: images per step; None as in `training`; not to be given with a loader, which has its own.
+            learning_rate: largest learning rate; None as in `training`.
+            training: all other settings; None takes the defaults of `TrainingConfig`.
+            callback: called as callback(prior, record) after every step; or several; see `hvae_ebm_prior.callbacks`.
+            progress: show a progress bar; None shows one on a terminal only.
+            checkpoint_dir: a folder for checkpoints, each the whole state of the run, also one of the last step; None
+                for none.
+            checkpoint_every: steps between checkpoints.
+            resume: go on from the newest checkpoint there, if any, as if never interrupted; see "Long runs" in the
+                guide.
+            generator: source of all randomness; None takes torch's global generators.
+
+        Returns:
+            One record per step.
+
+        Raises:
+            TypeError, ValueError, OSError: bad data or settings, or checkpoints that are broken, of another run, or
+                there though not to be resumed.
+            TrainingDiverged: training blew up again and again; the prior is at its last good state.
+        """
+        if batch_size is not None and not isinstance(data, Tensor | Dataset):
+            raise ValueError(f"batch_size: a {type(data).__name__} has batches of its own; set the size there")
+        if labels is not None and not isinstance(data, Tensor):
+            raise ValueError(
+                f"labels: they go with a tensor of images; a {type(data).__name__} gives (images, labels) itself"
+            )
+        given = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
+        given = {name: value for name, value in given.items() if value is not None}
+        return fit(
+            self,
+            data,
+            replace(training or TrainingConfig(), **given),  # type: ignore[arg-type]
+            labels=labels,
+            callbacks=list_callbacks(callback),
+            checkpoints=Checkpoints(checkpoint_dir, checkpoint_every, resume),
+            progress=progress,
+            generator=generator,
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        metrics: Sequence[Measured] = (),
+        card: Card | None = None,
+        samples: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Write `config.json`, `model.safetensors` and the model card, `README.md`, to a folder; each file whole or not
+        at all.
+
+        Args:
+            save_directory: the folder; it is made where there is none, and files of these names are replaced.
+            metrics: figures of quality, for the card.
+            card: what only you know, for the card.
+            samples: how many samples of the Gaussian prior and of this one the card shows, `samples.png`; 0 for none.
+                Needs matplotlib.
+            seed: of the samples.
+
+        Raises:
+            TypeError: a class, or networks, that cannot be described in `config.json`.
+            OSError: the folder cannot be written.
+        """
+        save(self, save_directory, trained=self.trained, metrics=metrics, card=card, samples=samples, seed=seed)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload prior",
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        subfolder: str = "",
+        metrics: Sequence[Measured] = (),
+        card: Card | None = None,
+        samples: int = 24,
+        seed: int = 0,
+    ) -> str:
+        """Save the prior and upload it, in one commit, to a repository of the Hub, which is made where there is none.
+
+        Args:
+            repo_id: the repository, as owner/name or name.
+            private: whether a repository that is made is private; None for what your account does by default.
+            commit_message: the commit's first line.
+            token: a token that may write; None takes the one that `hf auth login` kept.
+            create_pr: open a pull request instead of committing.
+            revision: branch to commit to; None for the main one.
+            subfolder: folder within the repository.
+            metrics: as of `save_pretrained`.
+            card: as of `save_pretrained`.
+            samples: as of `save_pretrained`; drawing them takes time.
+            seed: as of `save_pretrained`.
+
+        Returns:
+            Address of the commit, or of the pull request.
+
+        Raises:
+            TypeError: as of `save_pretrained`.
+            OSError: the Hub's own errors (`huggingface_hub.errors`): no permission, no connection.
+        """
+        with TemporaryDirectory() as folder:
+            save(
+                self,
+                folder,
+                trained=self.trained,
+                metrics=metrics,
+                card=card,
+                samples=samples,
+                seed=seed,
+                repo_id=repo_id,
+            )
+            return upload(
+                folder,
+                repo_id,
+                private=private,
+                commit_message=commit_message,
+                token=token,
+                create_pr=create_pr,
+                revision=revision,
+                subfolder=subfolder,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_dir: str | Path,
+        *,
+        backbone: BackboneAdapter | nn.Module,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        strict: bool = True,
+        energy: Sequence[nn.Module] | None = None,
+        execution: ExecutionConfig | None = None,
+    ) -> Self:
+        """A saved prior over the backbone that it was learned for. Nothing in its files is executed.
+
+        Args:
+            repo_or_dir: a folder that `save_pretrained` wrote, or a repository of the Hub.
+            backbone: the model, or its adapter, as of the constructor.
+            revision: branch, tag or commit of the repository; None for the main branch.
+            token: for private repositories; None takes the one that `hf auth login` kept.
+            cache_dir: where downloads are kept; None for the Hub's usual place.
+            local_files_only: take what was downloaded before; no connection is opened.
+            subfolder: folder within the repository or folder.
+            device: where to put the prior; None for the backbone's device.
+            dtype: of its networks; None for that of the file.
+            strict: raise where the backbone is another one than the prior was learned for; False warns, if its shapes
+                agree.
+            energy: your own networks, one per layer, of a prior that was saved with such.
+            execution: how chains are computed; None for the defaults.
+
+        Returns:
+            The prior, of the class that was saved, in eval mode.
+
+        Raises:
+            InvalidPrior: the files are damaged, or hold no prior of this class.
+            BackboneMismatch: the backbone is another one.
+            TypeError: `backbone` or `energy` does not fit.
+            OSError: there is no such folder or repository, or the Hub's own errors.
+        """
+        folder = fetch(
+            repo_or_dir,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        prior, trained = load(
+            cls, folder, backbone, device=device, dtype=dtype, strict=strict, energy=energy, execution=execution
+        )
+        prior.trained = trained
+        return prior
+
+
+def list_callbacks(callback: Callback | Sequence[Callback] | None) -> list[Callback]:
+    """The callbacks of a run, of one, a sequence of them, or None; TypeError for what cannot be called."""
+    callbacks = list(callback) if isinstance(callback, Sequence) else [] if callback is None else [callback]
+    for each in callbacks:
+        if not callable(each):
+            raise TypeError(
+                f"callback: expected a function of (prior, record), or a sequence of such, got {type(each).__name__}"
+            )
+    return callbacks

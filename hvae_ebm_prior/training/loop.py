@@ -1,0 +1,188 @@
+"""Training: Alg. 1 as a loop over steps, with checkpoints, callbacks and a guard against divergence.
+
+Whatever ends the loop leaves the prior in a good state: it holds the moving average of weights that were healthy.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..backbone.validation import check_count
+from ..chains.langevin import ChainDiverged
+from ..energies.coupling import Labels, check_labels
+from ..processes import agree, agree_on_generator, alone, broadcast, collect, rank
+from ..saving.config import TrainingSummary
+from ..saving.typed_json import to_json
+from .activity import measure_activity
+from .batches import Batches
+from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from .config import TrainingConfig
+from .guard import Guard
+from .optimizer import make_optimizer
+from .posterior_cache import PosteriorCache
+from .record import Callback, TrainingRecord
+from .run import Run
+from .step import Unhealthy, training_step
+from .trainable import TrainablePrior
+
+Data = Tensor | Dataset[Any] | Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where checkpoints go.
+
+    Attributes:
+        folder: the folder; None for none.
+        every: steps between two checkpoints.
+        resume: go on from the newest one there.
+    """
+
+    folder: str | Path | None = None
+    every: int = 100
+    resume: bool = False
+
+    def open(self) -> Path | None:
+        """The folder, made if need be; None for none.
+
+        Returns:
+            The folder.
+
+        Raises:
+            TypeError, ValueError: bad settings.
+            FileExistsError: it holds checkpoints of a run that is not to be resumed.
+        """
+        check_count(self.every, "checkpoint_every")
+        if self.folder is None:
+            if self.resume:
+                raise ValueError("resume: there is nothing to go on from without checkpoint_dir")
+            return None
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.resume and find_checkpoints(folder):
+            raise FileExistsError(
+                f"{folder} holds checkpoints of a run: resume=True goes on with it; to begin anew, give another checkpoint_dir"
+            )
+        return folder
+
+
+def fit(
+    prior: TrainablePrior,
+    data: Data,
+    config: TrainingConfig,
+    *,
+    labels: Tensor | Labels | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoints: Checkpoints = Checkpoints(),
+    progress: bool | None = None,
+    generator: torch.Generator | None = None,
+) -> list[TrainingRecord]:
+    """Learn the energies of a prior.
+
+    Args:
+        prior: the prior.
+        data: as of `LearnedPrior.fit`.
+        config: all settings.
+        labels: of the images of a tensor.
+        callbacks: called after every step.
+        checkpoints: where they go, and whether to go on from there.
+        progress: show a progress bar; None shows one on a terminal only.
+        generator: source of all randomness; None takes torch's global generators.
+
+    Returns:
+        One record per step.
+
+    Raises:
+        TypeError, ValueError, OSError: as of `LearnedPrior.fit`.
+        TrainingDiverged: training blew up again and again.
+    """
+    if labels is not None:
+        labels = check_labels(labels, prior.coupling, len(data), prior.device)  # type: ignore[arg-type]
+    if not list(prior.parameters()):
+        raise ValueError("the energy networks have no parameters, so there is nothing to learn")
+    if isinstance(data, PosteriorCache):
+        data.check(prior)
+    generator = agree_on_generator(generator)
+    folder = collect(checkpoints.open)[rank()]
+    begun = agree(folder is not None and bool(find_checkpoints(folder)))
+    if not begun:
+        measure_activity(prior, Batches(data, config.batch_size, generator), config.activity_images, generator)
+    broadcast(prior.state_dict().values())
+    trainee = copy.deepcopy(prior).train()
+    try:
+        batches = Batches(data, config.batch_size, generator, labels, config.workers, pin=prior.device.type == "cuda")
+        guard, optimizer = Guard(prior, trainee, config), make_optimizer(trainee, config)
+        run = Run(prior, trainee, config, batches, guard, optimizer, generator, micro_batch=config.micro_batch)
+        if folder is not None and begun:
+            load_checkpoint(folder, run)
+            if len(set(steps := collect(lambda: len(run.history)))) > 1:
+                raise ValueError(
+                    f"{folder}: the processes read checkpoints of different steps, {steps}; they need one folder that all of them see"
+                )
+        try:
+            with contextlib.ExitStack() as closing:
+                for close in (getattr(each, "close", None) for each in callbacks):
+                    if close is not None:
+                        closing.callback(close)
+                loop(run, callbacks, progress, folder, checkpoints.every)
+        finally:
+            if run.history:
+                # Settings of None are those that were not set.
+                settings = {name: value for name, value in to_json(config).items() if value is not None}
+                prior.trained = TrainingSummary(len(run.history), run.history[-1].seconds, settings)
+        return run.history
+    finally:
+        trainee.release()
+
+
+def loop(run: Run, callbacks: Sequence[Callback], progress: bool | None, folder: Path | None, every: int) -> None:
+    """Steps until the run has all of them; a checkpoint goes to `folder` every so many steps and at the end."""
+    config, history = run.config, run.history
+    began = time.monotonic() - (history[-1].seconds if history else 0.0)
+    hidden = rank() > 0 or (None if progress is None else not progress)
+    with tqdm(total=config.iterations, initial=len(history), desc="prior", disable=hidden) as bar:
+        while len(history) < config.iterations:
+            try:
+                record = training_step(run, began)
+            except (ChainDiverged, Unhealthy) as error:
+                go_back(run, str(error))
+                continue
+            history.append(record)
+            bar.set_postfix_str(in_short(record), refresh=False)
+            bar.update()
+            due = folder is not None and (len(history) % every == 0 or len(history) == config.iterations)
+            if callbacks or due:
+                collect(partial(report, run, callbacks, folder if due else None))
+
+
+def go_back(run: Run, trouble: str) -> None:
+    """Return to the last good state, at half the learning rate; TrainingDiverged if that happened too often."""
+    run.lr_scale, run.first = run.lr_scale / 2, len(run.history)
+    run.guard.restore(trouble, run.history, run.lr_scale * run.config.learning_rate)
+    run.optimizer = make_optimizer(run.trainee, run.config)
+
+
+def in_short(record: TrainingRecord) -> str:
+    """A record for the progress bar."""
+    labels = "" if record.cross_entropy != record.cross_entropy else f", labels {record.cross_entropy:.2f}"
+    return f"loss {record.loss:.2f}, gap per t {' '.join(f'{gap:.1f}' for gap in record.gaps)}{labels}"
+
+
+def report(run: Run, callbacks: Sequence[Callback], folder: Path | None) -> None:
+    """The first process, by itself, calls the callbacks, and writes a checkpoint to a folder if there is one."""
+    if rank() == 0:
+        with alone():
+            for callback in callbacks:
+                callback(run.prior, run.history[-1])
+            if folder is not None:
+                save_checkpoint(folder, run)

@@ -1,0 +1,44 @@
+"""A prior that can be trained: energies, and a loss of a batch of posterior noise whose gradient is the learning
+gradient.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..density.energy_model import EnergyModel
+from ..energies.coupling import Labels
+from ..saving.config import TrainingSummary
+from .recovery import RecoveryLoss
+
+
+class TrainablePrior(EnergyModel):
+    """Energies with a loss.
+
+    Attributes:
+        trained: what `fit` did last, or what the file said of it; None before.
+    """
+
+    trained: TrainingSummary | None = None
+
+    @abstractmethod
+    def batch_loss(
+        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
+    ) -> RecoveryLoss:
+        """What a training step learns from.
+
+        Args:
+            u: posterior noise (N, D) of images.
+            labels: of the images; None for none.
+            generator: source of all further noise.
+            rows: numbers of these samples in a batch of which they are a part; None for a whole batch.
+
+        Returns:
+            The loss of every sample.
+        """
+
+    @property
+    @abstractmethod
+    def gradients_per_step(self) -> int:
+        """Gradients of the networks for a batch in one training step."""

@@ -1,0 +1,233 @@
+"""Choices of speed change no result: batched energies, repeated steps, the compiled gradient and its gate, half
+precision.
+"""
+
+import warnings
+
+import pytest
+import torch
+from backbones import RandomBackbone
+from torch import nn
+
+from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, ExecutionConfig, LangevinConfig
+from hvae_ebm_prior.chains.execution import (
+    CompiledTotal,
+    batched_energies,
+    one_by_one,
+    plain_copy,
+    repeat,
+    walk_gradient,
+)
+from hvae_ebm_prior.chains.langevin import langevin_chain
+from hvae_ebm_prior.chains.streams import open_streams
+from hvae_ebm_prior.energies.networks import build_energies
+
+CPU = torch.device("cpu")
+
+
+def seed(value):
+    return torch.Generator().manual_seed(value)
+
+
+def loud(energies):
+    """Networks whose outputs are not zero, and know different activities."""
+    for i, network in enumerate(energies):
+        nn.init.normal_(network.readout.weight, std=0.3, generator=seed(i))
+        network.activity.uniform_(0.2, 1.0, generator=seed(10 + i))
+    return energies
+
+
+def make_prior(**settings):
+    torch.manual_seed(0)
+    prior = DiffusionEBMPrior(
+        RandomBackbone([(2,), (1, 4, 4), (1, 4, 4)]),
+        energy=EnergyConfig(width=8),
+        langevin=LangevinConfig(steps=4, start="gaussian"),
+        **settings,
+    )
+    loud(prior.energies)
+    return prior
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_batched_energies_are_the_networks_one_by_one(spectral_norm):
+    """Five layers of three shapes, values and gradients; nothing of the networks is changed."""
+    torch.manual_seed(0)
+    shapes = [(3,), (2, 8, 8), (2, 8, 8), (3,), (2, 8, 8)]
+    energies = loud(
+        build_energies(EnergyConfig(width=8, vector_width=16, spectral_norm=spectral_norm), shapes, 3, CPU)
+    ).eval()
+    before = {name: value.clone() for name, value in energies.state_dict().items()}
+    t = torch.tensor([0, 2, 1, 1])
+    z = [torch.randn(4, *shape, generator=seed(1)).requires_grad_() for shape in shapes]
+    batched = batched_energies(list(energies), shapes, 4, CPU)
+    expected, actual = one_by_one(list(energies), z, t), batched(z, t)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(value.sum(), z) for value in (expected, actual)]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(batched(z[:2], t), expected[:, :2], atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in energies.state_dict().items())
+
+
+def test_networks_of_equal_shape_are_called_once(monkeypatch):
+    """Three of one shape: one forward pass while inputs are small, three when they are large or the networks are the
+    user's own.
+    """
+    from hvae_ebm_prior.chains import execution
+
+    calls = []
+    original = execution.LayerEnergy.forward
+    monkeypatch.setattr(execution.LayerEnergy, "forward", lambda self, z, t: (calls.append(1), original(self, z, t))[1])
+    shapes = [(2, 8, 8)] * 3
+    energies = list(build_energies(EnergyConfig(width=8), shapes, 3, CPU))
+    for n, expected in ((2, 1), (execution.BATCHED_INPUTS // 128 + 1, 3)):
+        corrections = batched_energies(energies, shapes, n, CPU)
+        calls.clear()
+        corrections([torch.zeros(n, *shape) for shape in shapes], torch.zeros(n, dtype=torch.long))
+        assert len(calls) == expected
+
+
+def test_plain_copies_have_the_effective_weights():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    ).eval()
+    plain = plain_copy(network)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(plain(x), network(x))
+    assert [type(layer) for layer in plain] == [nn.Linear, nn.Linear]
+    assert "0.parametrizations.weight.original" in network.state_dict()
+
+
+def test_spectral_norm_has_converged_in_a_chain():
+    """The weights a chain uses after some training steps have a largest singular value within 3 per cent of 1."""
+    torch.manual_seed(0)
+    prior = DiffusionEBMPrior(RandomBackbone([(2,), (1, 8, 8)]), energy=EnergyConfig(width=8, spectral_norm=True))
+    prior.fit(torch.rand(20, 1, 2, 2), iterations=5, batch_size=4, generator=seed(0), progress=False)
+    for network in prior.energies:
+        for module in plain_copy(network).features.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                assert torch.linalg.svdvals(module.weight.flatten(1))[0] < 1.03
+
+
+@pytest.mark.parametrize("integrator", ["exponential", "strang", "leimkuhler-matthews"])
+@pytest.mark.parametrize("top_steps", [1, 2])
+def test_repeated_steps_are_the_loop_with_fresh_noise(integrator, top_steps):
+    """What a recording of one step does at every replay, with the step run again in its place: the same bits, so noise
+    is counted on.
+    """
+    prior = make_prior()
+    t, u_next = torch.tensor([0, 1, 2]), torch.randn(3, prior.dim, generator=seed(1))
+    config = LangevinConfig(steps=6, integrator=integrator, top_steps=top_steps)
+    results, recorded = [], []
+
+    def record(step):
+        recorded.append(step)
+        return step
+
+    for again in (None, lambda advance, u, times: repeat(advance, u, times, record)):
+        streams = open_streams(4, range(3), CPU, torch.float32, "naive")
+        top = (
+            2,
+            lambda u: walk_gradient(lambda u, t: prior.corrections(prior.transform.to_latents(u, 1), t)[0].sum(), u, t),
+        )
+        settings = {"schedule": prior.schedule, "config": config, "streams": streams, "top": top}
+        results.append(langevin_chain(lambda u: walk_gradient(prior._total, u, t), u_next, t, repeat=again, **settings))
+    assert torch.equal(*results)
+    assert len(recorded) == 1
+
+
+def test_graphs_are_for_cuda():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA; benchmarks/gpu_check.py compares graphs with eager steps")
+    with pytest.raises(ValueError, match="CUDA alone"):
+        make_prior(execution=ExecutionConfig(graph=True, backend="naive")).sample(2, generator=seed(0))
+    with pytest.raises(ValueError, match="counted noise"):
+        make_prior(execution=ExecutionConfig(graph=True)).sample(2, generator=seed(0))
+
+
+def planted(error):
+    """A compiler whose gradient is off by a factor."""
+    return lambda function, **_: lambda u, t: (1 + error) * function(u, t)
+
+
+def test_the_compile_gate_catches_a_wrong_gradient(monkeypatch):
+    monkeypatch.setattr(torch, "compile", planted(0.02))
+    plain = make_prior().sample_noise(3, generator=seed(0))
+    prior = make_prior(execution=ExecutionConfig(compile=True))
+    with pytest.warns(UserWarning, match=r"differs from the plain one by 2\.0%"):
+        caught = prior.sample_noise(3, generator=seed(0))
+    assert torch.equal(caught, plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prior.sample_noise(3, generator=seed(0))  # warned once
+
+
+def test_a_compiler_that_fails_is_survived(monkeypatch):
+    def broken(function, **_):
+        def call(u, t):
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    total = CompiledTotal(lambda u, t: (u**2).sum(), CPU)
+    u, t = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
+    with pytest.warns(UserWarning, match="no C"):
+        torch.testing.assert_close(walk_gradient(total, u, t), 2 * u)
+
+
+def test_a_right_gradient_passes_the_gate(monkeypatch):
+    """A compiler that changes nothing is used, and asked for once."""
+    asked = []
+
+    def compiler(function, **_):
+        asked.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    prior = make_prior(execution=ExecutionConfig(compile=True))
+    torch.testing.assert_close(
+        prior.sample_noise(3, generator=seed(0)), make_prior().sample_noise(3, generator=seed(0)), atol=1e-5, rtol=1e-5
+    )
+    assert len(asked) == 1
+
+
+def test_the_walk_compiles_in_dynamo():
+    """The real compiler's front end (without its back end, which takes minutes): the gradient through an adapter's
+    coroutine is the plain one.
+    """
+    if not hasattr(
+        torch._dynamo.variables.functions, "LocalGeneratorObjectVariable"
+    ):  # before PyTorch 2.7 generators are not traced
+        prior = make_prior(execution=ExecutionConfig(compile=True))
+        with pytest.warns(UserWarning, match=r"(?s)torch.compile failed .* the plain gradient is used"):
+            samples = prior.sample_noise(3, generator=seed(0))
+        assert torch.equal(samples, make_prior().sample_noise(3, generator=seed(0)))
+        return
+    prior = make_prior()
+    u, t = torch.randn(3, prior.dim, generator=seed(0)), torch.tensor([0, 1, 2])
+    compiled = torch.compile(prior._total, backend="aot_eager")
+    torch.testing.assert_close(walk_gradient(compiled, u, t), walk_gradient(prior._total, u, t), atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_is_the_gradient_to_its_own():
+    """bfloat16 in the walk, states in float32: samples within a few per cent, and not the same bits."""
+    plain = make_prior().sample_noise(4, generator=seed(0))
+    half = make_prior(execution=ExecutionConfig(autocast="bfloat16")).sample_noise(4, generator=seed(0))
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, plain)
+    assert (half - plain).norm() / plain.norm() < 0.05
+
+
+def test_execution_is_kept_by_copies_and_checked():
+    import copy
+
+    prior = make_prior(execution=ExecutionConfig(backend="naive"))
+    assert copy.deepcopy(prior).execution == prior.execution
+    for settings, message in (
+        ({"backend": "cuda"}, "backend: expected one of auto"),
+        ({"autocast": "int8"}, 'expected None, "bfloat16"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ExecutionConfig(**settings)

@@ -1,0 +1,211 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvae_ebm_prior.cli.main import load_images, main
+
+LOADER = """
+import torch
+from hvae_ebm_prior.adapters import HVAE, HVAEConfig
+
+def load():
+    torch.manual_seed(0)
+    return HVAE(HVAEConfig(image_size=8, widths=(8, 8), latent_channels=(2, 1)))
+
+number = 3
+
+def load_prior():
+    from hvae_ebm_prior import Coupling, DiffusionEBMPrior, LabelSet, LangevinConfig
+    torch.manual_seed(0)
+    coupling = Coupling({"class": LabelSet(("cup", "hat")), "smile": LabelSet(2)})
+    return DiffusionEBMPrior(load(), langevin=LangevinConfig(steps=2), coupling=coupling)
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "mine.py").write_text(LOADER)
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    return tmp_path
+
+
+def test_diagnose_prints_the_table(files, capsys):
+    assert main(["diagnose", f"{files / 'mine.py'}:load", "--images", str(files / "images.npy")]) == 0
+    printed = capsys.readouterr().out
+    assert "2x2x2" in printed
+    assert "1x4x4" in printed
+    assert "rior hole" in printed
+
+
+def test_diagnose_hands_on_the_checkpoint(files, capsys):
+    from hvae_ebm_prior.adapters import HVAE, HVAEConfig
+
+    HVAE(HVAEConfig(image_size=8, widths=(8,), latent_channels=(3,))).save(files / "model.safetensors")
+    arguments = [
+        "diagnose",
+        "hvae_ebm_prior.adapters:HVAE.load",
+        str(files / "model.safetensors"),
+        "--images",
+        str(files / "images.npy"),
+        "--limit",
+        "10",
+    ]
+    assert main(arguments) == 0
+    assert "3x4x4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ("mine", "expected package.module:function"),
+        ("nowhere.py:load", "there is no file nowhere.py"),
+        ("no_such_module:load", "No module named 'no_such_module'"),
+        ("{}/mine.py:number", "has no function number"),
+        ("json:JSONDecoder", "is not a backbone adapter"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(files, capsys, loader, message):
+    assert main(["diagnose", loader.format(files), "--images", str(files / "images.npy")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_images_of_every_form(tmp_path):
+    path = str(tmp_path / "images.npy")
+    for array, shape in (
+        (np.full((4, 8, 8), 255, np.uint8), (4, 1, 8, 8)),
+        (np.full((4, 8, 8, 3), 255, np.uint8), (4, 3, 8, 8)),
+        (np.full((4, 3, 8, 8), 1.0), (4, 3, 8, 8)),
+    ):
+        np.save(path, array)
+        images = load_images(path)
+        assert tuple(images.shape) == shape
+        assert images.min() == images.max() == 1
+    np.save(path, np.zeros((4, 8, 8), np.int64))
+    with pytest.raises(ValueError, match=r"got int64 \(4, 8, 8\)"):
+        load_images(path)
+    np.savez(tmp_path / "images.npz", train=np.zeros((4, 8, 8), np.uint8), test=np.zeros((2, 8, 8), np.uint8))
+    assert tuple(load_images(str(tmp_path / "images.npz") + ":test").shape) == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match="a name out of train, test"):
+        load_images(str(tmp_path / "images.npz"))
+
+
+def test_the_command_is_installed(files):
+    command = Path(sys.executable).parent / "hvae-ebm-prior"
+    done = subprocess.run([command, "diagnose", "--help"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "prior hole" in subprocess.run([command, "--help"], check=False, capture_output=True, text=True).stdout
+
+
+def test_info_names_versions_and_backends(capsys, monkeypatch):
+    import torch
+
+    monkeypatch.delenv("HVAE_EBM_PRIOR_BACKEND", raising=False)
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "cpu             Langevin steps by torch" in printed
+    monkeypatch.setenv("HVAE_EBM_PRIOR_BACKEND", "naive")
+    main(["info"])
+    printed = capsys.readouterr().out
+    assert "Langevin steps by naive" in printed
+    assert "HVAE_EBM_PRIOR_BACKEND is set to naive" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "pictures", "figures"),
+    [
+        (
+            ["sample", "--count", "20", "--labels", "class=hat", "smile=1", "--guidance", "2"],
+            ["sample"],
+            {"samples": 20, "guidance": 2.0},
+        ),
+        (["edit", "--images", "images.npy", "--limit", "3"], ["edit"], {"images": 3}),
+        (
+            ["edit", "--images", "images.npy", "--hold", "0", "--labels", "class=0"],
+            ["edit"],
+            {"images": 8, "labels": {"class": 0}},
+        ),
+        (["edit", "--count", "3"], ["edit"], {"images": 3}),
+        (["interpolate", "--count", "3", "--steps", "4"], ["interpolate"], {"pairs": 3, "steps": 4}),
+        (["interpolate", "--images", "images.npy", "--limit", "5"], ["interpolate"], {"pairs": 2}),
+        (
+            ["transitions", "--count", "3", "--steps", "9"],
+            ["transitions", "transitions_energies", "transitions_pixels"],
+            {"chains": 3},
+        ),
+        (
+            ["ood", "--images", "images.npy", "--outliers", "images.npy"],
+            ["ood", "ood_inference", "ood_density"],
+            {"outliers": 20},
+        ),
+        (
+            [
+                "ood",
+                "--images",
+                "images.npy",
+                "--outliers",
+                "images.npy",
+                "--scheme",
+                "typicality",
+                "--reference",
+                "images.npy",
+            ],
+            ["ood", "ood_typicality"],
+            {"images": 20},
+        ),
+        (
+            ["ood", "--images", "images.npy", "--outliers", "images.npy", "--scheme", "ratio"],
+            ["ood", "ood_ratio"],
+            {"images": 20},
+        ),
+    ],
+    ids=lambda value: "-".join(value[:1]) if isinstance(value, list) else "",
+)
+def test_commands_of_a_prior_write_pictures_and_figures(files, monkeypatch, command, pictures, figures):
+    monkeypatch.chdir(files)
+    assert main([command[0], "mine.py:load_prior", *command[1:]]) == 0
+    for name in pictures:
+        assert (files / f"{name}.png").stat().st_size > 1000
+    written = json.loads((files / f"{command[0]}.json").read_text())
+    assert figures.items() <= written.items()
+    if command[0] == "edit" and "--hold" not in command:
+        assert [edit["held"] for edit in written["edits"]] == [[0, 1], [0], []]
+    if command[0] == "ood":
+        # The same images under another seed: nobody can tell them apart.
+        assert all(0.3 < cut["auroc"] < 0.7 for cut in written[pictures[1].partition("_")[2]])
+    assert not list(files.glob("*.part*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["sample", "mine.py:load"], "expected a function that returns a trained DiffusionEBMPrior, got HVAE"),
+        (["sample", "mine.py:load_prior", "--labels", "class"], "expected set=category"),
+        (["sample", "mine.py:load_prior", "--labels", "colour=1"], "expected one of the label sets class, smile"),
+        (["sample", "mine.py:load_prior", "--labels", "class=shoe"], "expected one of cup, hat"),
+        (["edit", "mine.py:load_prior", "--images", "images.npy", "--hold", "a"], "layer indices such as 0,1"),
+        (["edit", "mine.py:load_prior", "--images", "images.npy", "--hold", "5"], "0 (top) to 1 (bottom)"),
+        (["interpolate", "mine.py:load_prior", "--images", "images.npy", "--limit", "1"], "at least two images"),
+        (
+            [
+                "ood",
+                "mine.py:load_prior",
+                "--images",
+                "images.npy",
+                "--outliers",
+                "images.npy",
+                "--scheme",
+                "typicality",
+            ],
+            "--reference",
+        ),
+    ],
+)
+def test_commands_of_a_prior_say_what_is_wrong(files, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(files)
+    assert main(command) == 2
+    assert message in capsys.readouterr().err

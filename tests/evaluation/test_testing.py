@@ -1,0 +1,170 @@
+"""The conformance kit: a good adapter passes, and each broken promise is named."""
+
+import pytest
+import torch
+from torch import nn
+
+from hvae_ebm_prior.evaluation.adapter_check import check_adapter, find_faults
+
+
+def seed(value):
+    return torch.Generator().manual_seed(value)
+
+
+class Good:
+    """Two layers of one shape: images are z_0 + z_1 / 10, squeezed into [0, 1], and the posterior knows z exactly."""
+
+    def __init__(self):
+        self.model = nn.ModuleDict({"head": nn.Conv2d(1, 1, 1), "norm": nn.BatchNorm2d(1)})
+        nn.init.constant_(self.model["head"].weight, 0.1)
+        nn.init.zeros_(self.model["head"].bias)
+
+    def top_down(self, batch_size):
+        zeros = torch.zeros(batch_size, 1, 4, 4)
+        first = yield zeros, torch.ones_like(zeros)
+        second = yield self.model["head"](first), 0.5 * torch.ones_like(zeros)
+        return self.model["norm"](first + second / 10)
+
+    def infer(self, images):
+        total = 8 * images.clamp(0.05, 0.95) - 4
+        second = 0.05 * torch.randn_like(total)
+        return [total - second / 10, second]
+
+    def decode(self, features):
+        return ((features + 4) / 8).clamp(0, 1)
+
+
+class Reversed(Good):
+    def infer(self, images):
+        return super().infer(images)[::-1]
+
+
+class WrongShape(Good):
+    def infer(self, images):
+        return [z.flatten(1) for z in super().infer(images)]
+
+
+class LogStd(Good):
+    def top_down(self, batch_size):
+        zeros = torch.zeros(batch_size, 1, 4, 4)
+        yield zeros, zeros - 1
+        return zeros
+
+
+class Stochastic(Good):
+    def decode(self, features):
+        return super().decode(features + torch.randn_like(features))
+
+
+class StochasticMean(Good):
+    def top_down(self, batch_size):
+        walk = super().top_down(batch_size)
+        mean, std = next(walk)
+        z = yield mean + torch.randn_like(mean), std
+        z = yield walk.send(z)
+        try:
+            walk.send(z)
+        except StopIteration as stop:
+            return stop.value
+
+
+class Batched(Good):
+    """Its normalisation is by the batch."""
+
+    def decode(self, features):
+        return super().decode(features - features.mean(0))
+
+
+class Hidden(Good):
+    """Its model is no attribute."""
+
+    def __init__(self):
+        super().__init__()
+        model = self.__dict__.pop("model")
+        self.get = lambda: model
+
+    def __getattr__(self, name):
+        return self.get()
+
+
+class Detached(Good):
+    def decode(self, features):
+        return super().decode(features.detach())
+
+
+class Unused(Good):
+    def top_down(self, batch_size):
+        walk = super().top_down(batch_size)
+        gaussian = next(walk)
+        z = yield gaussian
+        gaussian = walk.send(z)
+        yield gaussian
+        return z
+
+
+class WrongRange(Good):
+    def decode(self, features):
+        return features + 0.5
+
+
+class WrongSize(Good):
+    def decode(self, features):
+        return super().decode(features)[..., :3]
+
+
+class Untrained(Good):
+    def infer(self, images):
+        return [torch.randn_like(z) for z in super().infer(images)]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return ((torch.randn(300, 1, 4, 4, generator=seed(0)) + 4) / 8).clamp(0, 1)
+
+
+def test_a_good_adapter_passes_and_is_described(images, capsys):
+    adapter = Good()
+    adapter.model.train()
+    reports = check_adapter(adapter, images, generator=seed(1))
+    assert [report.dimensions for report in reports] == [16, 16]
+    assert reports[0].inactive == 0
+    printed = capsys.readouterr().out
+    assert "told apart" in printed
+    assert len(printed.splitlines()) == 4
+    assert adapter.model.training
+    assert adapter.model["head"].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (Reversed, "reverse the list"),
+        (WrongShape, "infer with 1 image"),
+        (Stochastic, "draws from the global generator"),
+        (StochasticMean, "the inverse of T is off"),
+        (Batched, "depends on the others in its batch"),
+        (Hidden, "autograd also reaches"),
+        (Detached, "autograd does not reach u"),
+        (Unused, "layer 1: the image does not depend on its noise"),
+        (WrongRange, r"expected images in \[0, 1\]"),
+        (WrongSize, r"expected images \(1, 1, 4, 4\) as they were given, got \(1, 1, 4, 3\)"),
+        (Untrained, "reconstructions are no closer"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_broken_promises_are_named(adapter, message, images):
+    with pytest.raises(ValueError, match=message):
+        check_adapter(adapter(), images, generator=seed(1))
+
+
+def test_what_is_too_wrong_to_go_on_raises(images):
+    with pytest.raises(ValueError, match="yield the standard deviation, not its logarithm"):
+        check_adapter(LogStd(), images)
+    with pytest.raises(TypeError, match="has no method top_down"):
+        check_adapter(object(), images)
+    with pytest.raises(ValueError, match="at least 8, got 2"):
+        check_adapter(Good(), images[:2])
+
+
+def test_a_good_adapter_has_no_faults(images):
+    assert list(find_faults(Good(), images, generator=seed(2))) == []
