@@ -7,9 +7,9 @@ prints a Markdown table and writes benchmarks/chain.json. In every round, in rot
 - the bare gradients: K times the gradient of F through the frozen backbone, with the energies' weights fixed: the
   floor;
 - ours: a chain of K steps as training and sampling run it, through the public settings;
-- published: the same chain as the published code has it, restated here in plain PyTorch: one tensor per layer, the
-  Gaussian terms by autograd in a
-  second backward pass, step sizes read back as Python numbers, live spectral normalisation, the backbone as it is, and its decoder run to the image.
+- published: the same chain as in the published code, restated here in plain PyTorch: one tensor per layer, the
+  Gaussian terms by autograd in a second backward pass, step sizes read back as Python numbers, live spectral
+  normalisation, the backbone as it is, and its decoder run to the image.
 
 rho is ours over the bare gradients, gain is published over ours: medians and quartiles of the ratio within each round.
 Launches are PyTorch's operations per step that compute something (views are not counted), exactly. If torchebm is
@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from quickstart import HERE as EXAMPLES
-from walk import build
+from walk import make_model
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, NVAEAdapter, freeze
@@ -54,8 +54,9 @@ LANGEVIN = LangevinConfig(steps=10, step_size=3e-5, integrator="euler", step_rul
 def published_chain(
     adapter: Any, energies: list[torch.nn.Module], u_next: list[Tensor], t: Tensor, steps: int
 ) -> list[Tensor]:
-    """The published loop: u + s/2 grad (log p0 + log kernel) + grad f / 2 + sqrt(s) noise, s = b^2 sigma_bar_t /
-    sigma_bar_0 sigma_{t+1}^2.
+    """The published loop: u + s/2 grad (log p0 + log kernel) + grad f / 2 + sqrt(s) noise.
+
+    The step is s = b^2 sigma_bar_t / sigma_bar_0 sigma_{t+1}^2.
     """
     u = [part.clone() for part in u_next]
     for _ in range(steps):
@@ -130,38 +131,33 @@ def prepare(name: str, device: torch.device) -> tuple[dict[str, Callable[[int], 
         model, adapter, n = HVAE.load(EXAMPLES / "data" / "hvae.safetensors").to(device), HVAEAdapter, 32
         fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
     else:
-        model, adapter, n = build("NVAE").to(device).eval(), NVAEAdapter, 2
+        model, adapter, n = make_model("NVAE").to(device).eval(), NVAEAdapter, 2
         fast = freeze(model)
-    original = DiffusionEBMPrior(
-        adapter(model), schedule=SCHEDULE, langevin=LANGEVIN, energy=EnergyConfig(spectral_norm=True)
-    ).to(device)
-    prior = DiffusionEBMPrior(
-        adapter(fast), schedule=SCHEDULE, langevin=LANGEVIN, energy=EnergyConfig(spectral_norm=True)
-    ).to(device)
+    settings = {"schedule": SCHEDULE, "langevin": LANGEVIN, "energy": EnergyConfig(spectral_norm=True)}
+    original = DiffusionEBMPrior(adapter(model), **settings).to(device)
+    prior = DiffusionEBMPrior(adapter(fast), **settings).to(device)
     g = torch.Generator().manual_seed(0)
-    u_next, t = torch.randn(n, prior.dim, generator=g).to(device), (torch.arange(n) % 3).to(device)
+    u_next = torch.randn(n, prior.dim, generator=g).to(device)
+    t = (torch.arange(n) % 3).to(device)
     parts, energies = list(prior.split(u_next)), list(original.energies.train())
     terms = prior.terms_at(t)
+
+    def total(u: Tensor, t: Tensor) -> Tensor:
+        return terms(prior.transform.to_latents(u), t)[0].sum()
 
     def bare(steps: int) -> None:
         with parametrize.cached():
             for _ in range(steps):
-                walk_gradient(lambda u, t: terms(prior.transform.to_latents(u), t)[0].sum(), u_next, t)
+                walk_gradient(total, u_next, t)
 
     def ours(steps: int) -> None:
-        draw_conditional(
-            prior,
-            u_next,
-            t,
-            open_streams(0, range(n), device, torch.float32),
-            langevin=dataclasses.replace(prior.langevin, steps=steps),
-        )
+        streams = open_streams(0, range(n), device, torch.float32)
+        draw_conditional(prior, u_next, t, streams, langevin=dataclasses.replace(prior.langevin, steps=steps))
 
-    return {
-        "bare": bare,
-        "ours": ours,
-        "published": lambda steps: published_chain(original.backbone, energies, parts, t, steps),
-    }, n
+    def published(steps: int) -> None:
+        published_chain(original.backbone, energies, parts, t, steps)
+
+    return {"bare": bare, "ours": ours, "published": published}, n
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
@@ -178,7 +174,7 @@ def quartiles(values: list[float]) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def compare(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> list[dict[str, float]]:
+def time_in_turn(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> list[dict[str, float]]:
     """Seconds of every way in every round, in rotating order, after one round that is not counted."""
     names, results = list(ways), []
     for i in range(rounds + 1):
@@ -202,7 +198,7 @@ def updates(rounds: int, device: torch.device) -> dict[str, Any] | None:
     )
 
     class Linear(BaseModel):
-        """Its gradient is at hand, as ours is."""
+        """Its gradient is given, as ours is."""
 
         def forward(self, x: Tensor) -> Tensor:
             return (x * gradient).sum(1)
@@ -217,7 +213,7 @@ def updates(rounds: int, device: torch.device) -> dict[str, Any] | None:
         for _ in range(steps):
             x = langevin_update(x, u_next, gradient, coefficients, noise=torch.randn_like(x))
 
-    results = compare({"ours": ours, "torchebm": lambda: sampler.sample(x=u, n_steps=steps)}, rounds, device)
+    results = time_in_turn({"ours": ours, "torchebm": lambda: sampler.sample(x=u, n_steps=steps)}, rounds, device)
     return {"size": [n, dim], "rounds": results}
 
 
@@ -241,7 +237,7 @@ def main() -> None:
         chains, n = prepare(name, device)
         launches = {way: per_step(chains[way]) for way in ("ours", "published")}
         steps = LANGEVIN.steps if name == "HVAE" else 3
-        rounds = compare({way: partial(chain, steps) for way, chain in chains.items()}, args.rounds, device)
+        rounds = time_in_turn({way: partial(chain, steps) for way, chain in chains.items()}, args.rounds, device)
         rho = [result["ours"] / result["bare"] for result in rounds]
         gain = [result["published"] / result["ours"] for result in rounds]
         report[name] = {
@@ -251,10 +247,8 @@ def main() -> None:
             "rho": statistics.median(rho),
             "gain": statistics.median(gain),
         }
-        print(
-            f"| {name}, N = {n} | {quartiles(rho)} | {quartiles(gain)} | {launches['ours']:,} | {launches['published']:,} |",
-            flush=True,
-        )
+        cells = [quartiles(rho), quartiles(gain), f"{launches['ours']:,}", f"{launches['published']:,}"]
+        print(f"| {name}, N = {n} | {' | '.join(cells)} |", flush=True)
     update = updates(args.rounds, device)
     if update is not None:
         report["update"] = update

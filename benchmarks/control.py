@@ -1,11 +1,11 @@
-"""What control is worth: conditional and composed samples, held attributes, inpainting, classification.
+"""How well control works: conditional and composed samples, held attributes, inpainting, classification.
 
     python3 examples/conditional.py --seed 0 --out examples/output/0      # likewise 1 and 2
     .venv/bin/python benchmarks/control.py examples/output/*/conditional.safetensors
 
 prints a Markdown table, mean and range over the priors, and writes benchmarks/control.json. Accuracy is the share of
-samples that the example's classifier, which knows nothing of the prior, takes for what was asked for; "relative" is
-over its accuracy on reconstructions of test images.
+samples that the example's classifier, which is no part of the prior, assigns to the label that was asked for;
+"relative" is over its accuracy on reconstructions of test images.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -25,7 +26,8 @@ from fashion_mnist import load_subset
 
 from hvae_ebm_prior import NOT, DiffusionEBMPrior, Label
 from hvae_ebm_prior.control import resample
-from hvae_ebm_prior.evaluation import closure, frechet_distance, in_chunks
+from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
+from hvae_ebm_prior.evaluation.protocol import closure
 
 RESULTS = Path(__file__).with_suffix(".json")
 FOOTWEAR = (5, 7, 9)
@@ -37,20 +39,28 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
     train = load_subset("train")[0]
     test, labels = (part[:n] for part in load_subset("test"))
     target = in_chunks(classifier.features, train)
-    predict = lambda images: in_chunks(classifier, images).argmax(1)  # noqa: E731
-    distance = lambda images: frechet_distance(in_chunks(classifier.features, images), target)  # noqa: E731
+    hidden = slice(test.shape[2] // 2, None)
     figures = {}
+
+    def predict(images: Tensor) -> Tensor:
+        return in_chunks(classifier, images).argmax(1)
+
+    def distance(images: Tensor) -> float:
+        return frechet_distance(in_chunks(classifier.features, images), target)
+
+    def share(images: Tensor, classes: tuple[int, ...]) -> float:
+        return torch.isin(predict(images), torch.tensor(classes)).float().mean().item()
+
+    def hidden_error(images: Tensor, real: Tensor) -> float:
+        return (images - real)[:, :, hidden].square().mean().item()
 
     reconstructions = in_chunks(lambda x: prior.decode(prior.encode(x, generator=g)), test)
     bound = (predict(reconstructions) == labels).float().mean().item()
-    gaussian, best = (
-        distance(in_chunks(prior.decode, torch.randn(n, prior.dim, generator=g))),
-        distance(reconstructions),
-    )
+    gaussian = distance(in_chunks(prior.decode, torch.randn(n, prior.dim, generator=g)))
+    best = distance(reconstructions)
     figures["classifier's accuracy on reconstructions"] = bound
-    figures["accuracy of `classify` on test images"] = (
-        (prior.classify(test, generator=g)["class"].argmax(1) == labels).float().mean().item()
-    )
+    found = prior.classify(test, generator=g)["class"].argmax(1)
+    figures["accuracy of `classify` on test images"] = (found == labels).float().mean().item()
 
     free = prior.sample_noise(n, generator=g)
     images = in_chunks(prior.decode, free)
@@ -65,11 +75,9 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
         figures[f"guidance {guidance:g}: FD"] = distance(made)
         figures[f"guidance {guidance:g}: closure"] = closure(distance(made), gaussian, best)
 
-    share = lambda images, classes: torch.isin(predict(images), torch.tensor(classes)).float().mean().item()  # noqa: E731
     few = n // 4
-    figures["sandal OR bag: share of either"] = share(
-        prior.sample(few, labels=Label("class", "sandal") | Label("class", "bag"), guidance=4, generator=g), (5, 8)
-    )
+    either = Label("class", "sandal") | Label("class", "bag")
+    figures["sandal OR bag: share of either"] = share(prior.sample(few, labels=either, guidance=4, generator=g), (5, 8))
     shoes = Label("class", "sandal") | Label("class", "sneaker") | Label("class", "ankle boot")
     figures["unconditional: share of footwear"] = share(images, FOOTWEAR)
     figures["NOT footwear: share of footwear"] = share(
@@ -86,16 +94,17 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
             (before != after).float().mean().item()
         )
 
-    hidden = slice(test.shape[2] // 2, None)
-    error = lambda made, real: (made - real)[:, :, hidden].square().mean().item()  # noqa: E731
     start = time.monotonic()
     inpainted = prior.posterior_sample(hidden_half(test[:few]), few, langevin=INPAINTING, generator=g)
     figures["inpainting: seconds per image"] = (time.monotonic() - start) / few
-    figures["inpainting: squared error of the hidden half"] = error(inpainted, test[:few])
-    figures["inpainting: the same of unconditional samples"] = error(images[:few], test[:few])
+    figures["inpainting: squared error of the hidden half"] = hidden_error(inpainted, test[:few])
+    figures["inpainting: the same of unconditional samples"] = hidden_error(images[:few], test[:few])
     noisy = (test[:few] + 0.3 * torch.randn(test[:few].shape, generator=g)).clamp(0, 1)
-    told = lambda x: -((x - noisy) ** 2).flatten(1).sum(1) / (2 * 0.3**2)  # noqa: E731
-    denoised = prior.posterior_sample(told, few, langevin=INPAINTING, generator=g)
+
+    def log_likelihood(x: Tensor) -> Tensor:
+        return -((x - noisy) ** 2).flatten(1).sum(1) / (2 * 0.3**2)
+
+    denoised = prior.posterior_sample(log_likelihood, few, langevin=INPAINTING, generator=g)
     figures["denoising: squared error of noisy images (std .3)"] = (noisy - test[:few]).square().mean().item()
     figures["denoising: squared error of posterior samples"] = (denoised - test[:few]).square().mean().item()
     figures["inpainting: ratio"] = (
@@ -116,9 +125,8 @@ def main() -> None:
     for seed, path in enumerate(args.priors):
         found.append(measure(load_prior(path), args.samples, seed))
         print(path, json.dumps(found[-1], indent=1), file=sys.stderr, flush=True)
-    RESULTS.write_text(
-        json.dumps({"samples": args.samples, "torch": torch.__version__, "priors": found}, indent=1) + "\n"
-    )
+    report = {"samples": args.samples, "torch": torch.__version__, "priors": found}
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     print("| | mean (range) |\n|---|---|")
     for name in found[0]:
         values = [figures[name] for figures in found]

@@ -4,9 +4,9 @@
 
 prints Markdown tables of Fréchet distances, mean and range over seeds. In the first, the noise of some layers comes
 from the posterior, the rest from N(0, I): a layer whose replacement costs much is where the prior has most to learn. In
-the second, posterior noise is diffused to a signal-to-noise ratio and drawn back by the Gaussian prior alone, u ~ p0(u
-| u_t): what is lost there is what the levels below must learn. In the third, for a prior that the quickstart saved,
-some layers are held at posterior noise and the prior draws the others: what the layers below cost.
+the second, posterior noise is diffused to a signal-to-noise ratio and drawn back by the Gaussian prior alone,
+u ~ p0(u | u_t): what is lost there is what the levels below must learn. In the third, for a prior that the quickstart
+saved, some layers are held at posterior noise and the prior draws the others: what the layers below cost.
 """
 
 import argparse

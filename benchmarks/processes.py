@@ -10,11 +10,12 @@ order, the example's HVAE is given the preset `fast` and trained on Fashion-MNIS
 - two, encoder divided: the same with `encode_batch` at half a batch, so that each encodes its own half.
 
 Every run is fresh processes, timed from the end of its third step. Efficiency is seconds of one over twice those of
-two, in pairs of a round; the median and quartiles of the pairs are told. With --weak two processes have twice the
-batch, and efficiency is seconds of one over those of two.
+two, in pairs of a round; medians and quartiles over pairs are printed. With --weak two processes have twice the batch,
+and efficiency is seconds of one over those of two.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import socket
@@ -38,16 +39,11 @@ def train(steps: int, batch: int, encode_batch: int | None) -> float:
 
     torch.set_num_threads(1)
     images, _ = load_subset("train")
-    settings = {
-        **vars(FAST.training),
-        "iterations": WARMUP + steps,
-        "batch_size": batch,
-        "encode_batch": encode_batch,
-        "activity_images": 0,
-    }
-    history = make_prior().fit(
-        images, training=type(FAST.training)(**settings), generator=torch.Generator().manual_seed(0), progress=False
+    training = dataclasses.replace(
+        FAST.training, iterations=WARMUP + steps, batch_size=batch, encode_batch=encode_batch, activity_images=0
     )
+    generator = torch.Generator().manual_seed(0)
+    history = make_prior().fit(images, training=training, generator=generator, progress=False)
     return (history[-1].seconds - history[WARMUP - 1].seconds) / steps
 
 
@@ -69,16 +65,13 @@ def run(processes: int, steps: int, batch: int, encode_batch: int | None) -> flo
         port = free.getsockname()[1]
     command = [sys.executable, __file__, "--worker", "--steps", str(steps), "--batch", str(batch)]
     command += ["--encode-batch", str(encode_batch)] if encode_batch else []
-    group = (
-        {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if processes > 1 else {}
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | group
-    running = [
-        subprocess.Popen(
-            command, env=environment | ({"RANK": str(rank)} if group else {}), stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(processes)
-    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = []
+    for rank in range(processes):
+        own = environment | ({"RANK": str(rank)} if processes > 1 else {})
+        running.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise RuntimeError("a process failed; see above")

@@ -1,7 +1,7 @@
-"""Do chains stay where the data are when they run on? Short and long Langevin transitions of the example's trained
-priors.
+r"""Do chains stay where the data are when they run on? Langevin transitions of the example's trained priors.
 
-    .venv/bin/python benchmarks/transitions.py [examples/output/conditional.safetensors ...] [--factors 1 2 5 20] [--samples 1000]
+    .venv/bin/python benchmarks/transitions.py [examples/output/conditional.safetensors ...] \
+        [--factors 1 2 5 20] [--samples 1000]
 
 takes state dicts that examples/conditional.py saved, one per seed of training, and samples from each with so many times
 its steps K per level. It prints Markdown tables, mean and range over the priors: the Fréchet distance to the training
@@ -77,7 +77,7 @@ def measure(
 def spread(values: list[float], digits: int = 2) -> str:
     """Mean, and range where there are several."""
     if not values or any(math.isinf(value) or math.isnan(value) for value in values):
-        return "too long to tell" if values else ""
+        return "too long to measure" if values else ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
@@ -92,27 +92,22 @@ def print_tables(results: list[list[dict[str, Any]]], factors: list[int], images
         print(f"| {name} | | | {saturated:.3f} | {std:.3f} |{' |' * (levels + 1)}")
     for i, factor in enumerate(factors):
         runs = [runs[i] for runs in results if "distance" in runs[i]]
-        ratios = [
-            runs[i]["distance"] / runs[0]["distance"]
-            for runs in results
-            if "distance" in runs[i] and "distance" in runs[0]
-        ]
+        pairs = [(runs[i], runs[0]) for runs in results if "distance" in runs[i] and "distance" in runs[0]]
         columns = [
             spread([run["distance"] for run in runs]),
-            spread(ratios),
+            spread([run["distance"] / first["distance"] for run, first in pairs]),
             spread([run["pixels"][2] for run in runs], 3),
+            spread([run["pixels"][1] for run in runs], 3),
+            *(spread([run["acceptance"][t] for run in runs]) for t in reversed(range(levels))),
+            f"{sum(run['oversaturated'] for run in runs)} of {len(runs)}",
         ]
-        columns += [spread([run["pixels"][1] for run in runs], 3)]
-        columns += [spread([run["acceptance"][t] for run in runs]) for t in reversed(range(levels))]
-        columns += [f"{sum(run['oversaturated'] for run in runs)} of {len(runs)}"]
         lost = f", {len(results) - len(runs)} of {len(results)} diverged" if len(runs) < len(results) else ""
         print(f"| {factor} K = {results[0][i]['steps']}{lost} | {' | '.join(columns)} |")
     longest = [runs[-1]["relaxation"] for runs in results if runs[-1].get("relaxation")]
     if longest:
         layers = range(len(longest[0][0]))
-        print(
-            f"\n| relaxation time, steps | {' | '.join(f'layer {i}' for i in layers)} |\n|---|" + "---|" * len(layers)
-        )
+        print(f"\n| relaxation time, steps | {' | '.join(f'layer {i}' for i in layers)} |")
+        print("|---" * (len(layers) + 1) + "|")
         for t in reversed(range(levels)):
             print(f"| t = {t} | {' | '.join(spread([run[t][i] for run in longest], 1) for i in layers)} |")
 
@@ -139,7 +134,8 @@ def main() -> None:
     results = []
     for seed, path in enumerate(args.priors):
         prior = load_prior(path)
-        k, runs = prior.langevin.sampling_steps or prior.langevin.steps, []
+        k = prior.langevin.sampling_steps or prior.langevin.steps
+        runs = []
         for factor in args.factors:
             figures, run = measure(prior, factor * k, args.samples, target, reconstructions, seed)
             print(path.name, figures, file=sys.stderr, flush=True)

@@ -44,7 +44,8 @@ def clone(variable: str, *names: str) -> list[ModuleType]:
     return modules_of(os.environ[variable], *names)
 
 
-def build(name: str) -> nn.Module:
+def make_model(name: str) -> nn.Module:
+    """The published configuration with random weights."""
     torch.manual_seed(0)
     if name == "NVAE":
         return official_nvae(os.environ.get("NVAE_REPO"), NVAE_CIFAR10)
@@ -63,7 +64,7 @@ def build(name: str) -> nn.Module:
 def measure(name: str, variant: str, batch: int, device: torch.device) -> dict[str, float]:
     """Seconds and GiB of one gradient of the walk and of the whole score."""
     freeze_it, checkpoint = VARIANTS[variant]
-    model = build(name).to(device).eval()
+    model = make_model(name).to(device).eval()
     adapter = MODELS[name](freeze(model) if freeze_it else model, checkpoint=checkpoint)
     del model
     prior = DiffusionEBMPrior(adapter).to(device)
@@ -99,9 +100,8 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(*args.only, args.batch, torch.device(args.device))))
         return
-    print(
-        "| model | variant | walk, s | ratio | memory, GiB | whole, s | ratio | memory, GiB |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| model | variant | walk, s | ratio | memory, GiB | whole, s | ratio | memory, GiB |")
+    print("|---" * 8 + "|")
     for name in MODELS:
         rounds = []
         for _ in range(args.rounds):
@@ -118,10 +118,8 @@ def main() -> None:
                 cells += [f"{statistics.median(results[variant][what] for results in rounds):.2f}"]
                 cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
                 cells += [f"{statistics.median(results[variant][f'{what} memory'] for results in rounds):.2f}"]
-            print(
-                f"| {name}, D = {rounds[0][variant]['dim']:,}, L = {rounds[0][variant]['layers']} | {variant} | {' | '.join(cells)} |",
-                flush=True,
-            )
+            size = f"D = {rounds[0][variant]['dim']:,}, L = {rounds[0][variant]['layers']}"
+            print(f"| {name}, {size} | {variant} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ build/site` builds it.
 import argparse
 import os
 import re
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -49,12 +49,13 @@ def as_rst(app: Sphinx, what: str, name: str, thing: object, options: object, li
     """
     text: list[str] = []
     block = None
-    for before, line in pairwise(["", *lines]):
+    for number, (before, line) in enumerate(pairwise(["", *lines])):
         indent = len(line) - len(line.lstrip())
         if block is not None and line and indent <= block:
             block = None
         if block is None and not before and indent >= 4:
-            block = indent - 4
+            # The head of a table may stand further right than its rows.
+            block = max(0, min(len(each) - len(each.lstrip()) for each in takewhile(str.strip, lines[number:])) - 4)
             text += [" " * block + "::", ""]
         if block is None:
             kept = r"(`[^`]*`|(?<!\S)\*\w+\*(?=\W))"  # code, and an emphasised word

@@ -1,5 +1,6 @@
-"""Make the repository's own environment and run a script in it; needs Python 3.11 or newer with its venv, and ensurepip
-or pip.
+"""Make the repository's own environment and run a script in it.
+
+It needs Python 3.11 or newer with its venv, and ensurepip or pip.
 
 `run_in_environment(__file__)` at the top of a script runs it again with .venv's Python, after installing what it needs
 (an extra of pyproject.toml, in the versions of constraints.txt) where that has not been done yet. Only the standard
@@ -9,7 +10,7 @@ PyTorch is, in this order: one that is installed already, in .venv or for the Py
 is no NVIDIA GPU, from PyTorch's own index if that answers; what pip finds. `--cpu` and `--cuda` ask for one of the two.
 """
 
-# Pythons that are too old must be able to read this file, to be told so.
+# Pythons that are too old must be able to parse this file, for check_machine to say so.
 from __future__ import annotations
 
 import hashlib
@@ -25,8 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv"
 PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-# What was installed; a sign that it was begun, which goes when it is done; what pip said.
-STAMP, BEGUN, LOG = (ENVIRONMENT / name for name in ("installed.json", "begun", "pip.log"))
+# What is installed; a file that exists while something is being installed; pip's log.
+STAMP = ENVIRONMENT / "installed.json"
+BEGUN = ENVIRONMENT / "begun"
+LOG = ENVIRONMENT / "pip.log"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Gigabytes on disk: the rest of an extra, and PyTorch.
 SIZES = {"examples": 0.3, "dev": 0.8, "cpu": 0.7, "cuda": 6.0}
@@ -40,20 +43,34 @@ folder = pathlib.Path(importlib.util.find_spec("torch").origin).parent
 about = runpy.run_path(str(folder / "version.py"))
 print(json.dumps({"version": version, "build": "cuda" if about["cuda"] else "cpu", "folder": str(folder.parent)}))
 """
+NO_CONNECTION = (
+    "NewConnectionError|NameResolutionError|ConnectTimeout|Read timed out|Max retries|Network is unreachable"
+)
+# Advice by a pattern in pip's log; the first that is found is given.
 ADVICE = {
     r"No space left on device": "The disk is full, here or where temporary files go (TMPDIR says where).",
-    r"ResolutionImpossible": "These versions contradict what your pip is set up with, constraints or an index: see `{pip} config list`.",
-    r"ProxyError|Tunnel connection failed": "pip does not get through the proxy: see HTTPS_PROXY, and `{pip} config list`.",
-    r"SSLError|CERTIFICATE_VERIFY_FAILED": "A certificate was refused: name your network's own with PIP_CERT=/path/to/ca.pem.",
-    r"NewConnectionError|NameResolutionError|ConnectTimeout|Read timed out|Max retries|Network is unreachable": "pip cannot reach its package index. "
-    "Without a network nothing can be installed; behind a proxy, set HTTPS_PROXY; with an index of your own, PIP_INDEX_URL. Then run this again.",
-    r"(satisfies the requirement|matching distribution found for) torch\b": "PyTorch has no build for this machine and Python: it has for Linux with "
-    "glibc (x86-64, aarch64), macOS 14 on Apple silicon, Windows (x86-64), and Python 3.11 to 3.14.",
+    r"ResolutionImpossible": (
+        "These versions contradict what your pip is set up with, constraints or an index: see `{pip} config list`."
+    ),
+    r"ProxyError|Tunnel connection failed": (
+        "pip does not get through the proxy: see HTTPS_PROXY, and `{pip} config list`."
+    ),
+    r"SSLError|CERTIFICATE_VERIFY_FAILED": (
+        "A certificate was refused: name your network's own with PIP_CERT=/path/to/ca.pem."
+    ),
+    NO_CONNECTION: (
+        "pip cannot reach its package index. Without a network nothing can be installed; behind a proxy, set "
+        "HTTPS_PROXY; with an index of your own, PIP_INDEX_URL. Then run this again."
+    ),
+    r"(satisfies the requirement|matching distribution found for) torch\b": (
+        "PyTorch has no build for this machine and Python: it has for Linux with glibc (x86-64, aarch64), macOS 14 on "
+        "Apple silicon, Windows (x86-64), and Python 3.11 to 3.14."
+    ),
 }
 
 
 class SetupError(Exception):
-    """What is in the way, and what to do."""
+    """The environment cannot be made; the message says why, and what to do."""
 
 
 def run_in_environment(script: str, extra: str = "examples") -> None:
@@ -70,18 +87,13 @@ def run_in_environment(script: str, extra: str = "examples") -> None:
     try:
         check_machine(build)
         stamp = read_stamp()
-        if not (
-            stamp.get("inputs") == digest_inputs()
-            and extra in stamp["extras"]
-            and build in (None, stamp["build"])
-            and version_of(PYTHON)
-        ):
+        unchanged = stamp.get("inputs") == digest_inputs()
+        if not (unchanged and extra in stamp["extras"] and build in (None, stamp["build"]) and version_of(PYTHON)):
             if {"-h", "--help"} & set(sys.argv[1:]):
                 raise SystemExit(sys.modules["__main__"].__doc__)
             make(extra, build)
-        raise SystemExit(
-            subprocess.run([str(PYTHON), script, *sys.argv[1:]], check=False, env=clean_environment()).returncode
-        )
+        command = [str(PYTHON), script, *sys.argv[1:]]
+        raise SystemExit(subprocess.run(command, check=False, env=clean_environment()).returncode)
     except SetupError as error:
         raise SystemExit(f"\n{error}") from None
     except OSError as error:
@@ -93,15 +105,12 @@ def run_in_environment(script: str, extra: str = "examples") -> None:
 
 
 def check_machine(build: str | None) -> None:
-    """Raise SetupError where nothing can be installed, whatever is tried."""
-    system, machine = platform.system(), platform.machine()
+    """Raise SetupError where PyTorch has no builds."""
+    system = platform.system()
+    machine = platform.machine()
     if sys.version_info < (3, 11):  # noqa: UP036
         newer = [name for name in ("python3.14", "python3.13", "python3.12", "python3.11") if shutil.which(name)]
-        advice = (
-            f"run this with {newer[0]}, which is here too"
-            if newer
-            else "get one from python.org or your system's packages"
-        )
+        advice = f"run this with {newer[0]}" if newer else "get one from python.org or your system's packages"
         raise SetupError(
             f"This needs Python 3.11 or newer, and {sys.executable} is {platform.python_version()}: {advice}."
         )
@@ -109,11 +118,13 @@ def check_machine(build: str | None) -> None:
         raise SetupError(f"PyTorch needs a Python of 64 bits, and {sys.executable} has 32.")
     if system == "Darwin" and (machine != "arm64" or int(platform.mac_ver()[0].partition(".")[0] or 0) < 14):
         raise SetupError(
-            f"PyTorch is built for macOS 14 or newer on Apple silicon, and this is macOS {platform.mac_ver()[0]} on {machine}."
+            "PyTorch is built for macOS 14 or newer on Apple silicon, and this is macOS "
+            f"{platform.mac_ver()[0]} on {machine}."
         )
     if build == "cuda" and system != "Linux":
         raise SetupError(
-            "--cuda is for Linux. Elsewhere install PyTorch as pytorch.org says and run this again: it takes the one it finds."
+            "--cuda is for Linux. Elsewhere install PyTorch as pytorch.org says and run this again: it takes the one "
+            "it finds."
         )
 
 
@@ -132,19 +143,15 @@ def make(extra: str, build: str | None) -> None:
     keep = version_of(PYTHON) == sys.version and not BEGUN.exists() and stamp.get("build", build) == build
     extra = "dev" if keep and "dev" in stamp.get("extras", ()) else extra
     torch = (find_torch(PYTHON, build) if keep else None) or find_torch(Path(sys.executable), build)
-    build = (
-        torch["build"] if torch else build or ("cuda" if platform.system() == "Linux" and has_nvidia_gpu() else "cpu")
-    )
+    if torch:
+        build = torch["build"]
+        choice = f"{torch['version']}, which is installed already."
+    else:
+        build = build or ("cuda" if platform.system() == "Linux" and has_nvidia_gpu() else "cpu")
+        choice = f"its {build.upper()} build (--cpu and --cuda choose)."
     size = SIZES[extra] + (0 if torch else SIZES[build])
-    print(
-        f"{'Adding to' if keep else 'Making'} {ENVIRONMENT}: about {size:.1f} GB on disk, once. PyTorch: "
-        + (
-            f"{torch['version']}, which is installed already."
-            if torch
-            else f"its {build.upper()} build (--cpu and --cuda choose)."
-        ),
-        flush=True,
-    )
+    what = "Adding to" if keep else "Making"
+    print(f"{what} {ENVIRONMENT}: about {size:.1f} GB on disk, once. PyTorch: {choice}", flush=True)
     pip = make_environment(keep)
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     pinned = re.search(r"(?m)^torch==([^\s;]+)", pins)[1]
@@ -159,15 +166,22 @@ def make(extra: str, build: str | None) -> None:
     run_pip([*install, "-c", str(ENVIRONMENT / "constraints.txt"), "-e", f"{ROOT}[{extra}]"])
     if WITHOUT_DEPENDENCIES[extra]:
         run_pip([*install, "--no-deps", *WITHOUT_DEPENDENCIES[extra]])
-    STAMP.write_text(
-        json.dumps({"inputs": digest_inputs(), "extras": sorted({"examples", extra}), "build": build}), encoding="utf-8"
-    )
+    stamp = {"inputs": digest_inputs(), "extras": sorted({"examples", extra}), "build": build}
+    STAMP.write_text(json.dumps(stamp), encoding="utf-8")
     BEGUN.unlink()
 
 
 def make_environment(keep: bool) -> list[str]:
-    """Make the environment, unless it is kept, and return the command of a pip that installs there; SetupError if
-    either cannot be had.
+    """Make the environment, unless it is kept.
+
+    Args:
+        keep: leave the environment that is there.
+
+    Returns:
+        The command of a pip that installs there.
+
+    Raises:
+        SetupError: there is no such pip, or the environment cannot be made.
     """
     if ENVIRONMENT.is_symlink() or (ENVIRONMENT.exists() and not ENVIRONMENT.is_dir()):
         raise SetupError(f"{ENVIRONMENT} is not a folder; remove it, and run this again.")
@@ -175,8 +189,9 @@ def make_environment(keep: bool) -> list[str]:
     if not keep:
         if version_of(PYTHON) and not (STAMP.exists() or BEGUN.exists()):
             raise SetupError(
-                f"{ENVIRONMENT} is an environment of another Python ({version_of(PYTHON).split()[0]}; this is {platform.python_version()}) that was "
-                f"not made by this command. Remove it, or run the script with it: {PYTHON} {sys.argv[0]}"
+                f"{ENVIRONMENT} is an environment of another Python ({version_of(PYTHON).split()[0]}; this is "
+                f"{platform.python_version()}) that was not made by this command. Remove it, or run the script with "
+                f"it: {PYTHON} {sys.argv[0]}"
             )
         # Systems that package ensurepip apart from Python can do without: pip is then the one of the Python at work.
         for options in (["--clear"], ["--clear", "--without-pip"]):
@@ -187,55 +202,48 @@ def make_environment(keep: bool) -> list[str]:
                 break
         else:
             raise SetupError(
-                f"{(done.stdout + done.stderr).strip()}\n{sys.executable} could not make an environment. If a part of Python is missing, "
-                "install it: on Debian and Ubuntu, sudo apt install python3-venv python3-pip"
+                f"{(done.stdout + done.stderr).strip()}\n{sys.executable} could not make an environment. If a part "
+                "of Python is missing, install it: on Debian and Ubuntu, sudo apt install python3-venv python3-pip"
             )
     BEGUN.touch()
     for pip in ([str(PYTHON), "-m", "pip"], [sys.executable, "-m", "pip", "--python", str(PYTHON)]):
-        if (
-            subprocess.run([*pip, "--version"], capture_output=True, check=False, env=clean_environment()).returncode
-            == 0
-        ):
+        done = subprocess.run([*pip, "--version"], capture_output=True, check=False, env=clean_environment())
+        if done.returncode == 0:
             return pip
     raise SetupError(
-        f"{sys.executable} has neither ensurepip nor a pip of version 22.3 or newer. Install one and run this again: on Debian and Ubuntu, "
-        f"sudo apt install python3-venv; with conda, conda install pip; elsewhere, {sys.executable} -m ensurepip"
+        f"{sys.executable} has neither ensurepip nor a pip of version 22.3 or newer. Install one and run this again: "
+        "on Debian and Ubuntu, sudo apt install python3-venv; with conda, conda install pip; elsewhere, "
+        f"{sys.executable} -m ensurepip"
     )
 
 
 def install_cpu_torch(install: list[str], torch: str) -> None:
-    """Install PyTorch's CPU build from its own index, if that answers: on Linux the public index has builds for CUDA
-    alone.
-    """
+    """Install PyTorch's CPU build from its own index, if that answers: on Linux the public one has builds for CUDA."""
     command = [*install, "--no-deps", "--retries", "1", "--timeout", "15", "--index-url", CPU_INDEX, torch]
     if subprocess.run(command, check=False, env=clean_environment()).returncode:
         print(
-            f"PyTorch's own index ({CPU_INDEX}) does not answer. Taking what pip finds elsewhere, which may be the CUDA build: about "
-            f"{SIZES['cuda']:.0f} GB. To have another one, press Ctrl-C, install it for {sys.executable}, and run this again.",
+            f"PyTorch's own index ({CPU_INDEX}) does not answer. Taking what pip finds elsewhere, which may be the "
+            f"CUDA build: about {SIZES['cuda']:.0f} GB. To have another one, press Ctrl-C, install it for "
+            f"{sys.executable}, and run this again.",
             flush=True,
         )
 
 
 def run_pip(command: list[str]) -> None:
-    """Run pip in sight of the user; SetupError gives a line of advice on what it said."""
+    """Run pip with its output shown; SetupError with a line of advice where it fails."""
     LOG.unlink(missing_ok=True)
     if subprocess.run([*command, "--log", str(LOG)], check=False, env=clean_environment()).returncode:
-        said = LOG.read_text(encoding="utf-8", errors="replace") if LOG.exists() else ""
-        advice = next(
-            (advice for pattern, advice in ADVICE.items() if re.search(pattern, said)),
-            "What pip says above is the cause.",
-        )
-        raise SetupError(
-            f"pip could not install what this needs. {advice.format(pip=f'{sys.executable} -m pip')}\nAll that it said is in {LOG}"
-        )
+        log = LOG.read_text(encoding="utf-8", errors="replace") if LOG.exists() else ""
+        fitting = (advice for pattern, advice in ADVICE.items() if re.search(pattern, log))
+        advice = next(fitting, "What pip says above is the cause.").format(pip=f"{sys.executable} -m pip")
+        raise SetupError(f"pip could not install what this needs. {advice}\nAll of its output is in {LOG}")
 
 
 def find_torch(python: Path, build: str | None) -> dict | None:
     """Version, build and folder of a PyTorch 2.6 or newer that an interpreter has, of the given build if any."""
+    command = [str(python), "-c", FIND_TORCH]
     try:
-        found = json.loads(
-            subprocess.run([str(python), "-c", FIND_TORCH], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-        )
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     except (OSError, subprocess.CalledProcessError):
         return None
     if tuple(map(int, found["version"].split(".")[:2])) < (2, 6) or build not in (None, found["build"]):
@@ -252,11 +260,10 @@ def lend(folder: str) -> None:
 
 
 def version_of(python: Path) -> str:
-    """What an interpreter says of its version; empty if it does not run."""
+    """An interpreter's `sys.version`; empty if it does not run."""
+    command = [str(python), "-c", "import sys; print(sys.version)"]
     try:
-        return subprocess.run(
-            [str(python), "-c", "import sys; print(sys.version)"], check=False, capture_output=True, text=True
-        ).stdout.strip()
+        return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
 
@@ -276,9 +283,8 @@ def read_stamp() -> dict:
 
 
 def digest_inputs() -> str:
-    """What an environment depends on; also its folder, as it does not survive a move, and the version, of which the
-    installation keeps a copy.
-    """
+    """SHA-256 of what an environment depends on."""
+    # Also its folder, as it does not survive a move, and the version, of which the installation keeps a copy.
     inputs = b"".join(
         (ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "hvae_ebm_prior/__init__.py")
     )

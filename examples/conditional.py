@@ -1,4 +1,4 @@
-"""Control: a prior coupled to the ten classes of Fashion-MNIST, on the pretrained HVAE of the quickstart.
+r"""Control: a prior coupled to the ten classes of Fashion-MNIST, on the pretrained HVAE of the quickstart.
 
     python3 examples/conditional.py
 
@@ -6,7 +6,8 @@ trains it (7 minutes on 2 cores) and writes to examples/output: conditional.png 
 NOT), edited.png (layers of real images held, the others drawn under another class), inpainted.png (the lower half
 hidden), and conditional.safetensors, which the command line reads:
 
-    .venv/bin/hvae-ebm-prior sample examples/conditional.py:load_prior examples/output/conditional.safetensors --labels class=sneaker --guidance 4
+    .venv/bin/hvae-ebm-prior sample examples/conditional.py:load_prior examples/output/conditional.safetensors \
+        --labels class=sneaker --guidance 4
 """
 
 import argparse
@@ -33,7 +34,7 @@ from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.saving.grid import save_grid
 
 HERE = Path(__file__).parent
-# The class is bound to the top layer, where it is known best; see docs/control.md.
+# The class is bound to the top layer, from which it is predicted best; see docs/control.md.
 COUPLING = Coupling({"class": LabelSet(CLASSES, layers=(0,))})
 GUIDANCE = 4.0
 # A sharp observation curves the density: chains take shorter steps.
@@ -50,7 +51,7 @@ def load_prior(path: str | Path | None = None, seed: int = 0) -> DiffusionEBMPri
 
 
 def hidden_half(images: Tensor, std: float = 0.1) -> Callable[[Tensor], Tensor]:
-    """log p(upper half of `images` | x), with Gaussian noise of the given std: what inpainting sees."""
+    """log p(upper half of `images` | x), with Gaussian noise of the given std: the observation of inpainting."""
     upper = images.shape[2] // 2
 
     def log_likelihood(x: Tensor) -> Tensor:
@@ -86,11 +87,8 @@ def main() -> None:
         "sandal OR bag": Label("class", "sandal") | Label("class", "bag"),
         "NOT footwear": NOT(Label("class", "sandal") | Label("class", "sneaker") | Label("class", "ankle boot")),
     }
-    save_grid(
-        args.out / "composed.png",
-        [prior.sample(n, labels=what, guidance=GUIDANCE, generator=g) for what in wanted.values()],
-        list(wanted),
-    )
+    rows = [prior.sample(n, labels=labels, guidance=GUIDANCE, generator=g) for labels in wanted.values()]
+    save_grid(args.out / "composed.png", rows, list(wanted))
 
     real = load_subset("test")[0][:n]
     with torch.no_grad():
@@ -103,10 +101,10 @@ def main() -> None:
         )
     save_grid(args.out / "edited.png", list(edits.values()), list(edits))
 
-    seen = real.clone()
-    seen[:, :, real.shape[2] // 2 :] = 0.5
+    masked = real.clone()
+    masked[:, :, real.shape[2] // 2 :] = 0.5
     inpainted = [prior.posterior_sample(hidden_half(real), n, langevin=INPAINTING, generator=g) for _ in range(3)]
-    save_grid(args.out / "inpainted.png", [real, seen, *inpainted], ["real", "seen", "inpainted", "", ""])
+    save_grid(args.out / "inpainted.png", [real, masked, *inpainted], ["real", "masked", "inpainted", "", ""])
     print(f"pictures in {args.out}")
 
 

@@ -1,12 +1,11 @@
-"""The main job: learn a diffusion EBM prior for a pretrained hierarchical VAE of Fashion-MNIST, and see what it is
-worth.
+"""The main job: learn a diffusion EBM prior for a pretrained hierarchical VAE of Fashion-MNIST, and evaluate it.
 
     python3 examples/quickstart.py
 
 makes its own environment and writes to examples/output: at once first.png, samples of the prior that comes with the
 repository (examples/data/prior, made by this command); then, after training one like it (6 1/2 minutes on 2 cores),
 samples.png, training.png, results.json, and the prior itself in the folder prior. Pictures show real images,
-reconstructions, Gaussian samples, and ours. A table says what the prior is worth.
+reconstructions, Gaussian samples, and ours. A table says how far the prior closes the gap between the two.
 
 `--cpu` and `--cuda` choose the build of PyTorch that is installed where there is none.
 """
@@ -35,8 +34,7 @@ from torch import Tensor
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
-from hvae_ebm_prior.evaluation import evaluate
-from hvae_ebm_prior.evaluation.table import table
+from hvae_ebm_prior.evaluation import evaluate, table
 from hvae_ebm_prior.presets import PRESETS
 
 HERE = Path(__file__).parent
@@ -44,7 +42,7 @@ FAST = PRESETS["fast"]
 SCHEDULES = {
     # A little noise is left at level 0: active latents have posteriors so narrow (std .07 and more in u) that the
     # density of noise-free data is very sharp, and learning it without end makes chains overshoot. benchmarks/hole.py
-    # tells what each level of noise costs.
+    # measures what each level of noise costs.
     "smooth": FAST.schedule,
     "cosine": DiffusionSchedule.cosine(3),
     "ddpm": DiffusionSchedule.ddpm(3),
@@ -101,7 +99,7 @@ def save_training(path: Path, history: list[TrainingRecord]) -> None:
 
 
 def peak_memory_gib() -> float:
-    """Largest memory this process has held, NaN where the system does not tell."""
+    """Largest memory this process has held; NaN where the system does not report it."""
     try:
         import resource
     except ImportError:
@@ -128,10 +126,8 @@ def main() -> None:
     test_images = load_subset("test")[0][: args.images]
     trained = DiffusionEBMPrior.from_pretrained(HERE / "data" / "prior", backbone=load_backbone())
     save_samples(args.out / "first.png", trained, test_images, torch.Generator().manual_seed(args.seed))
-    print(
-        f"{args.out / 'first.png'}: samples of a prior trained by this command. Now training another one ...",
-        flush=True,
-    )
+    first = args.out / "first.png"
+    print(f"{first}: samples of a prior trained by this command. Now training another one ...", flush=True)
 
     generator = torch.Generator().manual_seed(args.seed)
     train_images, _ = load_subset("train")
@@ -147,7 +143,8 @@ def main() -> None:
     rows = evaluate(prior, test_images, train_images, load_classifier().features, generator=generator)
     memory = peak_memory_gib()
     print(
-        f"\n{table(rows, 'FD')}\n\n{args.iterations} iterations in {seconds:.0f} s, {memory:.1f} GiB of memory at most; pictures in {args.out}"
+        f"\n{table(rows, 'FD')}\n\n{args.iterations} iterations in {seconds:.0f} s, {memory:.1f} GiB of memory at "
+        f"most; pictures in {args.out}"
     )
     results = {
         "seed": args.seed,

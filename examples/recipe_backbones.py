@@ -68,8 +68,9 @@ TINY = {
     "num_latent_per_group": 4,
     "num_channels_enc": 8,
     "num_channels_dec": 8,
+    "num_cell_per_cond_enc": 1,
+    "num_cell_per_cond_dec": 1,
 }
-TINY |= {"num_cell_per_cond_enc": 1, "num_cell_per_cond_dec": 1}
 
 # Ours: the published code has none.
 HVAE_CIFAR10 = HVAEConfig(image_channels=3, image_size=32, latent_channels=(32, 16, 8), widths=(256, 128, 96))
@@ -92,26 +93,24 @@ def official_nvae(repo: str | None, arguments: Mapping[str, Any], checkpoint: st
     """
     if repo is None or not (Path(repo) / "model.py").exists():
         raise ValueError(
-            f"repo: expected a clone of https://github.com/NVlabs/NVAE, got {repo}; give it with --repo or NVAE_REPO, or a function with --backbone"
+            f"repo: expected a clone of https://github.com/NVlabs/NVAE, got {repo}; give it with --repo or NVAE_REPO, "
+            "or a function with --backbone"
         )
     utils, model = modules_of(repo, "utils", "model")
+
+    def make(args: argparse.Namespace, writer: Any, _: Any) -> nn.Module:
+        # Not the cells in the file: files of older versions hold the architecture's name alone.
+        return model.AutoEncoder(args, writer, utils.get_arch_cells(args.arch_instance))
+
     if checkpoint is not None:
-        # Files of older versions hold the architecture's name alone.
-        return load_nvae(
-            checkpoint,
-            lambda args, writer, _: model.AutoEncoder(args, writer, utils.get_arch_cells(args.arch_instance)),
-            {},
-        )
+        return load_nvae(checkpoint, make, {})
     with without_cuda():
-        return model.AutoEncoder(
-            argparse.Namespace(**arguments), None, utils.get_arch_cells(arguments["arch_instance"])
-        )
+        return make(argparse.Namespace(**arguments), None, None)
 
 
 def modules_of(folder: str, *names: str) -> list[ModuleType]:
-    """Modules of a clone. Its folder does not stay on the path: NVAE has a datasets.py, which would hide the package
-    `datasets`.
-    """
+    """Modules of a clone."""
+    # Its folder does not stay on the path: NVAE has a datasets.py, which would hide the package `datasets`.
     sys.path.insert(0, folder)
     sys.modules.setdefault("tensorboardX", ModuleType("tensorboardX")).SummaryWriter = None  # type: ignore[attr-defined]
     try:

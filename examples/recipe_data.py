@@ -36,7 +36,9 @@ class Pictures(Dataset[Tensor]):
     """
 
     def __init__(self, source: Sequence[Any], size: int, bits: int = 8) -> None:
-        self.source, self.size, self.bits = source, size, bits
+        self.source = source
+        self.size = size
+        self.bits = bits
 
     def __len__(self) -> int:
         return len(self.source)
@@ -72,7 +74,9 @@ class Shapes(Sequence[Any]):
     """
 
     def __init__(self, count: int, size: int, seed: int = 0) -> None:
-        self.count, self.size, self.seed = count, size, seed
+        self.count = count
+        self.size = size
+        self.seed = seed
 
     def __len__(self) -> int:
         return self.count
@@ -81,13 +85,11 @@ class Shapes(Sequence[Any]):
         if not 0 <= index < self.count:
             raise IndexError(index)
         random, size = np.random.default_rng(self.seed + index), self.size
-        picture = Image.fromarray(random.integers(0, 256, (3, 3, 3), np.uint8)).resize(
-            (size, size), Image.Resampling.BICUBIC
-        )
-        left, top, width, height = (random.uniform(size / 8, size / 2, 4)).tolist()
-        ImageDraw.Draw(picture).ellipse(
-            (left, top, left + width, top + height), fill=tuple(random.integers(0, 256, 3).tolist())
-        )
+        corners = Image.fromarray(random.integers(0, 256, (3, 3, 3), np.uint8))
+        picture = corners.resize((size, size), Image.Resampling.BICUBIC)
+        left, top, width, height = random.uniform(size / 8, size / 2, 4).tolist()
+        color = tuple(random.integers(0, 256, 3).tolist())
+        ImageDraw.Draw(picture).ellipse((left, top, left + width, top + height), fill=color)
         return picture.filter(ImageFilter.GaussianBlur(size / 32))
 
 
@@ -135,7 +137,7 @@ def encoded_picture(value: bytes) -> Image.Image:
 
 
 def cifar10(folder: Path) -> tuple[Any, Any]:
-    """CIFAR-10's training and test set: pictures in folders `train` and `test` of `folder`, or else a download to it."""
+    """CIFAR-10's training and test set: pictures in folders `train` and `test` of `folder`, or else a download."""
     return folders_or_download(folder, CIFAR10, "test")
 
 
@@ -145,10 +147,8 @@ def celeba_hq(folder: Path) -> tuple[Any, Any]:
     """
     if (folder / "train.lmdb").exists():
         # NVAE's scripts/convert_tfrecord_to_lmdb.py writes raw pictures under their numbers.
-        training_set, held_out = (
-            Lmdb(folder / f"{name}.lmdb", raw_picture, order=int) for name in ("train", "validation")
-        )
-        return training_set, held_out
+        training_set = Lmdb(folder / "train.lmdb", raw_picture, order=int)
+        return training_set, Lmdb(folder / "validation.lmdb", raw_picture, order=int)
     return folders_or_download(folder, CELEBA_HQ, "validation")
 
 
@@ -176,7 +176,7 @@ def folders_or_download(folder: Path, name: str, held_out: str) -> tuple[Any, An
     except ImportError as error:
         raise missing("this recipe's images need datasets", "recipes") from error
     if (folder / "train").is_dir():
-        found = datasets.load_dataset("imagefolder", data_dir=str(folder))
+        splits = datasets.load_dataset("imagefolder", data_dir=str(folder))
     else:
-        found = datasets.load_dataset(name, cache_dir=str(folder))
-    return found["train"], found[held_out]
+        splits = datasets.load_dataset(name, cache_dir=str(folder))
+    return splits["train"], splits[held_out]

@@ -28,15 +28,15 @@ SLOW = 20.0
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured with one batch.
+class BatchCost:
+    """Time and memory of one batch.
 
     Attributes:
         batch: images.
         langevin_seconds: one Langevin step, which is one gradient of the whole prior.
         once_seconds: the rest of an iteration.
         decode_seconds: the decoder, in sampling.
-        memory: bytes at the peak beyond what the models hold; NaN where the system does not tell.
+        memory: bytes at the peak beyond what the models hold; NaN where the system does not report it.
     """
 
     batch: int
@@ -46,10 +46,8 @@ class Measured:
     memory: float
 
 
-def measure(prior: DiffusionEBMPrior, image_size: int, batch: int) -> Measured:
-    """Time and memory of learning steps with `batch` random images, of which short ones are run twice and the faster
-    counts.
-    """
+def measure(prior: DiffusionEBMPrior, image_size: int, batch: int) -> BatchCost:
+    """Time and memory of learning steps with `batch` random images; of short steps the faster one of two."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, 3, image_size, image_size, generator=generator).to(prior.device)
     prior.train()
@@ -63,28 +61,29 @@ def measure(prior: DiffusionEBMPrior, image_size: int, batch: int) -> Measured:
         with torch.no_grad():
             prior.decode(torch.randn(batch, prior.dim, generator=generator).to(prior.device))
 
-    langevin, before = prior.langevin, memory_in_use(prior.device)
+    langevin = prior.langevin
+    before = memory_in_use(prior.device)
     try:
-        first = seconds(lambda: learn(1), prior.device)
-        rounds = 1 if first > SLOW else 2
-        one = min([first, *(seconds(lambda: learn(1), prior.device) for _ in range(rounds - 1))])
-        three, decoding = (
-            min(seconds(call, prior.device) for _ in range(rounds)) for call in (lambda: learn(3), decode)
-        )
+        one = seconds(lambda: learn(1), prior.device)
+        rounds = 1 if one > SLOW else 2
+        if rounds == 2:
+            one = min(one, seconds(lambda: learn(1), prior.device))
+        three = min(seconds(lambda: learn(3), prior.device) for _ in range(rounds))
+        decoding = min(seconds(decode, prior.device) for _ in range(rounds))
     finally:
         prior.langevin = langevin
         prior.eval()
     step = max((three - one) / 2, 0.0)
-    return Measured(batch, step, max(one - step, 0.0), decoding, peak_memory(prior.device) - before)
+    return BatchCost(batch, step, max(one - step, 0.0), decoding, peak_memory(prior.device) - before)
 
 
-def extrapolate(prior: DiffusionEBMPrior, found: Sequence[Measured], batch: int) -> dict[str, float]:
-    """Time and memory with batches of `batch` images, from measurements of growing batches: seconds and GiB by name."""
-    first, last = found[0], found[-1]
+def extrapolate(prior: DiffusionEBMPrior, costs: Sequence[BatchCost], batch: int) -> dict[str, float]:
+    """Time and memory with batches of `batch` images, from those of growing batches: seconds and GiB by name."""
+    first, last = costs[0], costs[-1]
     steps, levels = prior.langevin.steps, prior.schedule.steps
-    slope = (last.memory - first.memory) / (last.batch - first.batch) if len(found) > 1 else last.memory / last.batch
-    # Energies stand seven times: the prior's, the trainee's, gradients, two moments of Adam, and two snapshots of the
-    # guard.
+    slope = (last.memory - first.memory) / (last.batch - first.batch) if len(costs) > 1 else last.memory / last.batch
+    # Energies are held seven times: the prior's, the trainee's, gradients, two moments of Adam, and two snapshots of
+    # the guard.
     held = sum(
         tensor.nbytes
         for module in backbone_modules(prior.backbone)
@@ -115,33 +114,34 @@ def report_costs(
         iterations: all of them.
 
     Returns:
-        What was measured, and what it makes.
+        What was measured and extrapolated, for estimate.json.
     """
     on_gpu = prior.device.type == "cuda"
     name = torch.cuda.get_device_name(prior.device) if on_gpu else f"CPU with {torch.get_num_threads()} threads"
     print(f"D = {prior.dim:,} in {len(prior.latent_shapes)} layers; on {name}, torch {torch.__version__}", flush=True)
-    found = []
+    measured = []
     for size in sizes:
-        found.append(measure(prior, image_size, size))
+        cost = measure(prior, image_size, size)
+        measured.append(cost)
         print(
-            f"measured, batch {size}: {found[-1].langevin_seconds:.3f} s per Langevin step, {found[-1].once_seconds:.3f} s once per iteration, "
-            f"{found[-1].decode_seconds:.3f} s to decode, {found[-1].memory / 2**30:.2f} GiB",
+            f"measured, batch {size}: {cost.langevin_seconds:.3f} s per Langevin step, {cost.once_seconds:.3f} s once "
+            f"per iteration, {cost.decode_seconds:.3f} s to decode, {cost.memory / 2**30:.2f} GiB",
             flush=True,
         )
-    costs = extrapolate(prior, found, batch)
+    costs = extrapolate(prior, measured, batch)
     print(
         f"extrapolated, batch {batch}, T = {prior.schedule.steps}, K = {prior.langevin.steps}:\n"
         f"  one iteration    {duration(costs['seconds per iteration'])}\n"
         f"  one epoch        {duration(epoch * costs['seconds per iteration'])} for {epoch:,} iterations\n"
         f"  training         {duration(iterations * costs['seconds per iteration'])} for {iterations:,} iterations\n"
         f"  50,000 samples   {duration(50_000 * costs['seconds per sample'])}\n"
-        f"  memory           {costs['GiB']:.2f} GiB, {costs['GiB of weights']:.2f} of it weights; {costs['GiB per image']:.3f} per image"
+        f"  memory           {costs['GiB']:.2f} GiB, {costs['GiB of weights']:.2f} of it weights; "
+        f"{costs['GiB per image']:.3f} per image"
     )
-    measured = [dataclasses.asdict(cost) for cost in found]
     return {
         "on": name,
         "torch": torch.__version__,
-        "measured": measured,
+        "measured": [dataclasses.asdict(cost) for cost in measured],
         "extrapolated": costs,
         "epoch": epoch,
         "iterations": iterations,
@@ -167,14 +167,14 @@ def duration(seconds: float) -> str:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Bytes in use, from which on the peak is counted anew; NaN where the system does not tell."""
+    """Bytes in use; the peak is counted anew from here. NaN where the system does not report them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     gc.collect()
     if not Path("/proc/self/clear_refs").exists():
         return math.nan
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back, so that it does not hide what comes
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory goes back to the system, or it would hide the peak to come
     Path("/proc/self/clear_refs").write_text("5")
     return process_status("VmRSS")
 

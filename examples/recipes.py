@@ -2,7 +2,7 @@
 HVAE of CIFAR-10.
 
     python examples/recipes.py cifar10-nvae --repo ~/NVAE --checkpoint checkpoint.pt --data ~/data --out out/cifar10
-    python examples/recipes.py cifar10-nvae --repo ~/NVAE --estimate        # time and memory of it, measured on this machine
+    python examples/recipes.py cifar10-nvae --repo ~/NVAE --estimate        # its time and memory on this machine
     python examples/recipes.py cifar10-nvae --repo ~/NVAE --smoke           # all of it in seconds, on generated images
 
 docs/recipes.md says what to download. The folder `--out` gets prior.safetensors and results.json, from which
@@ -128,8 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(run: Run, options: argparse.Namespace) -> None:
-    """Data, backbone, prior, fit, files, and once more from the files to samples."""
-    recipe, out, generator = RECIPES[run.recipe], options.out, torch.Generator().manual_seed(run.seed)
+    """Make data, backbone and prior, fit, write the files, and draw samples from the prior that they hold."""
+    recipe = RECIPES[run.recipe]
+    out = options.out
+    generator = torch.Generator().manual_seed(run.seed)
     training_set, held_out = (Pictures(source, image_size(run)) for source in load_sources(run, options.data))
     if isinstance(recipe.backbone, HVAEConfig):
         make_hvae(run, training_set, held_out, out, options.hvae_epochs)
@@ -156,13 +158,14 @@ def train(run: Run, options: argparse.Namespace) -> None:
             save()
             gaps = ", ".join(f"{gap:.1f}" for gap in record.gaps)
             print(
-                f"iteration {record.iteration}: loss {record.loss:.2f}, energy gap per t {gaps}, {duration(record.seconds)}",
+                f"iteration {record.iteration}: loss {record.loss:.2f}, energy gap per t {gaps}, "
+                f"{duration(record.seconds)}",
                 flush=True,
             )
 
     def save() -> None:
         write_atomically(out / "prior.safetensors", lambda path: save_file(prior.state_dict(), path))
-        write_json(out / "results.json", describe(run, preset, training, prior, history))
+        write_json(out / "results.json", results_of_run(run, preset, training, prior, history))
 
     try:
         prior.fit(training_set, training=training, callback=follow, generator=generator)
@@ -184,9 +187,10 @@ def train(run: Run, options: argparse.Namespace) -> None:
         }
     write_atomically(out / "samples.png", lambda path: save_grid(path, list(rows.values()), list(rows)))
     loader = shlex.quote(f"{os.path.relpath(__file__)}:load_prior")
+    folder, images, reference = (shlex.quote(str(out / name)) for name in ("", "held_out.npy", "training.npy"))
     print(
-        f"{out} written. Next:\n\n    hvae-ebm-prior evaluate {loader} {shlex.quote(str(out))} --images {shlex.quote(str(out / 'held_out.npy'))} "
-        f"--reference {shlex.quote(str(out / 'training.npy'))} --features inception --device {run.device}"
+        f"{out} written. Next:\n\n    hvae-ebm-prior evaluate {loader} {folder} --images {images} "
+        f"--reference {reference} --features inception --device {run.device}"
     )
 
 
@@ -247,7 +251,8 @@ def load_backbone(run: Run, folder: Path | None, *, random: bool = False) -> Any
         nvae = load_function(run.backbone)(*([run.checkpoint] if run.checkpoint else []))
     elif run.checkpoint is None and not (random or run.smoke):
         raise ValueError(
-            f"{run.recipe}: expected --checkpoint, a file that NVAE's train.py wrote; docs/recipes.md says where to find one"
+            f"{run.recipe}: expected --checkpoint, a file that NVAE's train.py wrote; "
+            "docs/recipes.md says where to find one"
         )
     else:
         small = {**TINY, "dataset": "celeba_64"} if image_size(run) == 64 else TINY
@@ -256,7 +261,7 @@ def load_backbone(run: Run, folder: Path | None, *, random: bool = False) -> Any
         )
     if folder is not None and recipe.recalibrate:
         nvae.load_state_dict(load_file(folder / "batch_norm.safetensors"), strict=False)
-    # On its device before it becomes an adapter, which reads there where it is.
+    # On its device before the adapter is made, which takes the device from it.
     noise = torch.Generator().manual_seed(run.seed)
     return NVAEAdapter(nvae.to(device).eval(), output=run.output, checkpoint=run.save_memory, generator=noise)
 
@@ -296,11 +301,8 @@ def recalibrated(run: Run, adapter: NVAEAdapter, out: Path) -> NVAEAdapter:
     recalibrate_batch_norm(
         adapter, 1.0, iterations=2 if run.smoke else 500, batch_size=4 if run.smoke else 25, generator=generator
     )
-    statistics = {
-        name: value
-        for name, value in adapter.model.state_dict().items()
-        if name.endswith(("running_mean", "running_var"))
-    }
+    weights = adapter.model.state_dict()
+    statistics = {name: weights[name] for name in weights if name.endswith(("running_mean", "running_var"))}
     write_atomically(out / "batch_norm.safetensors", lambda path: save_file(statistics, path))
     return adapter
 
@@ -340,16 +342,14 @@ def make_prior(run: Run, adapter: Any) -> tuple[DiffusionEBMPrior, Preset]:
     return prior, preset
 
 
-def describe(
+def results_of_run(
     run: Run, preset: Preset, training: Any, prior: DiffusionEBMPrior, history: list[TrainingRecord]
 ) -> dict[str, Any]:
-    """What results.json holds."""
+    """The contents of results.json."""
     last = history[-100:]
-    means = (
-        {name: float(np.mean([getattr(record, name) for record in last])) for name in ("loss", "gradient_norm")}
-        if last
-        else {}
-    )
+    means = {}
+    for name in ("loss", "gradient_norm") if last else ():
+        means[name] = float(np.mean([getattr(record, name) for record in last]))
     return {
         "run": dataclasses.asdict(run),
         "settings": {name: str(value) for name, value in {**vars(preset), "training": training}.items()},

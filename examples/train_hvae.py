@@ -54,11 +54,15 @@ def train(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     per_epoch = max(1, len(images) // batch_size)
-    steps, warmup = epochs * per_epoch, 2 * per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    start, step = time.time(), 0
+    steps = epochs * per_epoch
+    warmup = 2 * per_epoch
+
+    def rate(step: int) -> float:
+        return min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    start = time.time()
+    step = 0
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator, device=device).to(images.device)
         for batch in order.split(batch_size)[:per_epoch]:
@@ -78,16 +82,19 @@ def train(
                 parts = ", ".join(f"{d:.1f}" for d in divergences.mean(0).tolist())
                 report(
                     f"step {step}: -log p(x|z) {nll.mean().item():.1f}, KL per layer [{parts}], weight {weight:.2f}, "
-                    f"gradient norm {norm.item():.1f}, scale {model.log_scale.exp().item():.4f}, {time.time() - start:.0f} s"
+                    f"gradient norm {norm.item():.1f}, scale {model.log_scale.exp().item():.4f}, "
+                    f"{time.time() - start:.0f} s"
                 )
         with torch.no_grad():
             parts = [average.module(x.to(device), generator=generator) for x in test_images[:2000].split(500)]
-        nll, divergences = torch.cat([p[0] for p in parts]).mean(), torch.cat([p[1] for p in parts]).mean(0)
+        nll = torch.cat([p[0] for p in parts]).mean()
+        divergences = torch.cat([p[1] for p in parts]).mean(0)
         kl = ", ".join(f"{d:.1f}" for d in divergences.tolist())
         bound = (nll + divergences.sum()).item()
         count = min(2000, len(test_images))
         report(
-            f"epoch {epoch + 1}: EMA on {count:,} test images: -log p(x|z) {nll.item():.1f}, KL per layer [{kl}], -ELBO {bound:.1f}"
+            f"epoch {epoch + 1}: EMA on {count:,} test images: -log p(x|z) {nll.item():.1f}, KL per layer [{kl}], "
+            f"-ELBO {bound:.1f}"
         )
         after_epoch(average.module)
     return average.module

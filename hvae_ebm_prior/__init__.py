@@ -1,4 +1,18 @@
-"""Good samples out of a trained hierarchical VAE: conditional energy-based diffusion priors in its noise space."""
+"""Good samples out of a trained hierarchical VAE: conditional energy-based diffusion priors in its noise space.
+
+The package in the order in which it is built; every line imports from those above it alone:
+
+    backbone                  the frozen model as a map from noise u to latents z
+    energies                  the networks that are learned, and labels
+    chains                    noise levels, Langevin steps, their kernels, noise by sample
+    density                   the density that these make, sampling, composition of several
+    saving                    folders and the Hub
+    training                  loss, step and loop; data, checkpoints, callbacks
+    prior, presets, control   DiffusionEBMPrior, its settings by name, editing with it
+    baselines                 other priors over the same noise
+    evaluation                metrics, likelihoods, outlier scores, comparisons, checks of adapters
+    cli                       the commands
+"""
 
 from .backbone.transform import BackboneAdapter
 from .baselines.layerwise import LayerwisePrior

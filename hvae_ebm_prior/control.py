@@ -1,12 +1,11 @@
-"""Editing: hold what some layers say, draw the others anew.
+"""Editing: hold some layers, draw the others anew.
 
     resample          of noise u_0, hold some layers and draw the rest from the prior, under labels if asked
     edit              the same of real images: encode, resample, decode
-    sample_in_turn    the top layers under a first label, then, with these held, the layers below under the next (sequential editing)
+    sample_in_turn    sequential editing: top layers under one label, then, with these held, those below under another
     interpolate       on the great circle between two noises
 
-High-level attributes belong to high layers and low-level ones to low layers, so holding layers is what keeps an edit
-local.
+High-level attributes belong to high layers and low-level ones to low layers, so holding layers keeps an edit local.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,12 +65,12 @@ def edit(
     guidance: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw real images anew, but for what some layers say of them.
+    """Draw real images anew, but for some layers.
 
     Args:
         prior: the trained prior.
         images: (N, C, H, W) in [0, 1].
-        hold: indices of the layers that keep what the encoder finds, 0 the top.
+        hold: indices of the layers that keep their posterior draw, 0 the top.
         labels: as in `DiffusionEBMPrior.sample_noise`, for the layers that are drawn.
         guidance: strength of the labels.
         generator: source of all noise.
@@ -95,8 +94,7 @@ def sample_in_turn(
     guidance: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """Sequential editing: each stage draws all layers that are not held yet under its labels, and then holds its own
-    layers.
+    """Sequential editing: each stage draws all layers that are not held yet under its labels, then holds its own.
 
     Args:
         prior: the trained prior.
@@ -149,11 +147,13 @@ def interpolate(
     check_count(steps, "steps")
     if start.shape != end.shape or steps < 2:
         raise ValueError(
-            f"expected two noises of one shape and at least 2 steps, got {tuple(start.shape)}, {tuple(end.shape)} and {steps}"
+            f"expected two noises of one shape and at least 2 steps, "
+            f"got {tuple(start.shape)}, {tuple(end.shape)} and {steps}"
         )
-    ones = [part.new_full(part.shape, layers is None or i in layers) for i, part in enumerate(prior.split(start[:1]))]
-    moves = prior.join(ones) > 0
+    chosen = range(len(prior.latent_shapes)) if layers is None else layers
+    moves = prior.join([torch.full_like(part, i in chosen) for i, part in enumerate(prior.split(start[:1]))]) > 0
     weight = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)[:, None, None]
     angle = torch.nn.functional.cosine_similarity(moves * start, moves * end, dim=1)[:, None].clamp(-1, 1).acos()
-    between = torch.sin((1 - weight) * angle) / angle.sin() * start + torch.sin(weight * angle) / angle.sin() * end
-    return torch.where(moves, torch.where(angle < 1e-3, torch.lerp(start, end, weight), between), start)
+    on_circle = torch.sin((1 - weight) * angle) / angle.sin() * start + torch.sin(weight * angle) / angle.sin() * end
+    # At small angles the sines are 0 / 0, and the circle is the straight line.
+    return torch.where(moves, torch.where(angle < 1e-3, torch.lerp(start, end, weight), on_circle), start)

@@ -1,4 +1,4 @@
-"""Installed packages: what is there, and what to install for what is not, said the same way everywhere."""
+"""Optional packages: which are installed, and the errors that name what to install."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -34,9 +34,8 @@ def missing(what: str, extra: str) -> ImportError:
 
 def installed(package: str) -> str | None:
     """The version of an installed distribution, None if there is none of this name."""
-    if (
-        package == "torch"
-    ):  # its own word names the build, +cpu or +cu124, which the metadata of some releases leave out
+    # Its own version names the build, +cpu or +cu124, which the metadata of some releases leave out.
+    if package == "torch":
         return str(torch.__version__)
     try:
         return version(package)

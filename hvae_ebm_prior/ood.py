@@ -1,11 +1,10 @@
-"""Outlier scores, under the name users import; they live in evaluation/outliers.py."""
+"""Outlier scores, under the name users import; they live in evaluation/outliers.py and evaluation/detection.py."""
 
+from .evaluation.detection import Detection, detection
 from .evaluation.outliers import (
     SCHEMES,
-    Detection,
     bound_scores,
     density_scores,
-    detection,
     diffusion_scores,
     inference_scores,
     ratio_scores,

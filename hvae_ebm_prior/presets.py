@@ -1,5 +1,4 @@
-"""Settings by name: ours, those of the published code for its two NVAE benchmarks, and their like for two benchmarks
-without published ones.
+"""Settings by name: ours, the published code's for its two NVAE benchmarks, and two in their manner.
 
     preset = PRESETS["paper-cifar10"]
     prior = DiffusionEBMPrior(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)

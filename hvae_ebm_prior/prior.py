@@ -59,7 +59,7 @@ class DiffusionEBMPrior(LearnedPrior):
             TypeError, ValueError: a wrong type, count, layer index, shape, temperature or label.
             ChainDiverged: a chain left the finite numbers.
         """
-        request = self._request(n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature)
+        request = make_request(self, n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature)
         states = self._sample_levels(request, draw_key(generator), range(n))
         return torch.stack(states) if trajectory else states[0]
 
@@ -93,7 +93,7 @@ class DiffusionEBMPrior(LearnedPrior):
             TypeError, ValueError: as in `sample_noise`.
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
-        request = self._request(n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature)
+        request = make_request(self, n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature)
         key = agree(draw_key(generator))
 
         def draw(chunk: slice) -> Tensor:
@@ -133,17 +133,13 @@ class DiffusionEBMPrior(LearnedPrior):
                 the images.
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
-        request = self._request(
-            n, fixed=fixed, labels=labels, guidance=guidance, log_likelihood=log_likelihood, langevin=langevin
+        request = make_request(
+            self, n, fixed=fixed, labels=labels, guidance=guidance, log_likelihood=log_likelihood, langevin=langevin
         )
         return self._decode_finite(self._sample_levels(request, draw_key(generator), range(n))[0])
 
-    def _request(self, n: int, **asked: Any) -> SamplingRequest:
-        """What is asked, checked; see `make_request`."""
-        return make_request(self, n, **asked)
-
     def _sample_levels(self, request: SamplingRequest, key: int, samples: range) -> list[Tensor]:
-        """States u_0..u_T of the given samples of a call."""
+        """States u_0..u_T of the given samples of a call; baselines draw in ways of their own."""
         return sample_levels(self, request, key, samples)
 
     def _draw(self, key: int, samples: range) -> Tensor:
@@ -152,12 +148,12 @@ class DiffusionEBMPrior(LearnedPrior):
     @property
     def gradients_per_step(self) -> int:
         """Gradients of the networks for a batch in one step of `fit`: one per step of the chain, one to learn from."""
-        return self.langevin.steps + 1 + (self.langevin.corrector_steps and self.langevin.corrector_steps + 1)
+        corrector_steps = self.langevin.corrector_steps
+        # Metropolis steps compare the gradients at both ends, so they need one more than there are steps.
+        return self.langevin.steps + 1 + (corrector_steps + 1 if corrector_steps else 0)
 
     def batch_loss(
         self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
     ) -> RecoveryLoss:
-        """What `fit` learns from at every step, of posterior noise `u` (N, D) of images, the given rows of a batch if
-        any; see `recovery_loss`.
-        """
+        """The loss that `fit` learns from; see `recovery_loss`."""
         return recovery_loss(self, u, labels, generator, rows)

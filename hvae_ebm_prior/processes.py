@@ -42,12 +42,9 @@ def rank() -> int:
 
 
 def start() -> None:
-    """Join the group that `torchrun` announces in the environment; with a GPU for each process, on the GPU LOCAL_RANK."""
-    cuda = (
-        torch.cuda.is_available()
-        and dist.is_nccl_available()
-        and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    )
+    """Join the group that `torchrun` announces in the environment; with a GPU for each process, on its LOCAL_RANK."""
+    enough_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available() and dist.is_nccl_available() and enough_gpus
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -56,9 +53,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process counts as the only one: for what some processes do and others do not, such as pictures by
-    the first.
-    """
+    """A context in which this process counts as the only one: for work that some processes do and others do not."""
     before = by_itself.set(True)
     try:
         yield
@@ -67,9 +62,7 @@ def alone() -> Iterator[None]:
 
 
 def share(n: int) -> range:
-    """The part of range(n) that this process takes; parts differ in size by 1 at most, and some are empty if n is
-    small.
-    """
+    """This process's part of range(n); parts differ in size by 1 at most, and some are empty where n is small."""
     here, count = rank(), world()
     return range(n * here // count, n * (here + 1) // count)
 
@@ -109,7 +102,7 @@ def collect(work: Callable[[], T]) -> list[T]:
 
 
 def portable(error: BaseException) -> BaseException:
-    """`error`, or a RuntimeError that tells of it where it cannot be sent."""
+    """`error`, or a RuntimeError with its type and message where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))  # our own bytes
     except Exception:
@@ -123,11 +116,15 @@ def agree(value: T) -> T:
 
 
 def agree_on_generator(generator: torch.Generator | None) -> torch.Generator | None:
-    """A generator that goes on alike in all processes: `generator` in the state it has in the first one, or a new one
-    for None.
+    """Give all processes a generator in the same state.
 
-    None stays None in a single process. In several it would be torch's global generator, which networks may draw from,
-    each process as it needs.
+    Args:
+        generator: of this process; takes the state of the first process's. None stays None in a single process; in
+            several it becomes a new generator, as networks may draw from torch's global one, in each process as often
+            as it needs.
+
+    Returns:
+        The generator.
     """
     if world() == 1:
         return generator
@@ -136,11 +133,11 @@ def agree_on_generator(generator: torch.Generator | None) -> torch.Generator | N
     return generator.set_state(agree(generator.get_state()))
 
 
-def carried(tensor: Tensor) -> Tensor:
-    """`tensor`, contiguous, where the group can carry it: a group of NCCL alone, as Accelerate makes it, carries
-    nothing from a CPU.
-    """
-    return tensor.contiguous() if tensor.is_cuda or "cpu:" in dist.get_backend_config() else tensor.contiguous().cuda()
+def sendable(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous, on a device that the group can send from."""
+    # A group of NCCL alone, as Accelerate makes it, sends nothing from a CPU.
+    able = tensor.is_cuda or "cpu:" in dist.get_backend_config()
+    return tensor.contiguous() if able else tensor.contiguous().cuda()
 
 
 @torch.no_grad()
@@ -148,7 +145,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     """Give the tensors of all processes the values of the first one's."""
     if world() > 1:
         for tensor in tensors:
-            values = carried(tensor)
+            values = sendable(tensor)
             dist.broadcast(values, 0)
             tensor.copy_(values)
 
@@ -158,12 +155,13 @@ def add_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace gradients by their sums over processes, the same bits in all; those that no process has stay None."""
     if world() == 1:
         return
-    mine = [parameter.grad is not None for parameter in parameters]
-    anywhere = [any(each) for each in zip(*collect(lambda: mine), strict=True)]
-    used = [parameter for parameter, needed in zip(parameters, anywhere, strict=True) if needed]
+    in_processes = collect(lambda: [parameter.grad is not None for parameter in parameters])
+    used = [parameter for parameter, *has in zip(parameters, *in_processes, strict=True) if any(has)]
     if not used:
         return
-    flat = carried(torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in used]))
+    flat = sendable(
+        torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in used])
+    )
     dist.all_reduce(flat)
     for parameter, part in zip(used, flat.split([each.numel() for each in used]), strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.device, copy=True)
@@ -180,12 +178,12 @@ def join(rows: Tensor | None) -> Tensor | None:
     """
     if world() == 1:
         return rows
-    shapes = collect(lambda: None if rows is None else (tuple(rows.shape), rows.dtype, rows.device.type))
-    found = []
-    for i, about in enumerate(shapes):
-        if about is not None:
-            shape, dtype, kind = about
-            part = carried(rows if i == rank() and rows is not None else torch.empty(shape, dtype=dtype, device=kind))
+    layouts = collect(lambda: None if rows is None else (tuple(rows.shape), rows.dtype, rows.device.type))
+    parts = []
+    for i, layout in enumerate(layouts):
+        if layout is not None:
+            shape, dtype, kind = layout
+            part = sendable(rows if i == rank() and rows is not None else torch.empty(shape, dtype=dtype, device=kind))
             dist.broadcast(part, i)
-            found.append(part.to(kind if rows is None else rows.device))
-    return torch.cat(found) if found else None
+            parts.append(part.to(kind if rows is None else rows.device))
+    return torch.cat(parts) if parts else None

@@ -42,6 +42,13 @@ class RandomBackbone:
         return torch.sigmoid(self.model["tail"](features)).reshape(-1, 1, 2, 2)
 
 
+class Seeing(RandomBackbone):
+    """The same with posteriors that depend on the images, so that training depends on which images it sees."""
+
+    def infer(self, images: Tensor) -> list[Tensor]:
+        return [noise + 4 * images.flatten(1)[:, : noise.shape[1]] - 2 for noise in super().infer(images)]
+
+
 class IdentityBackbone:
     """Layers of standard normals, so that z = u. Images (N, 1, 1, D) hold the latents, squeezed into [0, 1] by (z + 10)
     / 20.
@@ -63,6 +70,11 @@ class IdentityBackbone:
 
     def decode(self, features: Tensor) -> Tensor:
         return ((features + 10) / 20).clamp(0, 1)[:, None, None]
+
+
+def images_of(z: Tensor) -> Tensor:
+    """Images of an `IdentityBackbone` that hold the latents `z`, (N, D)."""
+    return ((z + 10) / 20)[:, None, None]
 
 
 class Pair(IdentityBackbone):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from backbones import RandomBackbone
+from helpers import seed
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +39,7 @@ SHAPES = [(3, 4, 4), (2, 4, 4), (5,)]
 SMALL = EnergyConfig(width=8, blocks=1, vector_width=8)
 CHAINS = LangevinConfig(steps=3, step_size=0.2)
 TRAINING = TrainingConfig(iterations=3, batch_size=6, activity_images=8, learning_rate=3e-3, gap_limit=float("inf"))
-IMAGES = torch.rand(18, 1, 2, 2, generator=torch.Generator().manual_seed(7))
+IMAGES = torch.rand(18, 1, 2, 2, generator=seed(7))
 LABELS = torch.arange(18) % 3
 
 
@@ -48,10 +49,6 @@ class Seen(RandomBackbone):
     def infer(self, images: Tensor) -> list[Tensor]:
         shift = images.flatten(1).mean(1) - 0.5
         return [z + shift.reshape(-1, *[1] * (z.ndim - 1)) for z in super().infer(images)]
-
-
-def seed(value: int) -> torch.Generator:
-    return torch.Generator().manual_seed(value)
 
 
 def build(kind: type = DiffusionEBMPrior, backbone: object = None, **settings: object) -> DiffusionEBMPrior:

@@ -15,13 +15,7 @@ def inputs(n, dim, dtype):
 
 
 def both(*tensors, **arguments):
-    results = []
-    for backend in ("naive", "triton"):
-        statistics = torch.empty(len(tensors[0]), 4) if arguments.get("statistics") else None
-        results.append(
-            (langevin_update(*tensors, **{**arguments, "statistics": statistics}, backend=backend), statistics)
-        )
-    return results
+    return [langevin_update(*tensors, **arguments, backend=backend) for backend in ("naive", "triton")]
 
 
 def main():
@@ -31,55 +25,46 @@ def main():
         shapes, (torch.float32, torch.bfloat16, torch.float16), (False, True)
     ):
         key, step = torch.tensor([-(2**40) - 3, 17]), torch.tensor([2**31 + 5])
-        (a, _), (b, _) = both(*inputs(n, dim, dtype), key=key, step=step, stream=3, previous=previous)
+        a, b = both(*inputs(n, dim, dtype), key=key, step=step, stream=3, previous=previous)
         assert torch.equal(a, b), (n, dim, dtype, previous, (a - b).abs().max())
         cases += 1
 
-    # Frozen elements, the guard with a NaN and an infinity, and sums.
+    # Held elements, a NaN and an infinity.
     u, u_next, gradient, coefficients = inputs(3, 1500, torch.float32)
     gradient[1, 1234] = float("nan")
     gradient[2, 0] = float("inf")
     held = torch.arange(1500) % 3 == 0
-    for arguments in (
-        {"held": held},
-        {"guard": True},
-        {"held": held, "guard": True, "statistics": True},
-        {"statistics": True},
-    ):
-        (a, sums), (b, others) = both(u, u_next, gradient, coefficients, key=torch.tensor([1, 0]), **arguments)
+    for arguments in ({}, {"held": held}):
+        a, b = both(u, u_next, gradient, coefficients, key=torch.tensor([1, 0]), **arguments)
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), arguments
-        if sums is not None:
-            torch.testing.assert_close(sums, others, rtol=1e-5, atol=1e-4, equal_nan=True)
         assert torch.isfinite(b[0]).all()
         cases += 1
 
     # Any block size, part of the batch, and strided inputs: the same bits.
-    u, u_next, gradient, coefficients = inputs(4, 700, torch.float32)
+    u, u_next, gradient, coefficients = inputs(4, 200, torch.float32)
     key, step = torch.tensor([5, 0]), torch.tensor([1])
     whole = langevin_update(u, u_next, gradient, coefficients, key=key, step=step, backend="naive")
     for block in (16, 64, 512, 1024):
-        assert torch.equal(
-            fused_update(u, u_next, gradient, coefficients, key, step, 0, False, None, False, None, block), whole
-        ), block
+        assert torch.equal(fused_update(u, u_next, gradient, coefficients, key, step, 0, False, None, block), whole), (
+            block
+        )
         cases += 1
     part = langevin_update(
         u[2:], u_next[2:], gradient[2:], coefficients[2:], key=torch.tensor([5, 2]), step=step, backend="triton"
     )
     assert torch.equal(part, whole[2:])
-    wide = torch.randn(4, 900)
-    wide[:, 100:800] = u
-    channels_last = gradient.reshape(4, 7, 10, 10).to(memory_format=torch.channels_last).flatten(1)
+    wide = torch.randn(4, 400)
+    wide[:, 100:300] = u
+    channels_last = gradient.reshape(4, 2, 10, 10).to(memory_format=torch.channels_last).flatten(1)
     transposed = gradient.t().contiguous().t()
-    for strided in ((wide[:, 100:800], u_next, gradient), (u, u_next, transposed), (u, u_next, channels_last)):
+    for strided in ((wide[:, 100:300], u_next, gradient), (u, u_next, transposed), (u, u_next, channels_last)):
         assert torch.equal(langevin_update(*strided, coefficients, key=key, step=step, backend="triton"), whole)
         cases += 1
 
     # As many dimensions as the largest VDVAE has; large blocks, as the interpreter runs programs one after the other.
     u, u_next, gradient, coefficients = inputs(1, 4_500_001, torch.bfloat16)
     expected = langevin_update(u, u_next, gradient, coefficients, key=key, step=step, backend="naive")
-    assert torch.equal(
-        fused_update(u, u_next, gradient, coefficients, key, step, 0, False, None, False, None, 2**20), expected
-    )
+    assert torch.equal(fused_update(u, u_next, gradient, coefficients, key, step, 0, False, None, 2**20), expected)
     print(f"{cases + 2} cases are equal")
 
 

@@ -6,20 +6,19 @@ import ast
 import importlib.metadata
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import bootstrap
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import bootstrap
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """What the environment depends on, in a folder whose name has a space and umlauts; pip's installations are recorded
-    instead of run.
+    instead of run, and the Python at work has a pip, but no ensurepip.
     """
     root = tmp_path / "Bücher und mehr"
     for name in ("pyproject.toml", "constraints.txt", "hvae_ebm_prior/__init__.py"):
@@ -33,13 +32,27 @@ def checkout(tmp_path, monkeypatch):
         monkeypatch.setattr(bootstrap, name, path)
     commands = []
     monkeypatch.setattr(bootstrap, "run_pip", commands.append)
+    plain = subprocess.run
+
+    def without_ensurepip(command, **options):
+        if "venv" in command and "--without-pip" not in command:
+            return subprocess.CompletedProcess(command, 1, stdout="", stderr="ensurepip is not available")
+        if command[1:3] == ["-m", "pip"]:
+            return subprocess.CompletedProcess(command, int(command[0] != sys.executable))
+        return plain(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", without_ensurepip)
     return commands
 
 
 def run(*arguments, extra="examples"):
     """The command with these arguments on a script that prints what it is run with; its exit code."""
     script = bootstrap.ROOT / "script.py"
-    script.write_text("import sys, torch; print(sys.prefix, torch.__file__, *sys.argv[1:], file=open('ran', 'w'))")
+    script.write_text(
+        "import importlib.util, sys\n"
+        "torch = importlib.util.find_spec('torch').origin\n"
+        "print(sys.prefix, torch, *sys.argv[1:], file=open('ran', 'w'))\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), *arguments])
         patch.chdir(bootstrap.ROOT)
@@ -56,6 +69,7 @@ def test_an_environment_takes_the_torch_that_is_there_and_is_repaired(checkout, 
     assert (Path(prefix), Path(found), argument.strip()) == (bootstrap.ENVIRONMENT, Path(torch.__file__), "7")
     assert f"{importlib.metadata.version('torch')}, which is installed already" in capsys.readouterr().out
     (installed,) = checkout
+    assert installed[:5] == [sys.executable, "-m", "pip", "--python", str(bootstrap.PYTHON)]
     assert installed[-1] == f"{bootstrap.ROOT}[examples]"
     # Once only; then what is missing, keeping what is there.
     assert run() == 0
@@ -112,10 +126,10 @@ def test_help_needs_no_environment(checkout, monkeypatch):
 SAID = {
     "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device": "The disk is full",
     "ERROR: ResolutionImpossible: for help visit ...": "contradict what your pip is set up with",
-    "WARNING: Retrying ... NewConnectionError('...: Failed to establish a new connection')": "cannot reach its package index",
+    "WARNING: Retrying ... NewConnectionError('...: Failed to establish a new ...')": "cannot reach its package index",
     "ProxyError('Cannot connect to proxy.')": "does not get through the proxy",
     "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))": "PIP_CERT",
-    "ERROR: Could not find a version that satisfies the requirement torch>=2.6 (from versions: none)": "no build for this machine",
+    "ERROR: Could not find a version that satisfies the requirement torch>=2.6 (from ...)": "no build for this machine",
     "something new": "What pip says above is the cause",
 }
 

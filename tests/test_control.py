@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from helpers import seed
 from torch import nn
 
 from hvae_ebm_prior import (
@@ -15,10 +16,6 @@ from hvae_ebm_prior import (
     LangevinConfig,
 )
 from hvae_ebm_prior.control import edit, interpolate, resample, sample_in_turn
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 @pytest.fixture(scope="module")

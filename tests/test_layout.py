@@ -3,8 +3,6 @@
 import ast
 import importlib.metadata
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,21 +80,20 @@ def test_rooms_say_what_they_are_for():
         )
 
 
-def test_core_never_imports_adapters():
-    code = "import sys, hvae_ebm_prior; sys.exit(any('hvae_ebm_prior' in name and 'adapters' in name for name in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_core_never_imports_adapters(imported):
+    core, _ = imported
+    assert "hvae_ebm_prior.chains.kernels" in core
+    assert not any("hvae_ebm_prior" in name and "adapters" in name for name in core)
 
 
-def test_only_required_packages_are_imported():
-    code = (
-        "import sys, hvae_ebm_prior.adapters, hvae_ebm_prior.evaluation, hvae_ebm_prior.presets, hvae_ebm_prior.testing\n"
-        "import hvae_ebm_prior.cli\n"
-        "import hvae_ebm_prior.evaluation.likelihood, hvae_ebm_prior.baselines, hvae_ebm_prior.cli.demo\n"
-        "optional = {'matplotlib', 'scipy', 'sklearn', 'triton', 'torchvision', 'accelerate', 'PIL', 'datasets', 'torch_fidelity', 'gradio'}\n"
-        "sys.exit(', '.join(optional & set(sys.modules)) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_only_required_packages_are_imported(imported):
+    _, everything = imported
+    assert {"hvae_ebm_prior_adapters", "hvae_ebm_prior.cli.demo", "torch"} <= everything
+    optional = {
+        *("matplotlib", "scipy", "sklearn", "triton", "torchvision", "accelerate", "PIL", "datasets"),
+        *("torch_fidelity", "gradio"),
+    }
+    assert not optional & everything
 
 
 def test_adapters_are_one_module_under_two_names():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from backbones import RandomBackbone
+from helpers import seed
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.presets import PRESETS
@@ -21,7 +22,7 @@ def test_every_preset_trains_and_samples(name):
     prior = DiffusionEBMPrior(
         RandomBackbone([(2,), (1, 4, 4)]), schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy
     )
-    g = torch.Generator().manual_seed(0)
+    g = seed(0)
     images = torch.rand(8, 1, 2, 2, generator=g)
     history = prior.fit(images, training=preset.training, iterations=2, batch_size=4, generator=g, progress=False)
     assert len(history) == 2

@@ -11,16 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import seed
+from recipe_backbones import TINY, official_nvae
+from recipe_data import Pictures, Shapes, celeba_hq, cifar10, lsun_churches
+from recipe_estimate import BatchCost, duration, extrapolate
+from recipes import RECIPES, Run, load_prior, main, settings
 from stand_ins import AutoEncoder, perturb
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.adapters import HVAE
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from recipe_backbones import TINY, official_nvae
-from recipe_data import Pictures, Shapes, celeba_hq, cifar10, lsun_churches
-from recipe_estimate import Measured, duration, extrapolate
-from recipes import RECIPES, Run, load_prior, main, settings
 
 # Where the recipes find their backbone: each stand-in with the kind of output of the official one.
 FUNCTIONS = {"cifar10-nvae": "mixture_of_32", "celebahq256-nvae": "mixture_of_64", "lsun-church64-nvae": "normal_of_64"}
@@ -47,10 +46,6 @@ def stand_in(**settings):
 
 def backbone_options(recipe):
     return ["--backbone", f"{__file__}:{FUNCTIONS[recipe]}"] if recipe in FUNCTIONS else []
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +341,7 @@ def test_estimate(tmp_path, capsys):
 
 def test_extrapolation_is_the_stated_sum():
     prior = load_prior_of_two_steps()
-    found = [Measured(1, 2.0, 1.0, 0.5, 100.0 * 2**30), Measured(2, 4.0, 2.0, 1.0, 150.0 * 2**30)]
+    found = [BatchCost(1, 2.0, 1.0, 0.5, 100.0 * 2**30), BatchCost(2, 4.0, 2.0, 1.0, 150.0 * 2**30)]
     costs = extrapolate(prior, found, 10)
     assert costs["seconds per gradient and image"] == 2.0
     assert costs["seconds per iteration"] == pytest.approx((2 * 4.0 + 2.0) * 5)

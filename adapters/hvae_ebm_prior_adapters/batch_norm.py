@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvae_ebm_prior.backbone.transform import BackboneAdapter, NoiseTransform
 from hvae_ebm_prior.backbone.lock import backbone_modules
+from hvae_ebm_prior.backbone.transform import BackboneAdapter, NoiseTransform
 from hvae_ebm_prior.chains.streams import draw_key, open_streams
 
 
@@ -25,8 +25,7 @@ def recalibrate_batch_norm(
     batch_size: int = 16,
     generator: torch.Generator | None = None,
 ) -> Callable[[], None]:
-    """Estimate the decoder's batch norm statistics anew, as means over batches of Gaussian samples at `temperature`, in
-    float32.
+    """Estimate the decoder's batch norm statistics anew, in float32, as means over batches of samples at `temperature`.
 
     Args:
         adapter: the backbone, as trained: not folded by `freeze`, in float32.
@@ -44,7 +43,8 @@ def recalibrate_batch_norm(
     """
     if not (temperature > 0 and iterations > 0 and batch_size > 1):
         raise ValueError(
-            f"expected temperature > 0, iterations > 0 and batch_size > 1, got {temperature}, {iterations} and {batch_size}"
+            f"expected temperature > 0, iterations > 0 and batch_size > 1, got {temperature}, {iterations} and "
+            f"{batch_size}"
         )
     modules = {module: name for root in backbone_modules(adapter) for name, module in root.named_modules()}
     norms: list[Any] = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -81,7 +81,8 @@ def recalibrate_batch_norm(
                 restore(norm, former[norm][2])
             elif not bool(torch.isfinite(norm.running_mean).all() & torch.isfinite(norm.running_var).all()):
                 raise ValueError(
-                    f"the batch norm statistics of {modules[norm]} are not finite at temperature {temperature}; check the weights"
+                    f"the batch norm statistics of {modules[norm]} are not finite at temperature {temperature}; "
+                    "check the weights"
                 )
     except BaseException:
         undo()

@@ -39,7 +39,8 @@ def read_nvae_checkpoint(path: str | Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"{path}: holds objects that are not loaded for safety; NVAE's own hold tensors and one argparse Namespace. {error}"
+                f"{path}: holds objects that are not loaded for safety; NVAE's own hold tensors and one argparse "
+                f"Namespace. {error}"
             ) from error
     missing = [name for name in ("args", "state_dict") if not isinstance(checkpoint, dict) or name not in checkpoint]
     if missing:
@@ -73,7 +74,8 @@ def load_nvae(
     if not isinstance(architecture, Mapping):
         name = getattr(checkpoint["args"], "arch_instance", "...")
         raise ValueError(
-            f"{path}: holds no architecture; pass architecture=utils.get_arch_cells({name!r}), with `utils` of your clone of NVAE"
+            f"{path}: holds no architecture; pass architecture=utils.get_arch_cells({name!r}), with `utils` of your "
+            "clone of NVAE"
         )
     with contextlib.nullcontext() if torch.cuda.is_available() else without_cuda():
         model = autoencoder(checkpoint["args"], None, architecture)
@@ -85,8 +87,9 @@ def load_nvae(
     missing = [name for name in result.missing_keys if not name.endswith("weight_normalized")]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"{path}: the weights do not fit the model: {len(missing)} are missing ({', '.join(missing[:3]) or 'none'}), "
-            f"{len(result.unexpected_keys)} are unknown ({', '.join(result.unexpected_keys[:3]) or 'none'}); is it of another version of NVAE?"
+            f"{path}: the weights do not fit the model: {len(missing)} are missing "
+            f"({', '.join(missing[:3]) or 'none'}), {len(result.unexpected_keys)} are unknown "
+            f"({', '.join(result.unexpected_keys[:3]) or 'none'}); is it of another version of NVAE?"
         )
     return make_portable(model.cpu()).eval()
 

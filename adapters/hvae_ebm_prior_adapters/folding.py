@@ -2,8 +2,7 @@
 
 - Weight normalisation becomes plain weights: NVAE's own (recomputed at every forward pass) and PyTorch's.
 - Batch norm in eval mode is the affine map y = scale x + shift. It goes into the convolution before it, or into one
-  without padding after it (padding
-  pads with zeros, not with shifts); elsewhere it stays an affine map.
+  without padding after it (padding pads with zeros, not with shifts); elsewhere it stays an affine map.
 - NVAE's swish becomes PyTorch's fused SiLU.
 - Weights are laid out channels last, which convolutions prefer on most devices.
 """
@@ -71,7 +70,7 @@ class Affine(nn.Module):
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode; weights that modules work out and keep as attributes are copied without their history."""
+    """A deep copy in eval mode; weights that modules compute and keep as attributes are copied without their graph."""
     derived = [
         value
         for module in model.modules()
@@ -103,18 +102,15 @@ def fold_cell(cell: Any) -> None:
     """Fold all operations of an NVAE cell into the first, if that computes the same."""
     operations = list(cell._ops)
     folded = nn.Sequential(*fused(layer for operation in operations for layer in layers_of(operation, nvae=True)))
-    sizes = [
-        getattr(layer, "num_features", None) or getattr(layer, "in_channels", None) for layer in cell._ops.modules()
-    ]
-    channels = next(size for size in sizes if size)
+    inputs = (getattr(layer, "num_features", 0) or getattr(layer, "in_channels", 0) for layer in cell._ops.modules())
+    channels = next(size for size in inputs if size)
     features = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(next(cell.parameters()))
     expected = features
     for operation in operations:
         expected = operation(expected)
     actual = folded(features)
-    if actual.shape != expected.shape or not torch.allclose(
-        actual, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())
-    ):
+    tolerance = 1e-3 * float(expected.abs().max())
+    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-2, atol=tolerance):
         warnings.warn(
             f"freeze: a cell of type {cell.cell_type!r} computes something else than NVAE's and is left as it is",
             stacklevel=3,
@@ -172,13 +168,12 @@ def layers_of(module: Any, *, nvae: bool) -> list[nn.Module]:
             return layers_of(next(iter(children.values())), nvae=True)
         if "conv_0" in children and hasattr(module, "upsample"):
             norm = children.get("bn_act") or children.get("bn")
-            before: list[nn.Module] = layers_of(norm, nvae=True) if norm is not None else []
-            before += [] if "bn_act" in children else [nn.ELU()]
-            return (
-                before
-                + ([nn.UpsamplingNearest2d(scale_factor=2)] if module.upsample else [])
-                + layers_of(children["conv_0"], nvae=True)
-            )
+            layers: list[nn.Module] = layers_of(norm, nvae=True) if norm is not None else []
+            if "bn_act" not in children:
+                layers.append(nn.ELU())
+            if module.upsample:
+                layers.append(nn.UpsamplingNearest2d(scale_factor=2))
+            return layers + layers_of(children["conv_0"], nvae=True)
     return [module]
 
 
@@ -203,18 +198,14 @@ def fused(layers: Iterable[nn.Module]) -> list[nn.Module]:
 def merge(first: nn.Module, second: nn.Module) -> nn.Conv2d | None:
     """One convolution that does both, or None."""
     if is_plain_convolution(first) and isinstance(second, Affine):
-        bias = (
-            second.shift.flatten()
-            if first.bias is None
-            else first.bias * second.scale.flatten() + second.shift.flatten()
-        )
+        bias = second.shift.flatten()
+        if first.bias is not None:
+            bias = first.bias * second.scale.flatten() + bias
         return convolution(first, first.weight * second.scale.reshape(-1, 1, 1, 1), bias)
-    if (
-        isinstance(first, Affine)
-        and is_plain_convolution(second)
-        and second.groups == 1
-        and second.padding in (0, (0, 0))
-    ):
+    if isinstance(first, Affine) and is_plain_convolution(second):
+        # Padding would have to pad with the shift; with groups, weights see only some of the channels.
+        if second.groups > 1 or second.padding not in (0, (0, 0)):
+            return None
         bias = (second.weight * first.shift).sum((1, 2, 3)) + (0 if second.bias is None else second.bias)
         return convolution(second, second.weight * first.scale, bias)
     return None
@@ -227,12 +218,9 @@ def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def convolution(like: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """PyTorch's convolution of the shape of `like` with these weights."""
-    settings: dict[str, Any] = {
-        name: getattr(like, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")
-    }
-    new = nn.Conv2d(
-        like.in_channels, like.out_channels, like.kernel_size, bias=bias is not None, device="meta", **settings
-    )  # type: ignore[arg-type]
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    settings: dict[str, Any] = {name: getattr(like, name) for name in names}
+    new = nn.Conv2d(**settings, bias=bias is not None, device="meta")
     new.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)

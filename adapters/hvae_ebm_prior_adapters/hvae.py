@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,9 +60,7 @@ class ResidualBlock(nn.Module):
 
 
 class TopDownBlock(nn.Module):
-    """One latent layer: prior and posterior from the features, then the features for the layer below, at twice the
-    resolution.
-    """
+    """One latent layer: prior and posterior from features, then the features of the layer below, twice as fine."""
 
     def __init__(self, latent_channels: int, width: int, width_below: int) -> None:
         super().__init__()
@@ -100,6 +98,29 @@ def soft_clamp(x: Tensor, bound: float = 5.0) -> Tensor:
 def single(x: Tensor) -> Tensor:
     """`x` in float32 where it is in half precision: means, stds and images need the digits."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class PosteriorLayer(NamedTuple):
+    """One layer of a posterior draw.
+
+    Attributes:
+        shift: d, how far the posterior's mean is from the prior's, in units of the prior's std.
+        log_ratio: log r, of the posterior's std over the prior's.
+        z: the latent.
+        log_density: log q(z | z above, x) in nats, (N,).
+        features: the features above the layer.
+    """
+
+    shift: Tensor
+    log_ratio: Tensor
+    z: Tensor
+    log_density: Tensor
+    features: Tensor
+
+    def divergence(self) -> Tensor:
+        """KL divergence of the posterior from the prior in nats, (N,)."""
+        per_dimension = 0.5 * (self.shift**2 + torch.exp(2 * self.log_ratio) - 1) - self.log_ratio
+        return per_dimension.flatten(1).sum(1)
 
 
 class HVAE(nn.Module):
@@ -149,12 +170,8 @@ class HVAE(nn.Module):
         residual = (images - self.image_mean(features)) * torch.exp(-self.log_scale)
         return -(0.5 * residual**2 + self.log_scale + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
-    def posterior_walk(
-        self, images: Tensor, generator: torch.Generator | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """Draw every latent from the posterior; yields shift, log-ratio, latent z, log q(z | z above, x) in nats and
-        features above, per layer.
-        """
+    def posterior_walk(self, images: Tensor, generator: torch.Generator | None) -> Iterator[PosteriorLayer]:
+        """Draw every latent from the posterior, top to bottom."""
         h = self.start.expand(len(images), -1, -1, -1)
         for block, features in zip(self.blocks, self.bottom_up(images), strict=True):
             mean, std = block.prior(h)
@@ -162,8 +179,8 @@ class HVAE(nn.Module):
             noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
             z = mean + std * (shift + torch.exp(log_ratio) * noise)
             log_density = -(0.5 * noise**2 + log_ratio + std.log() + 0.5 * math.log(2 * math.pi))
-            yield shift, log_ratio, z, log_density.flatten(1).sum(1), h
-            if block is not self.blocks[-1]:  # what is below the last latent is no business of the posterior
+            yield PosteriorLayer(shift, log_ratio, z, log_density.flatten(1).sum(1), h)
+            if block is not self.blocks[-1]:  # the posterior needs no features below the last latent
                 h = block(h, z)
 
     def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -177,8 +194,8 @@ class HVAE(nn.Module):
             -log p(x | z) of shape (N,), and the KL divergence of every layer (N, L); both in nats.
         """
         layers = list(self.posterior_walk(images, generator))
-        divergences = [(0.5 * (d**2 + torch.exp(2 * r) - 1) - r).flatten(1).sum(1) for d, r, _, _, _ in layers]
-        features = self.blocks[-1](layers[-1][4], layers[-1][2])
+        divergences = [layer.divergence() for layer in layers]
+        features = self.blocks[-1](layers[-1].features, layers[-1].z)
         return -self.log_likelihood(features, images), torch.stack(divergences, dim=1)
 
     def save(self, path: str | Path) -> None:
@@ -208,7 +225,7 @@ class HVAEAdapter:
     """
 
     needs = ("start", "blocks", "bottom_up", "posterior_walk", "image_mean")
-    output = "mean"  # what `decode` gives of p(x | z), as `hvae-ebm-prior evaluate` records it
+    output = "mean"  # `decode` gives the mean of p(x | z), as `hvae-ebm-prior evaluate` records
 
     def __init__(self, model: HVAE) -> None:
         self.model = model
@@ -226,7 +243,7 @@ class HVAEAdapter:
         return [z for z, _ in self.infer_with_density(images)]
 
     def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [(z, log_density) for _, _, z, log_density, _ in self.model.posterior_walk(images, None)]
+        return [(layer.z, layer.log_density) for layer in self.model.posterior_walk(images, None)]
 
     def posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         # With more layers, shift and ratio of the lower ones depend on the latents drawn above.

@@ -25,7 +25,7 @@ class LadderAdapter:
     """
 
     needs = ("stages", "likelihood", "n_latents", "skip_stochastic", "infer", "generate")
-    output = "mean"  # what `decode` gives of p(x | z), as `hvae-ebm-prior evaluate` records it
+    output = "mean"  # `decode` gives the mean of p(x | z), as `hvae-ebm-prior evaluate` records
 
     def __init__(self, model: nn.Module, *, checkpoint: bool = False) -> None:
         self.model: Any = model
@@ -80,9 +80,8 @@ class LadderAdapter:
 
 
 def below(stage: Any, z: Tensor, skips: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-    """A stage's features and skip outputs; the published module takes its skip inputs off the list, so it gets one of
-    its own.
-    """
+    """A stage's features and skip outputs from its latent and the skip outputs of the stage above."""
+    # The published module takes its inputs off the list.
     return stage.p_deterministic(z, None if skips is None else list(skips))
 
 

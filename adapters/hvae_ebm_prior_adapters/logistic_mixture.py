@@ -17,8 +17,7 @@ MARGIN = 1e-5
 
 
 def mixture_mean(parameters: Tensor) -> Tensor:
-    """Image of the mixture's mean means and coefficients, differentiable; the estimate of NVAE's
-    `DiscMixLogistic.mean`.
+    """Image of the mixture's mean means and coefficients, differentiable, as of NVAE's `DiscMixLogistic.mean`.
 
     Args:
         parameters: (N, 10 M, H, W).
@@ -56,8 +55,7 @@ def mixture_sample(parameters: Tensor, choice: Tensor, noise: Tensor) -> Tensor:
 
 
 def mixture_log_likelihood(parameters: Tensor, images: Tensor, levels: int = 256) -> Tensor:
-    """Log-probability of images of whole levels: the mixture's mass within half a level, of the outermost levels all
-    that lies beyond.
+    """Log-probability of images of whole levels: the mixture's mass within half a level, at the ends all beyond.
 
     With a and b the ends of a level in units of the scale, log(sigmoid(a) - sigmoid(b)) = log sigmoid(a) + log
     sigmoid(-b) + log(1 - exp(b - a)).
@@ -74,7 +72,9 @@ def mixture_log_likelihood(parameters: Tensor, images: Tensor, levels: int = 256
         ValueError: the number of channels is no multiple of 10.
     """
     logits, means, log_scales, coefficients = unpack(parameters)
-    values, half, scales = (2 * images - 1).unsqueeze(2), 1 / (levels - 1), log_scales.exp()
+    values = (2 * images - 1).unsqueeze(2)
+    half = 1 / (levels - 1)
+    scales = log_scales.exp()
     red, green = values[:, 0], values[:, 1]
     shifts = (
         torch.zeros_like(coefficients[:, 0]),
@@ -82,7 +82,8 @@ def mixture_log_likelihood(parameters: Tensor, images: Tensor, levels: int = 256
         coefficients[:, 1] * red + coefficients[:, 2] * green,
     )
     residuals = values - means - torch.stack(shifts, dim=1)
-    below, above = F.logsigmoid((residuals + half) / scales), F.logsigmoid((half - residuals) / scales)
+    below = F.logsigmoid((residuals + half) / scales)
+    above = F.logsigmoid((half - residuals) / scales)
     within = below + above + torch.log(-torch.expm1(-2 * half / scales))
     log_masses = torch.where(values <= half - 1, below, torch.where(values >= 1 - half, above, within))
     return torch.logsumexp(logits.log_softmax(1) + log_masses.sum(1), dim=1).flatten(1).sum(1)
@@ -94,7 +95,8 @@ def unpack(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if channels % 10:
         raise ValueError(f"logistic mixture: expected 10 channels per component, got {channels} channels")
     mixtures = channels // 10
-    logits, rest = parameters[:, :mixtures], parameters[:, mixtures:].reshape(n, 3, 3 * mixtures, height, width)
+    logits = parameters[:, :mixtures]
+    rest = parameters[:, mixtures:].reshape(n, 3, 3 * mixtures, height, width)
     means, log_scales, coefficients = rest.chunk(3, dim=2)
     return logits, means, log_scales.clamp(min=-7), torch.tanh(coefficients)
 
@@ -112,17 +114,14 @@ def assemble(values: Tensor, coefficients: Tensor) -> Tensor:
 def image_noise(
     draw: Callable[..., Tensor], n: int, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor
 ) -> Tensor:
-    """Noise (n, *shape) by `draw` (torch.rand or torch.randn), image by image, so that it does not depend on how images
-    are split into batches.
-    """
+    """Noise (n, *shape) by `draw` (torch.rand or torch.randn), image by image, so that batches make no difference."""
     device = like.device if generator is None else generator.device
     return torch.stack([draw(shape, generator=generator, device=device) for _ in range(n)]).to(like)
 
 
 def draw_mixture(parameters: Tensor, generator: torch.Generator | None) -> Tensor:
     """`mixture_sample` with noise from `generator`."""
-    mixtures, size = parameters.shape[1] // 10, tuple(parameters.shape[2:])
-    choice, noise = image_noise(torch.rand, len(parameters), (mixtures + 3, *size), generator, parameters).split(
-        [mixtures, 3], dim=1
-    )
+    mixtures = parameters.shape[1] // 10
+    shape = (mixtures + 3, *parameters.shape[2:])
+    choice, noise = image_noise(torch.rand, len(parameters), shape, generator, parameters).split([mixtures, 3], dim=1)
     return mixture_sample(parameters, choice, noise)

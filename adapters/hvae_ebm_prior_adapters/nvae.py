@@ -1,7 +1,8 @@
 """NVAE (Vahdat & Kautz 2020; the attributes of github.com/NVlabs/NVAE's `AutoEncoder`): residual cells with latent
 groups at several scales.
 
-    z_0 ~ N(0, 1.01^2),    z_k ~ N(5 tanh(mean_k / 5), (exp(5 tanh(log_std_k / 5)) + .01)^2),    (mean_k, log_std_k) = dec_sampler[k - 1](s_k)
+    z_0 ~ N(0, 1.01^2),    z_k ~ N(5 tanh(mean_k / 5), (exp(5 tanh(log_std_k / 5)) + .01)^2)
+    (mean_k, log_std_k) = dec_sampler[k - 1](s_k)
 
 with s_k the features above group k. Posteriors are residual (mean and log-std added to the prior's before the clamp) or
 not, and may end in normalising flows: the latent is what the flows return.
@@ -22,7 +23,7 @@ from .walk import Walk, normal_draw, posterior_draws, priors, run
 
 
 class Group(NamedTuple):
-    """What a latent group is conditioned on: the features above it, and its prior's mean and log-std before the clamp."""
+    """The features that a latent group is conditioned on, and its prior's mean and log-std before the clamp."""
 
     features: Tensor
     mean: Tensor
@@ -68,7 +69,9 @@ class NVAEAdapter:
         if output not in ("mean", "sample"):
             raise ValueError(f'output: expected "mean" or "sample", got {output!r}')
         self.model: Any = make_portable(model)
-        self.output, self.checkpoint, self.generator = output, checkpoint, generator
+        self.output = output
+        self.checkpoint = checkpoint
+        self.generator = generator
 
     def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Tensor]:
         return priors(self._walk(batch_size), lambda group: gaussian(group.mean, group.log_std))
@@ -82,14 +85,18 @@ class NVAEAdapter:
         features, sides = self._encode(images)
 
         def draw(k: int, group: Group) -> tuple[Tensor, Tensor]:
-            # The top group's posterior sees the image alone; the others see the features above them too.
-            seen = model.enc0(features) if k == 0 else sides[k - 1][0](sides[k - 1][1], group.features)
-            mean, log_std = model.enc_sampler[k](seen).chunk(2, dim=1)
+            # The top group's posterior depends on the image alone, the others' on the features above them too.
+            if k == 0:
+                condition = model.enc0(features)
+            else:
+                combiner, side = sides[k - 1]
+                condition = combiner(side, group.features)
+            mean, log_std = model.enc_sampler[k](condition).chunk(2, dim=1)
             if k > 0 and model.res_dist:
                 mean, log_std = group.mean + mean, group.log_std + log_std
             z, log_density = normal_draw(*gaussian(mean, log_std))
             for flow in model.nf_cells[k * model.num_flows : (k + 1) * model.num_flows]:
-                z, log_det = flow(z, seen)
+                z, log_det = flow(z, condition)
                 log_density = log_density - log_det.float().flatten(1).sum(1)
             return z, log_density
 
@@ -120,7 +127,8 @@ class NVAEAdapter:
         if isinstance(distribution, torch.distributions.Bernoulli):
             if bool(((images != 0) & (images != 1)).any()):
                 raise ValueError(
-                    "images: this NVAE's likelihood is of binary pixels, got values between 0 and 1; binarise them, as for its training"
+                    "images: this NVAE's likelihood is of binary pixels, got values between 0 and 1; binarise them, as "
+                    "for its training"
                 )
             return distribution.log_prob(images).flatten(1).sum(1)
         # NVAE's pixels are in [-1, 1]; the density is that of pixels in [0, 1].
@@ -192,7 +200,8 @@ def normal_output(distribution: Any) -> tuple[Tensor, Tensor]:
     if not hasattr(distribution, "dist"):
         kind = type(distribution).__name__
         raise TypeError(
-            f"expected the model's output as Bernoulli, NormalDecoder or DiscMixLogistic, got {kind}; override `_observe` and `log_likelihood` for it"
+            f"expected the model's output as Bernoulli, NormalDecoder or DiscMixLogistic, got {kind}; override "
+            "`_observe` and `log_likelihood` for it"
         )
     return distribution.dist.mu, distribution.dist.sigma
 
@@ -228,9 +237,7 @@ def is_fused_batch_norm(module: nn.Module) -> bool:
 
 
 def batch_norm_swish(module: Any, x: Tensor) -> Tensor:
-    """Batch norm and swish on any device; several processes that train together keep the published, synchronised
-    forward.
-    """
+    """Batch norm and swish on any device; processes that train together keep the published, synchronised forward."""
     if module.training and torch.distributed.is_available() and torch.distributed.is_initialized():
         return type(module).forward(module, x)
     # Batch norm as PyTorch does it, with its rule for the running statistics.

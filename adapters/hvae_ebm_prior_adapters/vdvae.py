@@ -29,7 +29,7 @@ NORMALISATIONS = {
 
 
 class BlockState(NamedTuple):
-    """What a block's latent is conditioned on, and its prior's mean and log-std."""
+    """The features that a block's latent is conditioned on, and its prior's mean and log-std."""
 
     block: Any
     features: Tensor
@@ -73,15 +73,17 @@ class VDVAEAdapter:
             dataset = getattr(self.model.H, "dataset", None)
             if dataset not in NORMALISATIONS:
                 raise ValueError(
-                    f"shift and scale: the model's dataset {dataset!r} is none of {', '.join(NORMALISATIONS)}; give both, as in the data.py it was "
-                    "trained with: pixels x in 0..255 enter as (x + shift) * scale"
+                    f"shift and scale: the model's dataset {dataset!r} is none of {', '.join(NORMALISATIONS)}; "
+                    "give both, as in the data.py it was trained with: pixels x in 0..255 enter as (x + shift) * scale"
                 )
-            shift, scale = (
-                given if given is not None else own
-                for given, own in zip((shift, scale), NORMALISATIONS[dataset], strict=True)
-            )
-        self.shift, self.scale = shift, scale
-        self.output, self.checkpoint, self.generator = output, checkpoint, generator
+            published_shift, published_scale = NORMALISATIONS[dataset]
+            shift = published_shift if shift is None else shift
+            scale = published_scale if scale is None else scale
+        self.shift = shift
+        self.scale = scale
+        self.output = output
+        self.checkpoint = checkpoint
+        self.generator = generator
 
     def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Tensor]:
         return priors(self._walk(batch_size), lambda state: (state.mean.float(), state.log_std.float().exp()))
@@ -108,9 +110,8 @@ class VDVAEAdapter:
         if getattr(self.model.H, "dataset", None) != "ffhq_256":
             return mixture_log_likelihood(self._mixture(features), images)
         # Trained on pixels 0..255 rounded down to multiples of 8.
-        return mixture_log_likelihood(
-            self._mixture(features), ((images * 255).round() / 8).floor() * 8 / 255, levels=32
-        )
+        rounded = ((images * 255).round() / 8).floor() * 8 / 255
+        return mixture_log_likelihood(self._mixture(features), rounded, levels=32)
 
     def _mixture(self, features: Tensor) -> Tensor:
         decoder = self.model.decoder
@@ -123,13 +124,13 @@ class VDVAEAdapter:
         features: dict[int, Tensor] = {bias.shape[2]: bias.expand(batch_size, -1, -1, -1) for bias in decoder.bias_xs}
         like = decoder.bias_xs[0]
         for block in decoder.dec_blocks:
-            size, width = block.base, block.widths[block.base]
+            size = block.base
+            width = block.widths[size]
             x = features[size] if size in features else like.new_zeros(batch_size, width, size, size)
             if block.mixin is not None:
                 x = x + F.interpolate(features[block.mixin][:, :width], scale_factor=size // block.mixin)
-            mean, log_std, residual = run(block.prior, x, checkpoint=self.checkpoint).split(
-                [block.zdim, block.zdim, width], dim=1
-            )
+            parts = run(block.prior, x, checkpoint=self.checkpoint)
+            mean, log_std, residual = parts.split([block.zdim, block.zdim, width], dim=1)
             z = yield BlockState(block, x, mean, log_std)
             # `z_fn` is a lambda around `z_proj`; see `decode`.
             x = x + residual + block.z_proj(z.to(x.dtype))

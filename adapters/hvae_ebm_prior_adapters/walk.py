@@ -33,8 +33,14 @@ def priors(
 def posterior_draws(
     walk: Walk[State], draw: Callable[[int, State], tuple[Tensor, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """What an adapter's `infer_with_density` returns: `draw` gives layer i's latent and its log-density from its index
-    and state.
+    """The result of an adapter's `infer_with_density`.
+
+    Args:
+        walk: the top-down pass.
+        draw: layer i's latent and its log-density (N,), from i and the walk's state.
+
+    Returns:
+        Latents and log-densities, top to bottom.
     """
     drawn: list[tuple[Tensor, Tensor]] = []
     try:
@@ -47,9 +53,7 @@ def posterior_draws(
 
 
 def run(module: Callable[..., Any], *inputs: Any, checkpoint: bool) -> Any:
-    """`module(*inputs)`; with `checkpoint`, what it computes on the way is not kept for the backward pass but computed
-    again there.
-    """
+    """`module(*inputs)`; with `checkpoint`, the backward pass computes activations again instead of keeping them."""
     if checkpoint and torch.is_grad_enabled():
         return checkpointed(module, *inputs, use_reentrant=False, preserve_rng_state=False)
     return module(*inputs)

@@ -1,5 +1,4 @@
-"""The frozen model seen from its noise: the transform T, freezing, recognition, densities, and checks of what users
-give.
+"""The frozen model seen from its noise: the transform T, freezing, recognition, densities, checks of arguments.
 
 Imports nothing of this package: everything else rests on it.
 """

@@ -1,7 +1,9 @@
 """The backbone's own bound on the likelihood, also with its lower layers left to the prior.
 
 L      = log p(x | z) + sum_i [log p(z_i | z_<i) - log q(z_i | z_<i, x)],     z ~ q(z | x)
-L^{>k} = the same with the k lowest layers drawn from p(z_i | z_<i), where their terms vanish      (Havtorn et al., 2021, Eq. 7)
+L^{>k} = the same with the k lowest layers drawn from p(z_i | z_<i), where their terms vanish
+
+(Havtorn et al., 2021, Eq. 7).
 """
 
 import math
@@ -16,7 +18,7 @@ from .transform import BackboneAdapter, NoiseTransform, check_gaussian, drive
 
 @runtime_checkable
 class DensityAdapter(BackboneAdapter, Protocol):
-    """An adapter that also knows densities, for what needs the backbone's likelihood."""
+    """An adapter that also gives densities, which likelihoods need."""
 
     def infer_with_density(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """As `infer`, and for every layer log q(z_i | z_<i, x) of its draw, (N,) in nats."""
@@ -26,14 +28,13 @@ class DensityAdapter(BackboneAdapter, Protocol):
 
 
 def density_adapter(adapter: BackboneAdapter) -> DensityAdapter:
-    """The adapter; raise TypeError unless it knows densities."""
+    """The adapter; raise TypeError unless it gives densities."""
     if not isinstance(adapter, DensityAdapter):
-        missing = [
-            name for name in ("infer_with_density", "log_likelihood") if not callable(getattr(adapter, name, None))
-        ]
+        methods = ("infer_with_density", "log_likelihood")
+        missing = [name for name in methods if not callable(getattr(adapter, name, None))]
         raise TypeError(
-            f"{type(adapter).__name__} knows no densities, as a likelihood needs: it has no method {', '.join(missing)}; see "
-            "hvae_ebm_prior.backbone.elbo.DensityAdapter for what they return"
+            f"{type(adapter).__name__} gives no densities, as a likelihood needs: it has no method "
+            f"{', '.join(missing)}; see hvae_ebm_prior.backbone.elbo.DensityAdapter for what they return"
         )
     return adapter
 
@@ -44,7 +45,7 @@ def backbone_bound(
     """A posterior draw as noise, and the bound of it, in one teacher-forced pass.
 
     Args:
-        transform: the backbone, whose adapter knows densities; its global generators give the posterior noise.
+        transform: the backbone, whose adapter gives densities; its global generators give the posterior noise.
         images: (N, C, H, W) in [0, 1].
         lower: standard normal noise (N, D), for the layers that are left to the prior.
         left_out: how many lower layers are.
@@ -53,11 +54,13 @@ def backbone_bound(
         Noise u (N, D), and L^{>left_out} in nats (N,).
 
     Raises:
-        TypeError: the adapter knows no densities.
+        TypeError: the adapter gives no densities.
         ValueError: its densities are not finite or of a wrong shape.
     """
     adapter = density_adapter(transform.adapter)
-    z, log_densities = (list(parts) for parts in zip(*adapter.infer_with_density(images), strict=True))
+    drawn = adapter.infer_with_density(images)
+    z = [z_i for z_i, _ in drawn]
+    log_densities = [log_density for _, log_density in drawn]
     return teacher_forced(transform, images, z, log_densities, lower, left_out)
 
 
@@ -74,7 +77,9 @@ def teacher_forced(
     transform.check_layers(z, "latents")
     for density in log_densities:
         check_density("infer_with_density", density, len(images))
-    bound, noise, kept = torch.zeros_like(log_densities[0]), [], len(z) - left_out
+    bound = torch.zeros_like(log_densities[0])
+    noise: list[Tensor] = []
+    kept = len(z) - left_out
     drawn = None if lower is None else transform.split(lower)
 
     def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
@@ -98,5 +103,6 @@ def check_density(name: str, value: Tensor, n: int) -> None:
     """Raise ValueError unless `value`, from an adapter's method `name`, is finite and of shape (n,)."""
     if tuple(value.shape) != (n,) or not bool(torch.isfinite(value).all()):
         raise ValueError(
-            f"{name}: expected finite nats of shape ({n},), one per image, got shape {tuple(value.shape)} and {value.flatten()[:3].tolist()}"
+            f"{name}: expected finite nats of shape ({n},), one per image, got shape {tuple(value.shape)} and "
+            f"{value.flatten()[:3].tolist()}"
         )

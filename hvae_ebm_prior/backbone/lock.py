@@ -1,4 +1,4 @@
-"""Backbones are frozen while priors hold them, and as they were afterwards, whichever prior lets go last."""
+"""Backbones are frozen while priors hold them, and as they were once the last prior has let go."""
 
 from collections.abc import Callable
 
@@ -53,7 +53,12 @@ def backbone_modules(adapter: BackboneAdapter) -> list[nn.Module]:
     """The modules behind an adapter."""
     if isinstance(adapter, nn.Module):
         return [adapter]
-    found: list[object] = []
+    values: list[object] = []
     for value in getattr(adapter, "__dict__", {}).values():
-        found += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    return [value for value in found if isinstance(value, nn.Module)]
+        if isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, list | tuple):
+            values += value
+        else:
+            values.append(value)
+    return [value for value in values if isinstance(value, nn.Module)]

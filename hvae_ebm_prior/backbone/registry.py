@@ -1,16 +1,16 @@
-"""Which adapter fits a model: asked of every adapter that an installed package announces.
+"""Which adapter fits a model, of those that installed packages announce.
 
 A package announces its adapters as entry points of the group `hvae_ebm_prior.adapters`, in its pyproject.toml:
 
     [project.entry-points."hvae_ebm_prior.adapters"]
     my-vae = "my_package.adapter:MyAdapter"
 
-The class has an attribute `needs`, the dotted names of the attributes by which it knows its models, and is called with
-the model alone.
+The class has an attribute `needs`, the dotted names of the attributes by which it recognises its models, and is called
+with the model alone.
 """
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
 from torch import nn
@@ -21,8 +21,7 @@ GROUP = "hvae_ebm_prior.adapters"
 
 
 def find_adapter(model: Any) -> BackboneAdapter:
-    """An adapter for `model`: itself if it has a top-down pass, else the first announced one that finds all attributes
-    it needs.
+    """An adapter for `model`: itself if it has a top-down pass, else the first announced one whose attributes it has.
 
     Wrappers that hold the model as `module` (DistributedDataParallel, DataParallel) are looked through.
 
@@ -47,8 +46,8 @@ def find_adapter(model: Any) -> BackboneAdapter:
             return cast(BackboneAdapter, adapter(model))
         tried.append(f"{name} (has no {', no '.join(missing[:3])})")
     raise TypeError(
-        f"no adapter fits {type(model).__name__}; tried {'; '.join(tried) or 'none, as no package announces any'}. Write one for it: a class with "
-        "top_down, infer and decode, see docs/your_own_vae.md"
+        f"no adapter fits {type(model).__name__}; tried {'; '.join(tried) or 'none, as no package announces any'}. "
+        "Write one for it: a class with top_down, infer and decode, see docs/your_own_vae.md"
     )
 
 
@@ -61,16 +60,20 @@ def announced() -> Mapping[str, Any]:
     Raises:
         TypeError: a package announces something without `needs`.
     """
-    found = {}
-    for point in sorted(
-        entry_points(group=GROUP), key=lambda point: (not point.value.startswith("hvae_ebm_prior"), point.name)
-    ):
-        found[point.name] = adapter = point.load()
+    adapters = {}
+    for point in sorted(entry_points(group=GROUP), key=own_first):
+        adapters[point.name] = adapter = point.load()
         if not isinstance(getattr(adapter, "needs", None), tuple):
             raise TypeError(
-                f"the adapter {point.name} ({point.value}) must have `needs`, a tuple of the attribute names it knows its models by"
+                f"the adapter {point.name} ({point.value}) must have `needs`, a tuple of the attribute names by which "
+                "it recognises its models"
             )
-    return found
+    return adapters
+
+
+def own_first(point: EntryPoint) -> tuple[bool, str]:
+    """Sorts this package's entry points before those of others, each by name."""
+    return not point.value.startswith("hvae_ebm_prior"), point.name
 
 
 def has_path(value: Any, path: str) -> bool:

@@ -26,13 +26,12 @@ class BackboneAdapter(Protocol):
     """What a hierarchical VAE must offer; a plain object, not a module. See the module's text."""
 
     def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
-        """Yield (mean, std), each (batch_size, *shape), of every latent; receive z; return the features that `decode`
-        needs.
-        """
+        """Yield (mean, std), each (batch_size, *shape), of every latent; receive z; return features for `decode`."""
 
     def infer(self, images: Tensor) -> Sequence[Tensor]:
-        """One posterior draw z ~ q(z|x) per layer, top to bottom, for images (N, C, H, W) in [0, 1]; may use the global
-        generators.
+        """One posterior draw z ~ q(z|x) per layer, top to bottom, for images (N, C, H, W) in [0, 1].
+
+        It may draw from torch's global generators.
         """
 
     def decode(self, features: Any) -> Tensor:
@@ -59,8 +58,8 @@ class NoiseTransform:
         missing = [name for name in ("top_down", "infer", "decode") if not callable(getattr(adapter, name, None))]
         if missing:
             raise TypeError(
-                f"{type(adapter).__name__} is not a backbone adapter: it has no method {', '.join(missing)}; wrap the model in one of "
-                "hvae_ebm_prior.adapters, or write an adapter with top_down, infer and decode"
+                f"{type(adapter).__name__} is not a backbone adapter: it has no method {', '.join(missing)}; wrap the "
+                "model in one of hvae_ebm_prior.adapters, or write an adapter with top_down, infer and decode"
             )
         self.adapter = adapter
         shapes: list[torch.Size] = []
@@ -68,18 +67,21 @@ class NoiseTransform:
         def record(i: int, mean: Tensor, std: Tensor) -> Tensor:
             if mean.ndim < 2 or len(mean) != 2:
                 raise ValueError(
-                    f"layer {i}: the backbone was asked for a batch of 2, expected mean of shape (2, ...), got {tuple(mean.shape)}"
+                    f"layer {i}: the backbone was asked for a batch of 2, expected mean of shape (2, ...), "
+                    f"got {tuple(mean.shape)}"
                 )
             check_gaussian(i, mean, std)
             shapes.append(mean.shape[1:])
-            self.device, self.dtype = mean.device, mean.dtype
+            self.device = mean.device
+            self.dtype = mean.dtype
             return mean
 
         with torch.no_grad():
             drive(adapter, 2, record)
         if not shapes:
             raise ValueError(
-                f"{type(adapter).__name__}.top_down ended without yielding a layer; it must yield (mean, std) once per latent"
+                f"{type(adapter).__name__}.top_down ended without yielding a layer; it must yield (mean, std) once per "
+                "latent"
             )
         self.latent_shapes = tuple(tuple(shape) for shape in shapes)
 
@@ -98,8 +100,7 @@ class NoiseTransform:
         return einops.pack(parts, "n *")[0]
 
     def to_latents(self, u: Tensor, layers: int | None = None) -> tuple[Tensor, ...]:
-        """T: latents z, one tensor per layer, from noise `u` (N, D). Stops after the last latent: the decoder's tail is
-        not run.
+        """T: latents z, one tensor per layer, of noise `u` (N, D). The walk stops after the last latent.
 
         Args:
             u: noise (N, D), or that of the first `layers` layers alone.
@@ -129,27 +130,27 @@ class NoiseTransform:
         return self.join([(z_i - mean) / std for z_i, (mean, std) in zip(z, gaussians, strict=True)])
 
     def gaussians(self, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Mean and std of every layer given the latents above it, each (N, *latent_shapes[i]), in one teacher-forced
-        pass.
+        """Mean and std of every layer given the latents above it, in one teacher-forced pass.
 
         Args:
             z: latents (N, *latent_shapes[i]) of all layers, or of the first ones.
 
         Returns:
-            A pair for each of them.
+            A pair of tensors (N, *latent_shapes[i]) for each of them.
         """
-        found: list[tuple[Tensor, Tensor]] = []
+        gaussians: list[tuple[Tensor, Tensor]] = []
 
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            found.append((mean, std))
+            gaussians.append((mean, std))
             return z[i]
 
         self._walk(z[0], draw, len(z))
-        return found
+        return gaussians
 
     def log_abs_det(self, u: Tensor) -> Tensor:
         """log|det dT/du| in nats, shape (N,), at `u` (N, D)."""
-        parts, total = self.split(u), u.new_zeros(len(u))
+        parts = self.split(u)
+        total = u.new_zeros(len(u))
 
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
             nonlocal total
@@ -165,13 +166,14 @@ class NoiseTransform:
         return self.adapter.decode(self.to_latents_and_features(u)[1])
 
     def to_latents_and_features(self, u: Tensor) -> tuple[tuple[Tensor, ...], Any]:
-        """Latents, as in `to_latents`, and the features that `adapter.decode` needs, of one walk to the backbone's end."""
+        """Latents, as in `to_latents`, and the features for `adapter.decode`, by one walk to the backbone's end."""
         return self._draw_latents(u, to_end=True)
 
     def _draw_latents(
         self, u: Tensor, layers: int | None = None, *, to_end: bool = False
     ) -> tuple[tuple[Tensor, ...], Any]:
-        parts, latents = einops.unpack(u, list(self.latent_shapes[:layers]), "n *"), []
+        parts = einops.unpack(u, list(self.latent_shapes[:layers]), "n *")
+        latents: list[Tensor] = []
 
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
             latents.append(mean + std * parts[i])
@@ -181,9 +183,9 @@ class NoiseTransform:
         return tuple(latents), features
 
     def check_layers(self, parts: Sequence[Tensor], what: str) -> None:
-        """Raise TypeError or ValueError unless `parts` holds one tensor (N, *latent_shapes[i]) per layer, with one N."""
+        """Raise TypeError or ValueError unless `parts` is one tensor (N, *latent_shapes[i]) per layer, with one N."""
         if not isinstance(parts, list | tuple) or not all(isinstance(part, Tensor) for part in parts):
-            raise TypeError(f"{what}: expected a list or tuple of one tensor per layer, got {describe(parts)}")
+            raise TypeError(f"{what}: expected a list or tuple of one tensor per layer, got {kind_of(parts)}")
         shapes = [tuple(part.shape) for part in parts]
         if len(shapes) != len(self.latent_shapes) or any(
             shape != (shapes[0][:1] + expected) for shape, expected in zip(shapes, self.latent_shapes, strict=False)
@@ -193,10 +195,12 @@ class NoiseTransform:
             )
 
     def _walk(self, like: Tensor, draw: DrawLatent, layers: int | None = None, *, to_end: bool = False) -> Any:
-        """Drive the backbone through its first `layers` latents, for the samples and device of `like`; or to its end
-        for its features.
+        """Drive the backbone through its first `layers` latents, for the samples and device of `like`.
+
+        Returns its features if it goes on `to_end`.
         """
-        name, layers = f"{type(self.adapter).__name__}.top_down", len(self.latent_shapes) if layers is None else layers
+        name = f"{type(self.adapter).__name__}.top_down"
+        layers = len(self.latent_shapes) if layers is None else layers
 
         def checked(i: int, mean: Tensor, std: Tensor) -> Tensor:
             if i == len(self.latent_shapes) or tuple(mean.shape) != (len(like), *self.latent_shapes[i]):
@@ -206,14 +210,16 @@ class NoiseTransform:
                 )
             if mean.device != like.device:
                 raise ValueError(
-                    f"the backbone is on {mean.device}, the prior's noise or latents on {like.device}; move one of them with .to()"
+                    f"the backbone is on {mean.device}, the prior's noise or latents on {like.device}; move one of "
+                    "them with .to()"
                 )
             return draw(i, mean, std).to(mean.dtype)
 
         drawn, features = drive(self.adapter, len(like), checked, stop_after=None if to_end else layers)
         if drawn < layers:
             raise ValueError(
-                f"{name}: expected {layers} layers as at its first call, got {drawn}; it must yield the same number every time"
+                f"{name}: expected {layers} layers as at its first call, got {drawn}; it must yield the same number "
+                "every time"
             )
         return features
 
@@ -240,7 +246,8 @@ def drive(
     coroutine = adapter.top_down(batch_size)
     if not isinstance(coroutine, Generator):
         raise TypeError(
-            f"{name} must be a generator function that yields (mean, std), got one that returns {type(coroutine).__name__}"
+            f"{name} must be a generator function that yields (mean, std), got one that returns "
+            f"{type(coroutine).__name__}"
         )
     drawn = 0
     try:
@@ -248,12 +255,14 @@ def drive(
         while True:
             if not (isinstance(gaussian, tuple) and len(gaussian) == 2 and all(is_floating(part) for part in gaussian)):
                 raise TypeError(
-                    f"{name}, layer {drawn}: expected a tuple (mean, std) of two floating-point tensors, got {describe(gaussian)}"
+                    f"{name}, layer {drawn}: expected a tuple (mean, std) of two floating-point tensors, "
+                    f"got {kind_of(gaussian)}"
                 )
             mean, std = gaussian
             if mean.shape != std.shape:
                 raise ValueError(
-                    f"{name}, layer {drawn}: mean and std must have one shape, got {tuple(mean.shape)} and {tuple(std.shape)}"
+                    f"{name}, layer {drawn}: mean and std must have one shape, got {tuple(mean.shape)} and "
+                    f"{tuple(std.shape)}"
                 )
             z = draw(drawn, mean, std)
             drawn += 1
@@ -271,12 +280,12 @@ def is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def describe(value: Any) -> str:
-    """A short description of what came instead of what was expected."""
+def kind_of(value: Any) -> str:
+    """The type of a value, for an error; of a tensor with its dtype, of a list or tuple with its entries."""
     if isinstance(value, Tensor):
         return f"one tensor of {value.dtype}"
     if isinstance(value, tuple | list):
-        return f"{type(value).__name__} of ({', '.join(describe(part) for part in value)})"
+        return f"{type(value).__name__} of ({', '.join(kind_of(part) for part in value)})"
     return type(value).__name__
 
 
@@ -286,6 +295,6 @@ def check_gaussian(i: int, mean: Tensor, std: Tensor) -> None:
         raise ValueError(f"layer {i}: the backbone's mean is not finite; check its weights and that it is in eval mode")
     if not bool((torch.isfinite(std) & (std > 0)).all()):
         raise ValueError(
-            f"layer {i}: the backbone's std must be positive and finite, got values from {std.min().item():.3g} to {std.max().item():.3g}; "
-            "yield the standard deviation, not its logarithm"
+            f"layer {i}: the backbone's std must be positive and finite, got values from {std.min().item():.3g} to "
+            f"{std.max().item():.3g}; yield the standard deviation, not its logarithm"
         )

@@ -1,4 +1,4 @@
-"""Checks at the border: what the caller gave, what was expected, and what to do."""
+"""Checks of arguments at the border; errors name the value that came, the one expected, and what to do."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_images(images: Tensor) -> None:
-    """Raise TypeError or ValueError unless `images` are floating-point (N, C, H, W), finite and in [0, 1], with N >= 1."""
+    """Raise TypeError or ValueError unless `images` are floating-point (N, C, H, W), N >= 1, finite and in [0, 1]."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor (N, C, H, W), got {type(images).__name__}")
     if not images.is_floating_point():
@@ -22,16 +22,16 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images: {bad} of {len(images)} hold NaN or infinite pixels; drop or repair them")
     if low < 0 or high > 1:
         raise ValueError(
-            f"images: expected values in [0, 1], got {low.item():.4g} to {high.item():.4g}; rescale them, for example by (x + 1) / 2 or x / 255"
+            f"images: expected values in [0, 1], got {low.item():.4g} to {high.item():.4g}; rescale them, for example "
+            "by (x + 1) / 2 or x / 255"
         )
 
 
 def check_noise(u: Tensor, dim: int, device: torch.device | None = None) -> None:
     """Raise TypeError or ValueError unless `u` is a floating-point (N, dim) tensor, on `device` where that is given."""
     if not isinstance(u, Tensor) or not u.is_floating_point():
-        raise TypeError(
-            f"u: expected a floating-point tensor (N, {dim}), got {u.dtype if isinstance(u, Tensor) else type(u).__name__}"
-        )
+        kind = u.dtype if isinstance(u, Tensor) else type(u).__name__
+        raise TypeError(f"u: expected a floating-point tensor (N, {dim}), got {kind}")
     if u.ndim != 2 or u.shape[1] != dim:
         raise ValueError(
             f"u: expected shape (N, {dim}), all layers packed top to bottom (see prior.join), got {tuple(u.shape)}"
@@ -84,7 +84,8 @@ def check_fixed(fixed: Mapping[int, Tensor], shapes: tuple[tuple[int, ...], ...]
             raise TypeError(f"fixed[{i}]: expected a floating-point tensor of noise u_{i}, got {type(part).__name__}")
         if tuple(part.shape) not in ((n, *shapes[i]), (1, *shapes[i])):
             raise ValueError(
-                f"fixed[{i}]: expected shape {(n, *shapes[i])}, or {(1, *shapes[i])} for one noise held in all, got {tuple(part.shape)}"
+                f"fixed[{i}]: expected shape {(n, *shapes[i])}, or {(1, *shapes[i])} for one noise held in all, "
+                f"got {tuple(part.shape)}"
             )
         if not bool(torch.isfinite(part).all()):
             raise ValueError(f"fixed[{i}]: expected finite noise, got NaN or infinite entries")

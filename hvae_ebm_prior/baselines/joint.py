@@ -1,7 +1,9 @@
-"""Joint-EBM (Cui, Wu & Han, CVPR and ICCV 2023): one marginal energy-based model over all layers, learned by maximum
-likelihood.
+"""Joint-EBM (Cui, Wu & Han, CVPR and ICCV 2023): one marginal energy-based model over all layers.
 
-    log p(u) = F(T(u)) - |u|^2 / 2 + const        (Eq. 8 of Cui & Han, 2024),      loss = F(T(u^-)) - F(T(u)),      u^- by Langevin steps
+It is learned by maximum likelihood:
+
+    log p(u) = F(T(u)) - |u|^2 / 2 + const        (Eq. 8 of Cui & Han, 2024)
+    loss = F(T(u^-)) - F(T(u)),                   u^- by Langevin steps
 
 This is our prior with one noise level (`DiffusionSchedule.marginal`), and the target is right in u. The published
 two-stage code follows another one: its chains in u climb F(T(u)) + log p0(T(u)), the density of z without the Jacobian
@@ -9,16 +11,16 @@ of T, so what they draw from is
 
     log p(u) = F(T(u)) - |u|^2 / 2 - log|det J_T(u)| + const,      log|det J_T| = sum_i sum log std_i(z_<i),
 
-while learning contrasts F alone. Layers that the backbone is sure of (small std) then weigh more than they should.
+while learning contrasts F alone. Layers whose Gaussians have a small std then weigh more than they should.
 
 Chains start from N(0, I), or persist (Tieleman, 2008): states are kept from one training step to the next, and few of
-them start anew each time (Du & Mordatch, 2019). Sampling starts from N(0, I) in both cases, so after persistent chains
-it takes longer ones.
+them start anew each time (Du & Mordatch, 2019). Sampling starts from N(0, I) in both cases, so its chains are longer
+after persistent ones.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +36,11 @@ from ..energies.coupling import Coupling, Labels
 from ..energies.networks import EnergyConfig
 from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
-from ..training.recovery import RecoveryLoss, contrast, observed, recovery_loss
+from ..training.recovery import RecoveryLoss, add_chain_figures, contrast, recovery_loss
 
 Chains = Literal["noise", "persistent"]
 Target = Literal["u", "published"]
-# How much longer chains are in sampling than in training where those of training persist.
+# Factor on the chains' length in sampling where those of training persist.
 LONGER = 10
 
 
@@ -49,7 +51,7 @@ class JointEBMPrior(DiffusionEBMPrior):
         backbone: as of `LatentPrior`.
         chains: where training's chains start: "noise" at N(0, I), "persistent" where they ended before.
         target: "u" for Eq. 8, "published" for the target of the published code, without the Jacobian.
-        langevin: the chains; None takes those of PRESETS["joint-ebm"], and in sampling ten times as many where chains
+        langevin: the chains; None takes those of PRESETS["joint-ebm"], ten times as long in sampling where training's
             persist.
         energy: as of `EnergyModel`.
         coupling: as of `EnergyModel`.
@@ -83,9 +85,9 @@ class JointEBMPrior(DiffusionEBMPrior):
         kept: int = 1000,
         renewal: float = 0.05,
     ) -> None:
-        for name, value, known in (("chains", chains, ("noise", "persistent")), ("target", target, ("u", "published"))):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        for name, value, kind in (("chains", chains, Chains), ("target", target, Target)):
+            if value not in get_args(kind):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
         check_count(kept, "kept")
         if not 0 <= renewal <= 1:
             raise ValueError(f"renewal: expected a probability from 0 to 1, got {renewal}")
@@ -100,16 +102,19 @@ class JointEBMPrior(DiffusionEBMPrior):
             coupling=coupling,
             execution=execution,
         )
-        self.chains, self.target, self.kept, self.renewal = chains, target, kept, renewal
-        # States (M, D) of persistent chains. They are of training alone, so no part of the state dict; checkpoints hold
-        # them as a tensor attribute.
+        self.chains = chains
+        self.target = target
+        self.kept = kept
+        self.renewal = renewal
+        # States (M, D) of persistent chains. They are of training alone, so no part of the state dict; a checkpoint of
+        # training saves them, as it saves all tensor attributes.
         self.states: Tensor | None = None
 
     def settings(self) -> dict[str, Any]:
         names = ("chains", "target", "langevin", "execution", "kept", "renewal")
         return {name: getattr(self, name) for name in names}
 
-    def fixed_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
+    def analytic_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
         """-log|det J_T| by layer on the published target."""
         if self.target == "u":
             return None
@@ -118,31 +123,48 @@ class JointEBMPrior(DiffusionEBMPrior):
     def batch_loss(
         self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
     ) -> RecoveryLoss:
+        """The loss that `fit` learns from; see `recovery_loss`, and for persistent chains `persistent_loss`."""
         if self.chains == "noise":
             return recovery_loss(self, u, labels, generator, rows)
         if rows is not None:
             raise ValueError(
-                "persistent chains are those of whole batches, which cannot be divided: train in one process without micro_batch, with a smaller "
-                'batch_size if memory ran out, or with chains="noise"'
+                "persistent chains are those of whole batches, which cannot be divided: train in one process without "
+                'micro_batch, with a smaller batch_size if memory ran out, or with chains="noise"'
             )
-        key, choice = draw_key(generator), torch.Generator().manual_seed(draw_key(generator))
-        streams = open_streams(key, range(len(u)), u.device, u.dtype, self.execution.backend)
+        return self.persistent_loss(u, labels, generator)
+
+    def persistent_loss(
+        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None
+    ) -> RecoveryLoss:
+        """The loss against chains that go on where they ended before; they move on.
+
+        Args:
+            u: posterior noise of the data (N, D).
+            labels: of the images; None for none.
+            generator: source of all noise.
+
+        Returns:
+            The loss of every sample.
+        """
+        n = len(u)
+        key = draw_key(generator)
+        choice = torch.Generator().manual_seed(draw_key(generator))
+        streams = open_streams(key, range(n), u.device, u.dtype, self.execution.backend)
         fresh = streams.normal(self.dim)
-        if self.states is None or len(self.states) < len(u):
-            self.states = open_streams(draw_key(choice), range(max(self.kept, len(u))), u.device, u.dtype).normal(
-                self.dim
-            )
-        chosen = torch.randperm(len(self.states), generator=choice)[: len(u)].to(u.device)
-        anew = (torch.rand(len(u), 1, generator=choice) < self.renewal).to(u.device)
-        t = torch.zeros(len(u), dtype=torch.long, device=u.device)
-        # There is no kernel at the only level, so "next" does nothing but say where the chain starts.
+        if self.states is None or len(self.states) < n:
+            samples = range(max(self.kept, n))
+            self.states = open_streams(draw_key(choice), samples, u.device, u.dtype).normal(self.dim)
+        chosen = torch.randperm(len(self.states), generator=choice)[:n].to(u.device)
+        anew = (torch.rand(n, 1, generator=choice) < self.renewal).to(u.device)
+        t = torch.zeros(n, dtype=torch.long, device=u.device)
+        # At the only level nothing pulls towards u_{t+1}, so "next" only sets where the chain starts.
         start = torch.where(anew, fresh, self.states[chosen])
         acceptance: list[Tensor] = []
         negative = draw_conditional(
             self, start, t, streams, langevin=replace(self.langevin, start="next"), report=acceptance.append
         )
         self.states[chosen] = negative
-        return observed(contrast(self, negative, u, t, labels), negative, start, acceptance)
+        return add_chain_figures(contrast(self, negative, u, t, labels), start, negative, acceptance)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; persistent chains belong to the energies that drew them, so new ones begin."""

@@ -18,19 +18,19 @@ walk through the backbone, without its gradient, and passes of the networks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone.transform import BackboneAdapter, drive
+from ..backbone.transform import BackboneAdapter, NoiseTransform, drive
 from ..backbone.validation import check_count
 from ..chains.execution import ExecutionConfig
 from ..chains.langevin import gaussian_part
 from ..chains.schedule import DiffusionSchedule
 from ..chains.streams import Streams, draw_key, open_streams
-from ..density.energy_model import Shapes
+from ..density.energy_model import EnergyModel, Shapes
 from ..density.sampling import SamplingRequest
 from ..energies.coupling import Coupling, Labels, check_labels
 from ..energies.networks import EnergyConfig
@@ -73,8 +73,6 @@ class LayerwisePrior(DiffusionEBMPrior):
     }
     # Its f_i are found up to offsets that depend on the layers above.
     comparable: ClassVar[bool] = False
-    # As errors call it.
-    NAME = "a LayerwisePrior"
 
     def __init__(
         self,
@@ -97,14 +95,11 @@ class LayerwisePrior(DiffusionEBMPrior):
     @staticmethod
     def network_shapes(latent_shapes: Shapes) -> Shapes:
         """Shapes of what the networks see of latents of the given shapes, with `STACKED` times as many channels."""
-        return tuple((STACKED * shape[0], *shape[1:]) for shape in latent_shapes)
+        return stacked_shapes(latent_shapes)
 
     def inputs(self, z: Sequence[Tensor]) -> list[Tensor]:
         """What the networks see, (N, *input_shapes[i]) of all layers or of the first ones, by a teacher-forced walk."""
-        return [
-            stack(((z_i - mean) / std)[:, None], mean, std)
-            for z_i, (mean, std) in zip(z, self.transform.gaussians(z), strict=True)
-        ]
+        return stacked_inputs(self.transform, z)
 
     @property
     def gradients_per_step(self) -> int:
@@ -113,7 +108,7 @@ class LayerwisePrior(DiffusionEBMPrior):
 
     def couple(self, coupling: Coupling) -> None:
         """Raises TypeError: labels need a density of all layers together."""
-        raise TypeError(f"{self.NAME} learns no labels; take a DiffusionEBMPrior")
+        raise TypeError("a LayerwisePrior learns no labels; take a DiffusionEBMPrior")
 
     def batch_loss(
         self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
@@ -121,29 +116,7 @@ class LayerwisePrior(DiffusionEBMPrior):
         """The loss of posterior noise `u` (N, D): `total` is the sum over layers, `recovery` their mean; 0 while
         nothing is learned.
         """
-        if labels is not None:
-            check_labels(labels, self.coupling, len(u), u.device)
-        streams = open_streams(
-            draw_key(generator), range(len(u)) if rows is None else rows, u.device, u.dtype, self.execution.backend
-        )
-        t, *states = diffuse_from_first(self.schedule, u, streams)
-        first, real, noisier = (self.split(state) for state in states)
-        seen: list[Tensor] = []
-
-        def show(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            false = self._propose(noisier[i], t, self.negatives, streams)
-            seen.append(stack(torch.cat((real[i][:, None], false), dim=1), mean, std).to(self.dtype))
-            return mean + std * first[i].to(mean)
-
-        levels = t.repeat_interleave(self.negatives + 1)
-        with self.execution.loss_precision(u.device):
-            with torch.no_grad():
-                drive(self.backbone, len(u), show, stop_after=len(first))
-            f = torch.stack(
-                [network(x, levels).unflatten(0, (len(u), -1)) for network, x in zip(self.energies, seen, strict=True)]
-            ).to(u)
-        losses = self.ranking_loss(f).T
-        return RecoveryLoss(losses.sum(1), losses.mean(1), f.sum(0).square().mean(1), losses.new_zeros(len(u)), 0, t)
+        return contrast_layers(self, u, labels, generator, rows, self.negatives, self.ranking_loss)
 
     def ranking_loss(self, f: Tensor) -> Tensor:
         """Loss (L, N) of the values `f` (L, N, 1 + negatives) of data, which come first, and of draws; 0 where all are
@@ -151,61 +124,189 @@ class LayerwisePrior(DiffusionEBMPrior):
         """
         return f.logsumexp(2) - math.log(f.shape[2]) - f[:, :, 0]
 
-    def _propose(self, u_next: Tensor, t: Tensor, count: int, streams: Streams) -> Tensor:
-        """`count` draws (N, count, ...) of the Gaussian part of a layer given u_{t+1,i} (N, ...)."""
-        weight, precision = (
-            x.reshape(-1, *[1] * u_next.ndim) for x in gaussian_part(t, self.schedule, self.langevin, u_next.dtype)
-        )
-        noise = streams.normal(count * u_next[0].numel()).reshape(len(u_next), count, *u_next.shape[1:])
-        return weight * u_next[:, None] + noise * precision.rsqrt()
-
     def _sample_levels(self, request: SamplingRequest, key: int, samples: range) -> list[Tensor]:
         if request.condition is not None:
             raise ValueError(
-                f"labels and observations need a density of all layers together, which {self.NAME} has not; take a DiffusionEBMPrior"
+                "labels and observations need a density of all layers together, which a LayerwisePrior has not; "
+                "take a DiffusionEBMPrior"
             )
-        size, states = self.samples_per_chunk, []
-        for start in range(0, len(samples), size):
-            rows = slice(start, start + size)
-            streams = open_streams(key, samples[rows], self.device, self.dtype, self.execution.backend)
-            states.append(self._descend(streams, request.rows(rows).fixed, request.temperature))
-        return [torch.cat(parts) for parts in zip(*states, strict=True)]
+        return sample_layers(self, request, key, samples, self.proposals)
 
-    @torch.no_grad()
-    def _descend(self, streams: Streams, fixed: Mapping[int, Tensor], temperature: float) -> list[Tensor]:
-        """States u_0..u_T, each (N, D); held layers are alike in all."""
-        found: list[list[Tensor]] = []
 
-        def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            if i in fixed:
-                states = [fixed[i].to(self.dtype).expand(mean.shape)] * (self.schedule.steps + 1)
-            else:
-                states = [temperature * streams.normal(mean[0].numel()).reshape(mean.shape)]
-                for level in reversed(range(self.schedule.steps)):
-                    t = torch.full((len(mean),), level, dtype=torch.long, device=mean.device)
-                    states.insert(0, self._choose(i, states[0], t, mean, std, temperature, streams))
-            found.append(states)
-            return mean + std * states[0].to(mean)
+def stacked_shapes(latent_shapes: Shapes) -> Shapes:
+    """Shapes of the networks' inputs for latents of the given shapes: `STACKED` times as many channels."""
+    return tuple((STACKED * shape[0], *shape[1:]) for shape in latent_shapes)
 
-        drive(self.backbone, len(streams), draw, stop_after=len(self.latent_shapes))
-        return [self.join(parts) for parts in zip(*found, strict=True)]
 
-    def _choose(
-        self, i: int, u_next: Tensor, t: Tensor, mean: Tensor, std: Tensor, temperature: float, streams: Streams
-    ) -> Tensor:
-        """One of `proposals` states of layer `i` per sample, (N, ...), drawn in proportion to exp f_i."""
-        together = max(1, min(self.proposals, PROPOSED // mean[0].numel()))
-        best, score = u_next, torch.full((len(mean),), -torch.inf, device=mean.device)
-        for start in range(0, self.proposals, together):
-            count = min(together, self.proposals - start)
-            # In units of the temperature the Gaussians are those of temperature 1.
-            u = temperature * self._propose(u_next / temperature, t, count, streams)
-            f = self.energies[i](stack(u, mean, std).to(self.dtype), t.repeat_interleave(count))
-            index, now = pick(f.unflatten(0, (len(mean), count)), streams.normal(count))
-            taken = u[torch.arange(len(mean), device=u.device), index]
-            best = torch.where((now > score).reshape(-1, *[1] * (best.ndim - 1)), taken, best)
-            score = torch.maximum(now, score)
-        return best
+def stacked_inputs(transform: NoiseTransform, z: Sequence[Tensor]) -> list[Tensor]:
+    """The networks' inputs for latents `z` of all layers, or of the first ones."""
+    return [
+        stack(((z_i - mean) / std)[:, None], mean, std)
+        for z_i, (mean, std) in zip(z, transform.gaussians(z), strict=True)
+    ]
+
+
+def contrast_layers(
+    prior: EnergyModel,
+    u: Tensor,
+    labels: Tensor | Labels | None,
+    generator: torch.Generator | None,
+    rows: range | None,
+    negatives: int,
+    loss: Callable[[Tensor], Tensor],
+) -> RecoveryLoss:
+    """The loss of posterior noise against draws of the Gaussian part, layer by layer.
+
+    Args:
+        prior: the prior to learn.
+        u: posterior noise of the data (N, D).
+        labels: of the images; ValueError unless None, as the prior is not coupled.
+        generator: source of the levels and of all other noise.
+        rows: numbers of these samples in a batch of which they are a part; None for a whole batch.
+        negatives: draws per sample and layer.
+        loss: losses (L, N) of the values f (L, N, 1 + negatives) of data, which come first, and of draws.
+
+    Returns:
+        The loss: `total` is the sum over layers, `recovery` their mean.
+    """
+    n = len(u)
+    if labels is not None:
+        check_labels(labels, prior.coupling, n, u.device)
+    streams = open_streams(
+        draw_key(generator), range(n) if rows is None else rows, u.device, u.dtype, prior.execution.backend
+    )
+    t, *states = diffuse_from_first(prior.schedule, u, streams)
+    first, data, noisier = (prior.split(state) for state in states)
+    inputs: list[Tensor] = []
+
+    def collect_inputs(i: int, mean: Tensor, std: Tensor) -> Tensor:
+        draws = propose(prior, noisier[i], t, negatives, streams)
+        inputs.append(stack(torch.cat((data[i][:, None], draws), dim=1), mean, std).to(prior.dtype))
+        return mean + std * first[i].to(mean)
+
+    levels = t.repeat_interleave(negatives + 1)
+    with prior.execution.loss_precision(u.device):
+        with torch.no_grad():
+            drive(prior.backbone, n, collect_inputs, stop_after=len(first))
+        f = torch.stack(
+            [network(x, levels).unflatten(0, (n, -1)) for network, x in zip(prior.energies, inputs, strict=True)]
+        ).to(u)
+    losses = loss(f).T
+    return RecoveryLoss(
+        total=losses.sum(1),
+        recovery=losses.mean(1),
+        squares=f.sum(0).square().mean(1),
+        cross_entropy=losses.new_zeros(n),
+        labelled=torch.zeros_like(t),
+        levels=t,
+    )
+
+
+def sample_layers(
+    prior: EnergyModel, request: SamplingRequest, key: int, samples: range, proposals: int
+) -> list[Tensor]:
+    """States of all levels, drawn layer by layer; held layers are alike in all.
+
+    Args:
+        prior: energies and backbone.
+        request: what to sample; without a condition.
+        key: the key of all noise of the call, from `draw_key`.
+        samples: numbers of the samples in the call.
+        proposals: number of states of which one is drawn, per sample, layer and level.
+
+    Returns:
+        u_0..u_T, each (N, D).
+    """
+    size, chunks = prior.samples_per_chunk, []
+    for start in range(0, len(samples), size):
+        rows = slice(start, start + size)
+        streams = open_streams(key, samples[rows], prior.device, prior.dtype, prior.execution.backend)
+        chunks.append(descend_layers(prior, streams, request.rows(rows).fixed, request.temperature, proposals))
+    return [torch.cat(states) for states in zip(*chunks, strict=True)]
+
+
+@torch.no_grad()
+def descend_layers(
+    prior: EnergyModel, streams: Streams, fixed: Mapping[int, Tensor], temperature: float, proposals: int
+) -> list[Tensor]:
+    """States of all levels by one walk through the backbone; see `sample_layers`.
+
+    Args:
+        prior: energies and backbone.
+        streams: the samples' noise.
+        fixed: layer index -> noise u_i to hold.
+        temperature: factor on the std of the backbone's Gaussian layers.
+        proposals: number of states of which one is drawn.
+
+    Returns:
+        u_0..u_T, each (N, D).
+    """
+    layers: list[list[Tensor]] = []
+    steps = prior.schedule.steps
+
+    def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+        if i in fixed:
+            states = [fixed[i].to(prior.dtype).expand(mean.shape)] * (steps + 1)
+        else:
+            states = [temperature * streams.normal(mean[0].numel()).reshape(mean.shape)]
+            for level in reversed(range(steps)):
+                t = torch.full((len(mean),), level, dtype=torch.long, device=mean.device)
+                states.insert(0, choose(prior, i, states[0], t, mean, std, temperature, streams, proposals))
+        layers.append(states)
+        return mean + std * states[0].to(mean)
+
+    drive(prior.backbone, len(streams), draw, stop_after=len(prior.latent_shapes))
+    return [prior.join(parts) for parts in zip(*layers, strict=True)]
+
+
+def choose(
+    prior: EnergyModel,
+    i: int,
+    u_next: Tensor,
+    t: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    temperature: float,
+    streams: Streams,
+    proposals: int,
+) -> Tensor:
+    """Draw one of several proposals per sample, in proportion to exp f_i.
+
+    Args:
+        prior: energies and backbone.
+        i: the layer.
+        u_next: its noisier states (N, ...).
+        t: levels (N,).
+        mean: of the backbone's Gaussian.
+        std: of the backbone's Gaussian.
+        temperature: factor on that std.
+        streams: the samples' noise.
+        proposals: how many there are.
+
+    Returns:
+        States u_{t,i} (N, ...).
+    """
+    together = max(1, min(proposals, PROPOSED // mean[0].numel()))
+    best, score = u_next, torch.full((len(mean),), -torch.inf, device=mean.device)
+    for start in range(0, proposals, together):
+        count = min(together, proposals - start)
+        # In units of the temperature the Gaussians are those of temperature 1.
+        u = temperature * propose(prior, u_next / temperature, t, count, streams)
+        f = prior.energies[i](stack(u, mean, std).to(prior.dtype), t.repeat_interleave(count))
+        index, now = pick(f.unflatten(0, (len(mean), count)), streams.normal(count))
+        taken = u[torch.arange(len(mean), device=u.device), index]
+        best = torch.where((now > score).reshape(-1, *[1] * (best.ndim - 1)), taken, best)
+        score = torch.maximum(now, score)
+    return best
+
+
+def propose(prior: EnergyModel, u_next: Tensor, t: Tensor, count: int, streams: Streams) -> Tensor:
+    """`count` draws (N, count, ...) of the Gaussian part of a layer given u_{t+1,i} (N, ...)."""
+    weight, precision = (
+        x.reshape(-1, *[1] * u_next.ndim) for x in gaussian_part(t, prior.schedule, prior.langevin, u_next.dtype)
+    )
+    noise = streams.normal(count * u_next[0].numel()).reshape(len(u_next), count, *u_next.shape[1:])
+    return weight * u_next[:, None] + noise * precision.rsqrt()
 
 
 def diffuse_from_first(

@@ -1,14 +1,14 @@
-"""A mixture of Gaussians in u, p(u) = sum_k w_k N(u; m_k, S_k), fitted to posterior draws by expectation-maximisation:
-a cheap control.
+"""A mixture of Gaussians in u, fitted to posterior draws by expectation-maximisation: a cheap control.
 
-Most of a deep VAE's dimensions are inactive: their posterior is the prior whatever the image. To a mixture they are
+    p(u) = sum_k w_k N(u; m_k, S_k)
+
+Most of a deep VAE's dimensions are inactive: their posterior is the prior for every image. To a mixture they are
 noise that hides the clusters, so it is over the most active dimensions alone, those in which two posterior draws of one
-image are the most correlated; the others stay N(0, 1). It says how much of the prior hole is a matter of few dimensions
-with a simple density.
+image are the most correlated; the others stay N(0, 1). It shows how much of the prior hole is in few dimensions with a
+simple density.
 """
 
 from collections.abc import Iterable
-from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -26,8 +26,7 @@ Covariance = Literal["diag", "full"]
 
 
 class GaussianMixturePrior(LatentPrior):
-    """A Gaussian mixture over the most active dimensions of a hierarchical VAE's noise; before `fit`, the Gaussian
-    prior.
+    """A Gaussian mixture over the most active dimensions of a VAE's noise; before `fit`, the Gaussian prior.
 
     Args:
         backbone: as of `LatentPrior`.
@@ -63,14 +62,14 @@ class GaussianMixturePrior(LatentPrior):
         if covariance not in ("diag", "full"):
             raise ValueError(f'covariance: expected "diag" or "full", got {covariance!r}')
         super().__init__(backbone)
-        self.components, self.covariance = components, covariance
+        self.components = components
+        self.covariance = covariance
         zeros = torch.zeros(components, min(dims, self.dim), device=self.device, dtype=self.dtype)
         self.register_buffer("weights", torch.full_like(zeros[:, 0], 1 / components))
         self.register_buffer("active", torch.arange(zeros.shape[1], device=self.device))
         self.register_buffer("means", zeros)
-        self.register_buffer(
-            "factors", torch.ones_like(zeros) if covariance == "diag" else torch.diag_embed(torch.ones_like(zeros))
-        )
+        ones = torch.ones_like(zeros)
+        self.register_buffer("factors", ones if covariance == "diag" else torch.diag_embed(ones))
 
     def fit(
         self,
@@ -102,12 +101,7 @@ class GaussianMixturePrior(LatentPrior):
         except ImportError as error:
             raise missing("the Gaussian mixture needs scikit-learn", "baselines") from error
         check_count(images, "images")
-        drawn: list[Tensor] = []
-        for batch, _, _ in takewhile(lambda batch: batch[2] == 0, Batches(data, min(images, 100), generator)):
-            drawn.append(torch.stack([self.encode(batch.to(self.device), generator=generator).cpu() for _ in range(2)]))
-            if sum(pair.shape[1] for pair in drawn) >= images:
-                break
-        u = torch.cat(drawn, dim=1)[:, :images].double()
+        u = self._posterior_pairs(data, images, generator)
         if u.shape[1] < self.components:
             raise ValueError(
                 f"data: expected at least one image per component, {self.components} in all, got {u.shape[1]}"
@@ -128,10 +122,24 @@ class GaussianMixturePrior(LatentPrior):
         self.factors.copy_(covariances.sqrt() if self.covariance == "diag" else torch.linalg.cholesky(covariances))
         return []
 
+    def _posterior_pairs(
+        self, data: Tensor | Dataset[Any] | Iterable[Any], count: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Two posterior draws (2, N, D) of each of up to `count` images, of one pass over the data."""
+        pairs: list[Tensor] = []
+        for batch, _, epoch in Batches(data, min(count, 100), generator):
+            if epoch > 0:
+                break
+            pairs.append(torch.stack([self.encode(batch.to(self.device), generator=generator).cpu() for _ in range(2)]))
+            if sum(pair.shape[1] for pair in pairs) >= count:
+                break
+        return torch.cat(pairs, dim=1)[:, :count].double()
+
     def _draw(self, key: int, samples: range) -> Tensor:
-        # One number more than dimensions: it decides on the component.
+        # One number more than dimensions: it chooses the component.
         noise = open_streams(key, samples, self.device, self.dtype).normal(self.dim + 1)
-        u, uniform = noise[:, :-1].contiguous(), torch.special.ndtr(noise[:, -1].contiguous())
+        u = noise[:, :-1].contiguous()
+        uniform = torch.special.ndtr(noise[:, -1].contiguous())
         chosen = torch.searchsorted(self.weights.cumsum(0), uniform).clamp(max=self.components - 1)
         active = u[:, self.active]
         if self.covariance == "diag":

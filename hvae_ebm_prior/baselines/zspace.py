@@ -7,8 +7,8 @@ with p0(z) = prod_i N(z_i; mean_i(z_<i), std_i(z_<i)^2) the backbone's own prior
 one size whatever their std given those above, and p0 is a density of very different scales, on which chains of one step
 size creep or overshoot. That is what u is for.
 
-Here the backbone is seen through an adapter whose layers are all N(0, 1): its noise is z, and log p0(z) - log N(z; 0,
-I) joins F, unlearned.
+Here the backbone is wrapped in an adapter whose layers are all N(0, 1): its noise is z, and log p0(z) - log N(z; 0, I)
+is added to F.
 """
 
 from collections.abc import Generator, Sequence
@@ -33,14 +33,15 @@ Base = Literal["backbone", "normal"]
 
 
 class FlatAdapter:
-    """A backbone whose layers are all N(0, 1), whatever its own Gaussians: its noise is its latents.
+    """A backbone whose layers are all N(0, 1), in the place of its own Gaussians: its noise is its latents.
 
     Args:
         transform: the backbone's own T.
     """
 
     def __init__(self, transform: NoiseTransform) -> None:
-        self.transform, self.modules = transform, backbone_modules(transform.adapter)
+        self.transform = transform
+        self.modules = backbone_modules(transform.adapter)
 
     def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
         z: list[Tensor] = []
@@ -68,8 +69,7 @@ class LatentDiffusionPrior(DiffusionEBMPrior):
         energy: as of `EnergyModel`.
         coupling: as of `EnergyModel`.
         execution: as of `EnergyModel`.
-        base: "backbone" for p0 the backbone's prior, "normal" for N(z; 0, I), where F has the hierarchy to learn as
-            well.
+        base: "backbone" for p0 the backbone's prior, "normal" for N(z; 0, I), where F learns the hierarchy as well.
 
     Raises:
         TypeError, ValueError: as of `EnergyModel`, or an unknown base.
@@ -97,7 +97,7 @@ class LatentDiffusionPrior(DiffusionEBMPrior):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "base": self.base}
 
-    def fixed_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
+    def analytic_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
         """log p0(z) - log N(z; 0, I) by layer, over the backbone's prior."""
         if self.base == "normal":
             return None
@@ -108,9 +108,10 @@ class LatentDiffusionPrior(DiffusionEBMPrior):
         ]
         return torch.stack(parts, dim=1)
 
-    def _request(self, n: int, **asked: Any) -> SamplingRequest:
-        if asked.get("temperature", 1) != 1:
+    def _sample_levels(self, request: SamplingRequest, key: int, samples: range) -> list[Tensor]:
+        if request.temperature != 1:
             raise ValueError(
-                f"temperature: expected 1, got {asked['temperature']}; the diffusion of z has no Gaussian layers to multiply the std of"
+                f"temperature: expected 1, got {request.temperature}; the diffusion of z has no Gaussian layers whose "
+                "std it could multiply"
             )
-        return super()._request(n, **asked)
+        return super()._sample_levels(request, key, samples)

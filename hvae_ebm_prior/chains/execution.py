@@ -47,8 +47,7 @@ class ExecutionConfig:
         compile: compile the gradient with torch.compile. Its first result is compared with the plain one, which is
             used, with a warning, if they differ.
         graph: on CUDA, capture a chain's step as a graph and replay it. For models whose step is many small launches.
-            It takes counted noise, a backend other than "torch", and does nothing where
-            `LangevinConfig.curvature_limit` makes every step another.
+            It takes counted noise, a backend other than "torch".
     """
 
     backend: Backend = "auto"
@@ -67,13 +66,11 @@ class ExecutionConfig:
         return nullcontext() if self.autocast is None else torch.autocast(device.type, getattr(torch, self.autocast))
 
     def loss_precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The autocast for what weights are learned from."""
+        """The autocast for the loss, on `device`: bfloat16 where that was asked for."""
+        if self.autocast != "bfloat16":
+            return nullcontext()
         # Without the cache, in which weights that a chain used without gradients would stay so.
-        return (
-            torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-            if self.autocast == "bfloat16"
-            else nullcontext()
-        )
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def walk_gradient(total: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> Tensor:
@@ -85,11 +82,11 @@ def walk_gradient(total: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tenso
 
 
 def walk_values_and_gradient(values: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """`values(u, t)` (N,) or (N, L), and the gradient (N, D) of their sum in u (N, D), at levels `t` (N,), by one walk."""
+    """`values(u, t)`, (N,) or (N, L), and the gradient of their sum in u (N, D), at levels `t` (N,), by one walk."""
     with torch.inference_mode(False), torch.enable_grad():
         u = u.detach().clone().requires_grad_()
-        found = values(u, t.clone())
-        return found.detach(), torch.autograd.grad(found.sum(), u)[0]
+        at_u = values(u, t.clone())
+        return at_u.detach(), torch.autograd.grad(at_u.sum(), u)[0]
 
 
 def chain_gradient(
@@ -104,7 +101,7 @@ def chain_gradient(
     return gradient
 
 
-def one_by_one(energies: Sequence[nn.Module], z: Sequence[Tensor], t: Tensor) -> Tensor:
+def one_by_one(energies: Sequence[Callable[[Tensor, Tensor], Tensor]], z: Sequence[Tensor], t: Tensor) -> Tensor:
     """f_i(z_i, t), (N, L), of all layers or of the first ones."""
     return torch.stack([network(z_i, t) for network, z_i in zip(energies, z, strict=False)], dim=1)
 
@@ -128,40 +125,40 @@ def batched_energies(
     for i, (network, shape) in enumerate(zip(energies, shapes, strict=True)):
         small = device.type != "cpu" or n * math.prod(shape) <= BATCHED_INPUTS
         groups[tuple(shape) if small and isinstance(network, LayerEnergy) else i].append(i)
-    stacked = {}
-    for members in groups.values():
-        if len(members) > 1:
-            # Stacking copies already; another copy is needed only where weights are to be worked out first.
-            plain = [plain_copy(energies[i]) if is_parametrized(energies[i]) else energies[i] for i in members]
-            parameters, buffers = stack_module_state(plain)
-            weightless = copy.deepcopy(plain[0]).to("meta")
-            stacked[members[0]] = (
-                members,
-                weightless,
-                {name: value.detach() for name, value in parameters.items()},
-                buffers,
-            )
     single = [frozen(network) for network in energies]
     alone = [members[0] for members in groups.values() if len(members) == 1]
+    together = [(members, stacked([energies[i] for i in members])) for members in groups.values() if len(members) > 1]
 
     def corrections(z: Sequence[Tensor], t: Tensor) -> Tensor:
         if len(z) < len(energies):
-            return torch.stack([network(z_i, t) for network, z_i in zip(single, z, strict=False)], dim=1)
+            return one_by_one(single, z, t)
         values: list[Tensor] = [t] * len(z)
         for i in alone:
             values[i] = single[i](z[i], t)
-        for members, network, parameters, buffers in stacked.values():
-
-            def call(weights: Any, state: Any, x: Tensor, network: nn.Module = network) -> Tensor:
-                return functional_call(network, (weights, state), (x, t))
-
-            for i, value in zip(
-                members, vmap(call)(parameters, buffers, torch.stack([z[i] for i in members])), strict=True
-            ):
+        for members, networks in together:
+            of_members = networks(torch.stack([z[i] for i in members]), t)
+            for i, value in zip(members, of_members, strict=True):
                 values[i] = value
         return torch.stack(values, dim=1)
 
     return corrections
+
+
+def stacked(networks: Sequence[nn.Module]) -> Callable[[Tensor, Tensor], Tensor]:
+    """f_i(z_i, t), (G, N), of G networks alike but for their weights, as one call of latents (G, N, *shape) and levels
+    (N,).
+    """
+    # Stacking copies already; another copy is needed only where weights are to be worked out first.
+    plain = [plain_copy(network) if is_parametrized(network) else network for network in networks]
+    parameters, buffers = stack_module_state(plain)
+    weights = {name: value.detach() for name, value in parameters.items()}
+    weightless = copy.deepcopy(plain[0]).to("meta")
+
+    def call(weights: dict[str, Tensor], state: dict[str, Tensor], z_i: Tensor, t: Tensor) -> Tensor:
+        return functional_call(weightless, (weights, state), (z_i, t))
+
+    over_networks = vmap(call, in_dims=(0, 0, 0, None))
+    return lambda z, t: over_networks(weights, buffers, z, t)
 
 
 def frozen(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -186,11 +183,10 @@ def plain_copy(network: nn.Module) -> nn.Module:
 
 
 def replace_parametrizations(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Give a copied module plain parameters; `remove_parametrizations` would change the class that it shares with the
-    original.
-    """
+    """Give a copied module plain parameters of these values, instead of parametrised ones."""
     plain = parametrize.type_before_parametrizations(module)
     del module.parametrizations
+    # `remove_parametrizations` would change the class, which the copy shares with the original.
     module.__class__ = plain
     for name, value in values.items():
         module.register_parameter(name, nn.Parameter(value.detach().clone()))
@@ -199,7 +195,7 @@ def replace_parametrizations(module: nn.Module, values: dict[str, Tensor]) -> No
 class CompiledTotal:
     """A compiled scalar function of (u, t) whose gradient is checked against the plain one at its first call.
 
-    torch 2.13's inductor has been seen to return a gradient that is wrong by some per cent on a CPU, for convolutions
+    On a CPU, torch 2.13's inductor was observed to return a gradient that is wrong by some per cent, for convolutions
     around an upsampling.
 
     Args:
@@ -209,9 +205,8 @@ class CompiledTotal:
 
     def __init__(self, total: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
         self.plain = total
-        options: Any = (
-            {"layout_optimization": False} if device.type == "cpu" else None
-        )  # the optimisation that went wrong
+        # The optimisation that went wrong.
+        options: Any = {"layout_optimization": False} if device.type == "cpu" else None
         self.compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(total, options=options)
         self.trusted: bool | None = None
 
@@ -240,7 +235,7 @@ class CompiledTotal:
 
 
 def cuda_record(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture what `step` launches as a CUDA graph, without running it; returns what runs it."""
+    """Capture what `step` launches as a CUDA graph, without running it; returns the function that replays it."""
     if not torch.cuda.is_available():
         raise ValueError("graph: a step can be captured on CUDA alone; leave ExecutionConfig(graph=False) here")
     graph = torch.cuda.CUDAGraph()
@@ -261,7 +256,7 @@ def repeat(
         advance: one step, whose every other input stays where it is in memory and which counts its noise on there.
         u: the state; left as it is.
         times: how often.
-        record: captures a function without running it, and returns what runs it.
+        record: captures a function without running it, and returns the function that replays it.
 
     Returns:
         The state afterwards.

@@ -1,22 +1,21 @@
 """Langevin dynamics on the conditional priors.
 
 The target p(u | u_next), proportional to exp(F(T(u), t)) N(u; 0, I) N(u_next; alpha u, sigma^2), is a correction exp F
-times a Gaussian of precision lambda = 1 + alpha^2/sigma^2 and mean mu = alpha u_next/(sigma^2 lambda). Our convention
-is that of Eq. 3: a step s moves u by s grad log p and adds noise of variance 2s. Every integrator here is one affine
-map with four coefficients per sample,
+times a Gaussian of precision lambda = 1 + alpha^2/sigma^2 and mean w u_next, with w = alpha/(sigma^2 lambda). As in Eq.
+3, a step s moves u by s grad log p and adds noise of variance 2s. With h the dimensionless step size and s = h/lambda,
+every integrator is one affine map with four coefficients per sample, u <- A u + B u_next + C grad F + D xi:
 
-    u <- A u + B u_next + C grad F + D xi,     xi ~ N(0, I),
+                          A               B            C                D
+    exponential           e^-h            (1 - A) w    (1 - A)/lambda   sqrt((1 - A^2)/lambda)
+    strang                e^-h            (1 - A) w    A h/lambda       sqrt((1 - A^2)/lambda)
+    euler                 1 - s lambda    s lambda w   s                sqrt(2 s)
+    leimkuhler-matthews   1 - s lambda    s lambda w   s                sqrt(s/2), with xi + xi of the last step
 
-    exponential           A = e^-h            B = (1 - A) w         C = (1 - A)/lambda   D = sqrt((1 - A^2)/lambda)     exact where F = 0
-    strang                A = e^-h            B = (1 - A) w         C = A h/lambda       D = sqrt((1 - A^2)/lambda)     likewise
-    euler                 A = 1 - s lambda    B = s lambda w        C = s                D = sqrt(2s)
-    leimkuhler-matthews   as euler, with D/2 and the sum of this step's noise and that of the step before
-
-with h the dimensionless step size, s = h/lambda and w = alpha/(sigma^2 lambda). Strang's steps kick by F and then let
-the Gaussian part act; the last one of a chain lets it act for h/2, which makes the whole symmetric. On a quadratic F
-the stationary variance has an error of order h, smaller with strang, and none with leimkuhler-matthews (Leimkuhler &
-Matthews 2013), whose weak order is 2. The published code takes s = s_t/2 with s_t = b^2 (sigma_bar_t/sigma_bar_0)
-sigma_{t+1}^2, lets its network f stand for F = f/s_t and drops the kernel at t = T-1: the `published` step rule.
+The first two are exact where F = 0. Strang's steps kick by F and then let the Gaussian part act; the last one of a
+chain lets it act for h/2, which makes the whole symmetric. On a quadratic F the stationary variance has an error of
+order h, smaller with strang, and none with leimkuhler-matthews (Leimkuhler & Matthews 2013), whose weak order is 2. The
+published code takes s = s_t/2 with s_t = b^2 (sigma_bar_t/sigma_bar_0) sigma_{t+1}^2, lets its network f stand for F =
+f/s_t and drops the kernel at t = T-1: the `published` step rule.
 
 The top layer's energy is the most curved one, as the top holds most of the prior hole, and the only one whose gradient
 needs no walk through the backbone. `top_steps` > 1 therefore moves the top layer by that many shorter steps within each
@@ -32,7 +31,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .kernels import langevin_update as langevin_update
 from .schedule import DiffusionSchedule
 from .streams import Streams
 
@@ -63,9 +61,6 @@ class LangevinConfig:
         drift_limit: largest length of the drift C grad F, in units of D^(1/4) standard deviations of the step's noise.
             Where F is too curved for the step size, a chain overshoots further at every step; this bounds it and is
             idle otherwise.
-        curvature_limit: shorten a sample's steps to this over C kappa, with kappa = |change of grad F| / |change of u|
-            the curvature that its last step met; None for steps of one size. Where F grows curved, chains then slow
-            down instead of overshooting.
         top_steps: shorter steps of the top layer within each step; 1 for none.
         sampling_steps: steps per noise level in sampling; None takes `steps`.
         corrector_steps: steps with a Metropolis test after each chain, which take away the error of the others; see
@@ -79,7 +74,6 @@ class LangevinConfig:
     start: Start = "next"
     step_rule: StepRule = "relative"
     drift_limit: float = 1.0
-    curvature_limit: float | None = None
     top_steps: int = 1
     sampling_steps: int | None = None
     corrector_steps: int = 0
@@ -99,23 +93,24 @@ class LangevinConfig:
                 raise ValueError(f"{name} must be a positive integer, got {steps!r}")
         if not isinstance(self.corrector_steps, int) or self.corrector_steps < 0:
             raise ValueError(f"corrector_steps must be an integer from 0, got {self.corrector_steps!r}")
-        for name, limit in (("drift_limit", self.drift_limit), ("curvature_limit", self.curvature_limit)):
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{name} must be positive, got {limit!r}")
+        if not self.drift_limit > 0:
+            raise ValueError(f"drift_limit must be positive, got {self.drift_limit!r}")
         if not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size must be positive and finite, got {self.step_size!r}")
         if self.integrator in ("euler", "leimkuhler-matthews") and self.step_rule == "relative" and self.step_size >= 2:
             raise ValueError(
-                f"{self.integrator} is unstable at a relative step_size of 2 and above, got {self.step_size}; use exponential or a smaller step"
+                f"{self.integrator} is unstable at a relative step_size of 2 and above, got {self.step_size}; "
+                "use exponential or a smaller step"
             )
-        if self.step_rule == "published" and (
-            self.top_steps > 1 or self.curvature_limit is not None or self.corrector_steps
-        ):
-            raise ValueError(
-                "the published step rule has no top_steps, curvature_limit and corrector_steps; leave them at 1, None and 0"
-            )
+        if self.step_rule == "published" and (self.top_steps > 1 or self.corrector_steps):
+            raise ValueError("the published step rule has no top_steps and corrector_steps; leave them at 1 and 0")
         if self.step_rule == "published" and self.integrator != "euler":
             raise ValueError(f"the published step rule belongs to the euler integrator, got {self.integrator}")
+
+    @property
+    def adds_last_noise(self) -> bool:
+        """Whether a step adds the noise of the step before to its own."""
+        return self.integrator == "leimkuhler-matthews"
 
 
 def gaussian_part(
@@ -151,7 +146,6 @@ def langevin_coefficients(
     config: LangevinConfig,
     dtype: torch.dtype,
     *,
-    slowdown: Tensor | float = 1.0,
     share: int = 1,
     last: bool = False,
 ) -> Tensor:
@@ -162,15 +156,14 @@ def langevin_coefficients(
         schedule: the noise levels.
         config: integrator and step size.
         dtype: dtype of the coefficients.
-        slowdown: multiplies the relative step size h, one number or one per sample (N,).
-        share: divides it.
+        share: number of shorter steps that the relative step size h is divided into.
         last: whether these are the coefficients of a chain's last step.
 
     Returns:
         Coefficients (N, 4).
     """
     weight, precision = gaussian_part(t, schedule, config, dtype)
-    h = config.step_size / share * slowdown * torch.ones_like(precision)
+    h = config.step_size / share * torch.ones_like(precision)
     if config.integrator in ("euler", "leimkuhler-matthews"):
         s = published_step(t, schedule, config, dtype) / 2 if config.step_rule == "published" else h / precision
         noise = (2 * s).sqrt() if config.integrator == "euler" else (s / 2).sqrt()
@@ -191,26 +184,23 @@ def chain_start(
     return weight[:, None] * u_next + streams.normal(u_next.shape[1]) / precision.sqrt()[:, None]
 
 
-def limited_move(
-    u: Tensor,
-    u_next: Tensor,
-    gradient: Tensor,
-    coefficients: Tensor,
-    config: LangevinConfig,
-    streams: Streams,
-    part: int,
-    held: Tensor | None,
-) -> Tensor:
-    """One step of a part of the dimensions, with a drift no longer than `config.drift_limit`: the limit goes into C."""
-    longest = config.drift_limit * u.shape[1] ** 0.25 * coefficients[:, 3] / coefficients[:, 2]
+def limit_drift(coefficients: Tensor, gradient: Tensor, drift_limit: float) -> Tensor:
+    """Coefficients of steps whose drift C grad F is no longer than the limit.
+
+    Args:
+        coefficients: A, B, C, D of every sample (N, 4).
+        gradient: grad F (N, d).
+        drift_limit: as of `LangevinConfig`.
+
+    Returns:
+        Coefficients (N, 4) with a smaller C where the drift was longer, so that the step stays one affine map.
+    """
+    longest = drift_limit * gradient.shape[1] ** 0.25 * coefficients[:, 3] / coefficients[:, 2]
     shorter = (longest / torch.linalg.vector_norm(gradient, dim=1)).clamp(max=1)
-    limited = torch.cat((coefficients[:, :2], (coefficients[:, 2] * shorter)[:, None], coefficients[:, 3:]), dim=1)
-    return streams.move(
-        u, u_next, gradient, limited, part=part, previous=config.integrator == "leimkuhler-matthews", held=held
-    )
+    return torch.cat((coefficients[:, :2], (coefficients[:, 2] * shorter)[:, None], coefficients[:, 3:]), dim=1)
 
 
-def top_moves(
+def top_layer_steps(
     own_gradient: Gradient,
     u: Tensor,
     u_next: Tensor,
@@ -220,36 +210,27 @@ def top_moves(
     streams: Streams,
     held: Tensor | None,
 ) -> Tensor:
-    """Shorter steps of the top layer: of its gradient `gradient` at the first one, the part `own_gradient` is renewed
-    at every later one.
-    """
-    at_start = own_gradient(u)
-    for i, fine in enumerate(coefficients):
-        now = gradient if i == 0 else gradient + (own_gradient(u) - at_start)
-        u = limited_move(u, u_next, now, fine, config, streams, TOP, held)
-    return u
-
-
-def curvature_slowdown(
-    limit: float, drift: Tensor, before: tuple[Tensor, Tensor] | None, u: Tensor, gradient: Tensor
-) -> Tensor:
-    """Factor on the step size that keeps C kappa below a limit; 1 at the first step.
+    """The shorter steps of the top layer within one step.
 
     Args:
-        limit: the largest C kappa.
-        drift: C at the full step size (N,).
-        before: state and gradient (N, D) of the step before.
-        u: state (N, D).
-        gradient: grad F there (N, D).
+        own_gradient: gradient of the top layer's own energy as a function of its noise (N, d).
+        u: its states (N, d).
+        u_next: its states of the noisier level (N, d).
+        gradient: gradient of the whole F in it (N, d) at `u`; every later step renews only the part of `own_gradient`.
+        coefficients: A, B, C, D (N, 4) of every shorter step.
+        config: integrator and drift limit.
+        streams: the samples' noise.
+        held: mask (d,) of dimensions to leave as they are.
 
     Returns:
-        Factors (N,) in (0, 1].
+        The new states (N, d).
     """
-    if before is None:
-        return torch.ones_like(drift)
-    moved = torch.linalg.vector_norm(u - before[0], dim=1)
-    curvature = torch.linalg.vector_norm(gradient - before[1], dim=1) / moved
-    return (limit / (drift * curvature)).nan_to_num(nan=1.0).clamp(max=1)
+    at_start = own_gradient(u)
+    for i, each in enumerate(coefficients):
+        now = gradient if i == 0 else gradient + (own_gradient(u) - at_start)
+        limited = limit_drift(each, now, config.drift_limit)
+        u = streams.move(u, u_next, now, limited, part=TOP, previous=config.adds_last_noise, held=held)
+    return u
 
 
 def langevin_chain(
@@ -276,8 +257,7 @@ def langevin_chain(
         hold: mask (D,) of dimensions to hold, and the states (N, D) to hold them at.
         top: number of dimensions of the top layer, the first of D, and the gradient of its own energy as a function of
             them; for `top_steps`.
-        repeat: applies a step to a state so many times, from a recording; None for a plain loop. Not used with
-            `curvature_limit`.
+        repeat: applies a step to a state so many times, from a recording; None for a plain loop.
 
     Returns:
         States (N, D), finite.
@@ -291,42 +271,33 @@ def langevin_chain(
     if hold is not None:
         u = torch.where(hold[0], hold[1], u)
     split = top[0] if top is not None and config.top_steps > 1 else 0
-    fixed = functools.cache(partial(langevin_coefficients, t, schedule, config, u.dtype))
-    coefficients: Callable[..., Tensor] = fixed
-    before = None
+    # Made once, so that a recorded step finds them where they were.
+    coefficients = functools.cache(partial(langevin_coefficients, t, schedule, config, u.dtype))
 
     def advance(u: Tensor, last: bool = False) -> Tensor:
-        nonlocal coefficients, before
         g = gradient(u)
-        if config.curvature_limit is not None:
-            slowdown = curvature_slowdown(config.curvature_limit, fixed()[:, 2], before, u, g)
-            coefficients, before = (
-                partial(langevin_coefficients, t, schedule, config, u.dtype, slowdown=slowdown),
-                (u, g),
-            )
-        parts = []
+        below = u[:, split:]
         if split < u.shape[1]:
-            rest = None if held is None else held[split:]
-            parts.append(
-                limited_move(
-                    u[:, split:], u_next[:, split:], g[:, split:], coefficients(last=last), config, streams, BELOW, rest
-                )
+            below = streams.move(
+                below,
+                u_next[:, split:],
+                g[:, split:],
+                limit_drift(coefficients(last=last), g[:, split:], config.drift_limit),
+                part=BELOW,
+                previous=config.adds_last_noise,
+                held=None if held is None else held[split:],
             )
-        if top is not None and split:
-            first = None if held is None else held[:split]
-            fine = [
-                coefficients(share=config.top_steps, last=last and i == config.top_steps - 1)
-                for i in range(config.top_steps)
-            ]
-            parts.insert(
-                0, top_moves(top[1], u[:, :split], u_next[:, :split], g[:, :split], fine, config, streams, first)
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if top is None or split == 0:
+            return below
+        first = None if held is None else held[:split]
+        shorter = [coefficients(share=config.top_steps)] * (config.top_steps - 1)
+        shorter.append(coefficients(share=config.top_steps, last=last))
+        above = top_layer_steps(top[1], u[:, :split], u_next[:, :split], g[:, :split], shorter, config, streams, first)
+        return torch.cat((above, below), dim=1)
 
-    # All steps but the last are alike; from a recording, the first one still runs by itself and leaves everything
-    # ready.
+    # All steps but the last are alike; before a recording, the first one runs by itself and leaves everything ready.
     alike = config.steps - 1
-    if repeat is not None and alike > 1 and config.curvature_limit is None:
+    if repeat is not None and alike > 1:
         u = repeat(advance, advance(u), alike - 1)
     else:
         for _ in range(alike):

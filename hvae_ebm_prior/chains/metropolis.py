@@ -10,15 +10,16 @@ otherwise leaves pi(u), proportional to exp F(u) N(u; mu, 1/lambda), exactly inv
 u - mu
 
     log r = log [pi(u') q(u | u')] / [pi(u) q(u' | u)]
-          = F' - F + (lambda - (1 - A^2)/D^2) (|v|^2 - |v'|^2)/2 + C/D^2 [(v - A v').b' - (v' - A v).b] - C^2/(2 D^2) (|b'|^2 - |b|^2).
+          = F' - F + (lambda - (1 - A^2)/D^2) (|v|^2 - |v'|^2)/2
+            + C/D^2 [(v - A v').b' - (v' - A v).b] - C^2/(2 D^2) (|b'|^2 - |b|^2).
 
 The second term is 0 for `exponential` and `strang`, whose steps are reversible where F = 0; for `euler` its factor is s
 lambda^2/2. Differences are taken before they are summed, so that nothing large cancels in many dimensions.
 
 The drift limit is a function of the state that a step starts from, so it belongs to b in both directions and the test
 stays exact. It keeps chains moving where F is so steep that every step of plain MALA would be refused. Not among the
-proposals are `top_steps` and `curvature_limit`, which make a step depend on more than its start, nor the doubled noise
-of `leimkuhler-matthews`, for which Euler's step stands.
+proposals are `top_steps`, which make a step depend on more than its start, and the doubled noise of
+`leimkuhler-matthews`, for which Euler's step stands.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Visit:
-    """A state and what a test needs to know of it.
+    """A state, and F and the drift there.
 
     Attributes:
         u: state (N, D).
@@ -96,7 +97,7 @@ def plain_proposal(u_next: Tensor, t: Tensor, *, schedule: DiffusionSchedule, co
 
 
 def visit(value_and_gradient: ValueAndGradient, u: Tensor, proposal: Proposal, held: Tensor | None = None) -> Visit:
-    """What a test needs to know of a state.
+    """Evaluate F and the drift at a state.
 
     Args:
         value_and_gradient: F(T(u), t) (N,) and its gradient (N, D) as a function of u (N, D).
@@ -231,8 +232,8 @@ def metropolis_chain(
     good = torch.isfinite(now.value) & torch.isfinite(now.u).all(dim=1) & torch.isfinite(now.drift).all(dim=1)
     if not bool(good.all()):
         raise ChainDiverged(
-            f"{int((~good).sum())} of {len(u)} Metropolis chains start where the state, the energy or its gradient is not finite, at t = "
-            f"{sorted(set(t[~good].tolist()))}; start from a finite chain"
+            f"{int((~good).sum())} of {len(u)} Metropolis chains start where the state, the energy or its gradient is "
+            f"not finite, at t = {sorted(set(t[~good].tolist()))}; start from a finite chain"
         )
     total = torch.zeros_like(now.value)
     for _ in range(steps):

@@ -3,8 +3,8 @@
 A schedule with T steps has T + 1 noise levels t = 0..T, each fixed by its signal-to-noise ratio, which falls from data
 to noise:
 
-    u_t = alpha_bar_t u_data + sigma_bar_t eps,      alpha_bar_t^2 = snr_t / (1 + snr_t),     sigma_bar_t^2 = 1 / (1 + snr_t)
-    u_t = alpha_t u_{t-1} + sigma_t eps,             alpha_t = alpha_bar_t / alpha_bar_{t-1},  sigma_t^2 = 1 - alpha_t^2
+    u_t = alpha_bar_t u_data + sigma_bar_t eps,   alpha_bar_t^2 = snr_t / (1 + snr_t),   sigma_bar_t^2 = 1 / (1 + snr_t)
+    u_t = alpha_t u_{t-1} + sigma_t eps,          alpha_t = alpha_bar_t/alpha_bar_{t-1}, sigma_t^2 = 1 - alpha_t^2
 
 with u_{-1} the data itself (Eq. 5-7 of Cui & Han, 2024). There is one conditional energy-based prior p(u_t | u_{t+1})
 for each t = 0..T-1.
@@ -42,7 +42,8 @@ class DiffusionSchedule:
             raise ValueError(f"signal-to-noise ratios must be non-negative and strictly decreasing, got {snr}")
         if snr[-1] > LARGEST_LAST_SNR:
             raise ValueError(
-                f"sampling starts from pure noise, so the last signal-to-noise ratio must be at most {LARGEST_LAST_SNR}, got {snr[-1]}; append 0"
+                "sampling starts from pure noise, so the last signal-to-noise ratio must be at most "
+                f"{LARGEST_LAST_SNR}, got {snr[-1]}; append 0"
             )
 
     @property
@@ -53,7 +54,8 @@ class DiffusionSchedule:
     @cached_property
     def _levels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         snr = torch.tensor(self.snr, dtype=torch.float64)
-        alpha_bar, sigma_bar = (1 / (1 + 1 / snr)).sqrt(), (1 / (1 + snr)).sqrt()
+        alpha_bar = (1 / (1 + 1 / snr)).sqrt()
+        sigma_bar = (1 / (1 + snr)).sqrt()
         alpha = torch.cat((alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]))
         # 1 - alpha^2 without its cancellation between two nearly noise-free levels.
         sigma = torch.cat((sigma_bar[:1], ((1 - snr[1:] / snr[:-1]) / (1 + snr[1:])).sqrt()))

@@ -16,20 +16,20 @@ from .kernels.noise import philox_levels, philox_normal
 
 
 def draw_key(generator: torch.Generator | None) -> int:
-    """One random integer, from `generator` or from torch's default generator, from which all noise of a call follows."""
-    return int(
-        torch.randint(2**62, (), generator=generator, device=generator.device if generator is not None else None)
-    )
+    """One random integer of `generator`, or of torch's default generator, from which all noise of a call follows."""
+    device = None if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
 def draw_seeds(n: int, generator: torch.Generator | None) -> list[int]:
-    """`n` seeds from `generator`, or from torch's default generator where that is None; the first m do not depend on n."""
+    """`n` seeds of `generator`, or of torch's default generator where it is None; the first m do not depend on n."""
     return sample_seeds(draw_key(generator), range(n))
 
 
 def sample_seeds(key: int, samples: range) -> list[int]:
     """Seeds of the given samples; they do not depend on which others there are."""
-    return torch.randint(2**62, (samples.stop,), generator=torch.Generator().manual_seed(key))[samples.start :].tolist()
+    seeds = torch.randint(2**62, (samples.stop,), generator=torch.Generator().manual_seed(key))
+    return seeds[samples.start :].tolist()
 
 
 def open_streams(
@@ -68,7 +68,8 @@ class SampleStreams:
     """
 
     def __init__(self, seeds: list[int], device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+        self.device = device
+        self.dtype = dtype
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._last: dict[int, Tensor] = {}
 
@@ -103,11 +104,12 @@ class SampleStreams:
         held: Tensor | None,
     ) -> Tensor:
         """One Langevin step of a part of the dimensions; `previous` adds the noise of that part's step before."""
-        noise = used = self.normal(u.shape[1])
+        noise = self.normal(u.shape[1])
         if previous:
-            used = noise + (self._last[part] if part in self._last else self.normal(u.shape[1]))
+            before = self._last[part] if part in self._last else self.normal(u.shape[1])
             self._last[part] = noise
-        return langevin_update(u, u_next, gradient, coefficients, noise=used, held=held)
+            noise = noise + before
+        return langevin_update(u, u_next, gradient, coefficients, noise=noise, held=held)
 
 
 class CounterStreams:
@@ -125,7 +127,9 @@ class CounterStreams:
     PARTS = 2
 
     def __init__(self, key: int, samples: range, device: torch.device, backend: str) -> None:
-        self.device, self.backend, self._count = device, backend, len(samples)
+        self.device = device
+        self.backend = backend
+        self._count = len(samples)
         # On the device, where kernels read them, and where a captured graph counts steps on.
         self.key = torch.tensor([key, samples.start], device=device)
         self.steps = torch.zeros(self.PARTS + 1, 1, dtype=torch.long, device=device)

@@ -1,5 +1,4 @@
-"""A page to play with a trained prior: samples, labels, held layers, chains. `build_demo` makes it; what it computes
-are plain functions.
+"""A page to play with a trained prior: samples, labels, held layers, chains. `build_demo` makes it of plain functions.
 
 Everything on the page follows from its settings: the same settings give the same pictures, and a sample keeps its
 number when others join it. So the page keeps no state, and "sample 3" of one tab is sample 3 of the other. Requests are
@@ -14,25 +13,34 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..backbone.validation import check_count
+from ..baselines import NCPPrior
 from ..baselines.layerwise import LayerwisePrior
 from ..chains.langevin import ChainDiverged
 from ..control import resample
+from ..energies.coupling import LabelSet
 from ..evaluation.transitions import langevin_transitions
 from ..extras import missing
 from ..prior import DiffusionEBMPrior
+from ..saving.grid import tile
 from ..training.image_data import image_shape
 
 if TYPE_CHECKING:
     import gradio  # type: ignore[import-not-found, unused-ignore]
 
-MAX_COUNT, MAX_STEPS, MAX_CHAINS, MAX_SEED = 64, 100, 8, 2**32 - 1
-TEMPERATURES, GUIDANCES = (0.5, 1.2), (0.0, 8.0)
-# Small images are shown about this large, in pixels, by a whole factor.
-SHOWN = 112
+# Bounds of what one request may ask for.
+MAX_COUNT = 64
+MAX_STEPS = 100
+MAX_CHAINS = 8
+MAX_SEED = 2**32 - 1
+TEMPERATURES = (0.5, 1.2)
+GUIDANCES = (0.0, 8.0)
+# Small images are enlarged by a whole factor to about this size, in pixels.
+DISPLAY_SIZE = 112
+# Between images, in widths of one.
 GAP = 0.04
 ANY = "any"
 STYLE = """<style>
@@ -84,7 +92,7 @@ class Settings:
         """A new source of randomness, the same every time."""
         return torch.Generator().manual_seed(self.seed)
 
-    def asked(self) -> dict[str, Any]:
+    def label_arguments(self) -> dict[str, Any]:
         """Labels and guidance as `sample_noise` takes them."""
         return {"labels": dict(self.labels) or None, "guidance": self.guidance}
 
@@ -97,14 +105,13 @@ def check_bounds(name: str, value: float, low: float, high: float) -> None:
 
 def draw_noise(prior: DiffusionEBMPrior, settings: Settings, n: int) -> Tensor:
     """Noise (n, D) of the first `n` samples of these settings."""
-    return prior.sample_noise(n, temperature=settings.temperature, generator=settings.generator, **settings.asked())
+    labels = settings.label_arguments()
+    return prior.sample_noise(n, temperature=settings.temperature, generator=settings.generator, **labels)
 
 
 @torch.no_grad()
 def draw_both(prior: DiffusionEBMPrior, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Pictures of the backbone's Gaussian prior and of `prior`, (count, C, H, W) each, at one temperature; labels are
-    for ours alone.
-    """
+    """Pictures (count, C, H, W) of the Gaussian prior, and of ours, at one temperature; labels are for ours."""
     noise = torch.randn(settings.count, prior.dim, generator=settings.generator).to(prior.device, prior.dtype)
     return prior.decode(settings.temperature * noise), prior.decode(draw_noise(prior, settings, settings.count))
 
@@ -115,7 +122,7 @@ def vary(prior: DiffusionEBMPrior, settings: Settings, hold: list[int], source: 
 
     Args:
         prior: the prior.
-        settings: of the sample, and of what is drawn; resampling knows no temperature but 1.
+        settings: of the sample, and of what is drawn; resampling is at temperature 1.
         hold: indices of the layers to hold, 0 the top.
         source: number of a sample of these settings, from 0, or an image (1, C, H, W) in [0, 1].
 
@@ -133,7 +140,8 @@ def vary(prior: DiffusionEBMPrior, settings: Settings, hold: list[int], source: 
         u = draw_noise(prior, settings, source + 1)[-1:]
     # Another seed than the samples', whose first one would otherwise come again.
     generator = torch.Generator().manual_seed(MAX_SEED - settings.seed)
-    variations = resample(prior, u.expand(settings.count, -1), hold, generator=generator, **settings.asked())
+    copies = u.expand(settings.count, -1)
+    variations = resample(prior, copies, hold, generator=generator, **settings.label_arguments())
     return prior.decode(torch.cat((u, variations)))
 
 
@@ -159,9 +167,13 @@ def watch(prior: DiffusionEBMPrior, settings: Settings, steps: int) -> tuple[Ten
     check_count(steps, "steps")
     check_bounds("steps", steps, 1, MAX_STEPS)
     n = min(settings.count, MAX_CHAINS)
-    if settings.labels or settings.temperature != 1 or isinstance(prior, LayerwisePrior):
+    if settings.labels or settings.temperature != 1 or isinstance(prior, LayerwisePrior | NCPPrior):
         states = prior.sample_noise(
-            n, temperature=settings.temperature, trajectory=True, generator=settings.generator, **settings.asked()
+            n,
+            temperature=settings.temperature,
+            trajectory=True,
+            generator=settings.generator,
+            **settings.label_arguments(),
         ).flip(0)
         levels = list(reversed(range(len(states))))
     else:
@@ -172,65 +184,61 @@ def watch(prior: DiffusionEBMPrior, settings: Settings, steps: int) -> tuple[Ten
 
 
 def fit_image(prior: DiffusionEBMPrior, pixels: Any) -> Tensor:
-    """An upload, uint8 (H, W, 3), as an image (1, C, H, W) in [0, 1] of the backbone's shape; cropped to it about the
-    centre.
-    """
+    """An upload, uint8 (H, W, 3), resized and cropped about its centre to an image (1, C, H, W) as the backbone's."""
     channels, height, width = image_shape(prior)
     image = torch.as_tensor(pixels).float().permute(2, 0, 1)[None, :3] / 255
     factor = max(height / image.shape[2], width / image.shape[3])
     size = max(height, round(factor * image.shape[2])), max(width, round(factor * image.shape[3]))
-    image = interpolate(image, size, mode="bilinear", antialias=True).clamp(0, 1)
+    image = F.interpolate(image, size, mode="bilinear", antialias=True).clamp(0, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     image = image[:, :, top : top + height, left : left + width]
     return image.mean(1, keepdim=True) if channels == 1 else image
 
 
-def tile(images: Tensor, columns: int, *, wide: list[int] | None = None) -> Any:
+def screen_grid(images: Tensor, columns: int, *, breaks: list[int] | None = None) -> Any:
     """A grid for the screen.
 
     Args:
         images: (N, C, H, W) in [0, 1], row by row.
         columns: images in a row.
-        wide: columns with a wider gap before them.
+        breaks: columns, in order, with a wider gap before them.
 
     Returns:
         Pixels, uint8 (height, width, 4): small images enlarged by a whole factor, what lies between them transparent.
     """
     pixels = images.detach().float().cpu().clamp(0, 1).mul(255).round().byte()
     pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels[:, :3]
-    factor = max(1, SHOWN // max(pixels.shape[-2:]))
+    factor = max(1, DISPLAY_SIZE // max(pixels.shape[-2:]))
     pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    height, width = pixels.shape[-2:]
+    opaque = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=255)
+    width = opaque.shape[3]
     gap = max(1, round(GAP * width))
-    columns = min(columns, len(pixels))
-    lefts = [i * (width + gap) + 4 * gap * sum(i >= j for j in wide or ()) for i in range(columns)]
-    rows = -(-len(pixels) // columns)
-    canvas = torch.zeros(rows * (height + gap) - gap, lefts[-1] + width, 4, dtype=torch.uint8)
-    for i, image in enumerate(pixels):
-        top, left = i // columns * (height + gap), lefts[i % columns]
-        canvas[top : top + height, left : left + width, :3] = image.permute(1, 2, 0)
-        canvas[top : top + height, left : left + width, 3] = 255
-    return canvas.numpy()
+    # Every image has its gap at the right and below; the last ones' go again.
+    canvas = tile(F.pad(opaque, (0, gap, 0, gap)), columns)[:, :-gap, :-gap]
+    first, *others = canvas.tensor_split([i * (width + gap) for i in breaks or ()], dim=2)
+    return torch.cat([first, *(F.pad(part, (4 * gap, 0)) for part in others)], dim=2).permute(1, 2, 0).numpy()
 
 
 def animate(frames: Tensor, milliseconds: int = 180) -> str:
-    """An `<img>` that shows frames (S, N, C, H, W), N images side by side, one after the other, and rests on the last."""
-    from PIL import Image  # comes with gradio
+    """An `<img>` of frames (S, N, C, H, W), N images side by side, one after the other; it rests on the last."""
+    # It comes with gradio.
+    from PIL import Image
 
-    pictures = [Image.fromarray(tile(images, len(images))) for images in frames]
-    held = [milliseconds] * (len(pictures) - 1) + [2000]
-    buffer = io.BytesIO()
-    pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=held, loop=0, lossless=True)
-    return f'<img alt="the chains, step by step" src="data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    pictures = [Image.fromarray(screen_grid(images, len(images))) for images in frames]
+    durations = [milliseconds] * (len(pictures) - 1) + [2000]
+    file = io.BytesIO()
+    pictures[0].save(file, "WEBP", save_all=True, append_images=pictures[1:], duration=durations, loop=0, lossless=True)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="the chains, step by step" src="data:image/webp;base64,{data}">'
 
 
 def layer_names(prior: DiffusionEBMPrior) -> list[str]:
     """Layers for the eye, top to bottom."""
-    ends = {0: "top", len(prior.latent_shapes) - 1: "bottom"}
-    return [
-        f"{i}: {'×'.join(map(str, shape))}{f', {ends[i]}' if i in ends else ''}"
-        for i, shape in enumerate(prior.latent_shapes)
-    ]
+    names = [f"{i}: {'×'.join(map(str, shape))}" for i, shape in enumerate(prior.latent_shapes)]
+    if len(names) > 1:
+        names[0] += ", top"
+    names[-1] += ", bottom"
+    return names
 
 
 def read_settings(
@@ -267,45 +275,47 @@ def build_demo(prior: DiffusionEBMPrior, *, title: str | None = None) -> "gradio
     """
     if not isinstance(prior, DiffusionEBMPrior):
         raise TypeError(
-            f"demo: expected a trained DiffusionEBMPrior, got {type(prior).__name__}; load it with DiffusionEBMPrior.from_pretrained"
+            f"demo: expected a trained DiffusionEBMPrior, got {type(prior).__name__}; "
+            "load it with DiffusionEBMPrior.from_pretrained"
         )
     gr = import_gradio()
-    layers, sets = layer_names(prior), prior.coupling.sets if prior.coupling else {}
+    layers = layer_names(prior)
+    sets = prior.coupling.sets if prior.coupling else {}
 
-    def told(compute: Callable[..., Any]) -> Callable[..., Any]:
+    def with_messages(compute: Callable[..., Any]) -> Callable[..., Any]:
         """What the visitor can mend becomes a message on the page."""
 
         @wraps(compute)
-        def run(*given: Any) -> Any:
+        def run(*values: Any) -> Any:
             try:
-                return compute(*given)
+                return compute(*values)
             except (ValueError, TypeError, ChainDiverged) as error:
                 raise gr.Error(str(error), print_exception=False) from error
 
         return run
 
-    @told
+    @with_messages
     def on_sample(*controls: Any) -> tuple[Any, Any]:
         settings = read_settings(prior, *controls)
         gaussian, ours = draw_both(prior, settings)
         columns = 4 if settings.count <= 16 else 8
-        return tile(gaussian, columns), tile(ours, columns)
+        return screen_grid(gaussian, columns), screen_grid(ours, columns)
 
-    @told
+    @with_messages
     def on_hold(number: Any, upload: Any, held: list[str], *controls: Any) -> tuple[Any, Any]:
         settings = read_settings(prior, *controls)
         source = int(number) - 1 if upload is None else fit_image(prior, upload)
         images = vary(prior, settings, [layers.index(name) for name in held], source)
-        return tile(images[:1], 1), tile(images[1:], 8)
+        return screen_grid(images[:1], 1), screen_grid(images[1:], 8)
 
-    @told
+    @with_messages
     def on_watch(steps: Any, *controls: Any) -> tuple[str, Any, str]:
         frames, levels = watch(prior, read_settings(prior, *controls), steps)
-        begins = [i for i in range(1, len(levels)) if levels[i] != levels[i - 1]]
-        # All levels' ends: there is nothing to set apart.
-        strip = tile(
-            frames.transpose(0, 1).flatten(0, 1), len(frames), wide=begins if len(begins) < len(levels) - 1 else None
-        )
+        breaks = [i for i in range(1, len(levels)) if levels[i] != levels[i - 1]]
+        # Where every frame is the end of a level there is nothing to set apart.
+        if len(breaks) == len(levels) - 1:
+            breaks = []
+        strip = screen_grid(frames.transpose(0, 1).flatten(0, 1), len(frames), breaks=breaks)
         return animate(frames), strip, f"Levels {', '.join(str(t) for t in dict.fromkeys(levels))}"
 
     with gr.Blocks(title=title or "hvae-ebm-prior", fill_width=True, analytics_enabled=False) as page:
@@ -313,32 +323,14 @@ def build_demo(prior: DiffusionEBMPrior, *, title: str | None = None) -> "gradio
         gr.Markdown(f"## {title or 'hvae-ebm-prior'}")
         with gr.Row():
             with gr.Column(scale=1, min_width=240):
-                count = gr.Slider(1, MAX_COUNT, 16, step=1, label="Pictures")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-                temperature = gr.Slider(*TEMPERATURES, 1.0, step=0.05, label="Temperature")
-                guidance = gr.Slider(*GUIDANCES, 4.0 if sets else 1.0, step=0.5, label="Guidance", visible=bool(sets))
-                choices = [
-                    gr.Dropdown(
-                        [
-                            (ANY, ANY),
-                            *(
-                                (str(c), c)
-                                for c in (range(s.categories) if isinstance(s.categories, int) else s.categories)
-                            ),
-                        ],
-                        value=ANY,
-                        label=name.capitalize(),
-                    )
-                    for name, s in sets.items()
-                ]
-            controls = [count, seed, temperature, guidance, *choices]
+                controls = settings_column(gr, sets)
             with gr.Column(scale=4), gr.Tabs():
                 with gr.Tab("Sample"):
                     go = gr.Button("Sample", variant="primary", elem_classes="go")
                     with gr.Row():
-                        shown = [picture(gr, "Gaussian prior"), picture(gr, "This prior")]
-                    on(go.click, on_sample, controls, shown, "sample")
-                    on(page.load, on_sample, controls, shown, False)
+                        grids = [picture(gr, "Gaussian prior"), picture(gr, "This prior")]
+                    on(go.click, on_sample, controls, grids, "sample")
+                    on(page.load, on_sample, controls, grids, False)
                 with gr.Tab("Hold layers"):
                     with gr.Row():
                         number = gr.Slider(1, MAX_COUNT, 1, step=1, label="Sample, by its number")
@@ -347,13 +339,7 @@ def build_demo(prior: DiffusionEBMPrior, *, title: str | None = None) -> "gradio
                     with gr.Row():
                         with gr.Column(scale=1, min_width=160):
                             original = picture(gr, "Held")
-                            upload = gr.Image(
-                                label="Or your own",
-                                type="numpy",
-                                image_mode="RGB",
-                                sources=["upload", "clipboard"],
-                                height=160,
-                            )
+                            upload = upload_area(gr)
                         with gr.Column(scale=5):
                             varied = picture(gr, "The rest drawn anew")
                     on(again.click, on_hold, [number, upload, held, *controls], [original, varied], "hold")
@@ -366,6 +352,22 @@ def build_demo(prior: DiffusionEBMPrior, *, title: str | None = None) -> "gradio
                     on(run.click, on_watch, [steps, *controls], [moving, strip, note], "watch")
     # One request computes at a time, whoever asks; so many may wait.
     return page.queue(max_size=32)
+
+
+def settings_column(gr: Any, sets: Mapping[str, LabelSet]) -> list[Any]:
+    """The controls of what all tabs share, in the order of `read_settings`."""
+    controls = [
+        gr.Slider(1, MAX_COUNT, 16, step=1, label="Pictures"),
+        gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED),
+        gr.Slider(*TEMPERATURES, 1.0, step=0.05, label="Temperature"),
+        gr.Slider(*GUIDANCES, 4.0 if sets else 1.0, step=0.5, label="Guidance", visible=bool(sets)),
+    ]
+    for name, label_set in sets.items():
+        given = label_set.categories
+        categories = range(given) if isinstance(given, int) else given
+        choices = [(ANY, ANY), *((str(category), category) for category in categories)]
+        controls.append(gr.Dropdown(choices, value=ANY, label=name.capitalize()))
+    return controls
 
 
 def on(event: Any, compute: Callable[..., Any], inputs: list[Any], outputs: list[Any], name: str | bool) -> None:
@@ -382,16 +384,6 @@ def picture(gr: Any, label: str) -> Any:
         )
 
 
-def run_demo(prior: object, *, port: int | None = None, share: bool = False) -> None:
-    """Serve the page until it is interrupted.
-
-    Args:
-        prior: what the command's loader returned, or the prior that was loaded onto it.
-        port: of the server; None takes the first free one from 7860 on.
-        share: ask Gradio for a public address, good for some days.
-
-    Raises:
-        TypeError, ImportError: as of `build_demo`.
-        OSError: the port is taken.
-    """
-    build_demo(prior).launch(server_port=port, share=share)  # type: ignore[arg-type]
+def upload_area(gr: Any) -> Any:
+    """A place for an image of the visitor's."""
+    return gr.Image(label="Or your own", type="numpy", image_mode="RGB", sources=["upload", "clipboard"], height=160)

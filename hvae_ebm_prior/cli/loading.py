@@ -1,15 +1,63 @@
-"""What the command line names: functions of modules or files."""
+"""What the command line names: functions of modules or files, and the models and priors that they return."""
 
+import argparse
 import importlib
-import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import module_from_spec, spec_from_file_location
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from ..prior import DiffusionEBMPrior
+
+# Where a command is added, with its options and the function that runs it.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+# The form of a function's name, for help and errors.
+FORM = "package.module:function or path/to/file.py:function"
+
+
+def add_loader(command: argparse.ArgumentParser, what: str, *, seed: bool = True, saved: bool = False) -> None:
+    """Where the model comes from, and options of most commands.
+
+    Args:
+        command: the command.
+        what: what the loader returns, for its help.
+        seed: whether the command draws random numbers under `--seed`.
+        saved: whether it takes a saved prior as `--prior`.
+    """
+    command.add_argument("loader", help=f"function that returns {what}, as {FORM}")
+    command.add_argument("checkpoint", nargs="?", help="handed to the function, if given")
+    command.add_argument("--device", default="cpu", help="where to put it, if it is a module (%(default)s)")
+    if seed:
+        command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
+    if saved:
+        command.add_argument(
+            "--prior",
+            help="a saved prior, a folder or owner/name on the Hub, to be loaded onto the model that the function "
+            "returns",
+        )
+
+
+def load_model(options: argparse.Namespace) -> Any:
+    """What the loader returns for the checkpoint, on the device if it is a module."""
+    load = load_function(options.loader)
+    model = load(options.checkpoint) if options.checkpoint else load()
+    return model.to(options.device) if isinstance(model, nn.Module) else model
+
+
+def load_prior(options: argparse.Namespace) -> Any:
+    """What the loader returns, or the saved prior that `--prior` names, on it."""
+    model = load_model(options)
+    return DiffusionEBMPrior.from_pretrained(options.prior, backbone=model) if options.prior else model
 
 
 def load_function(name: str, what: str = "loader") -> Callable[..., Any]:
-    """The function that a name refers to.
+    """The function that a name refers to; modules beside its file can be imported while it runs.
 
     Args:
         name: `package.module:function` or `path/to/file.py:function`.
@@ -24,22 +72,43 @@ def load_function(name: str, what: str = "loader") -> Callable[..., Any]:
     """
     where, _, function = name.rpartition(":")
     if not where or not function:
-        raise ValueError(f"{what}: expected package.module:function or path/to/file.py:function, got {name!r}")
-    if where.endswith(".py"):
-        path = Path(where).resolve()
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None or not path.exists():
-            raise FileNotFoundError(f"{what}: there is no file {where}")
-        # As `python file.py` does: modules beside the file can be imported.
-        sys.path.insert(0, str(path.parent))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, "")
-        module = importlib.import_module(where)
-    found: Any = module
-    for part in function.split("."):
-        found = getattr(found, part, None)
+        raise ValueError(f"{what}: expected {FORM}, got {name!r}")
+    if where.endswith(".py") and not Path(where).exists():
+        raise FileNotFoundError(f"{what}: there is no file {where}")
+    with importable(name):
+        module = load_file(Path(where).resolve()) if where.endswith(".py") else importlib.import_module(where)
+    try:
+        found = attrgetter(function)(module)
+    except AttributeError:
+        found = None
     if not callable(found):
         raise ValueError(f"{what}: {where} has no function {function}")
-    return found
+    return importable(name)(found)
+
+
+@contextmanager
+def importable(name: str) -> Iterator[None]:
+    """Inside, or inside a function that it decorates, modules beside the file that `name` is of can be imported, as in
+    `python file.py`; where it is of a module, those in the working folder, as in `python -m module`.
+    """
+    where = name.rpartition(":")[0]
+    folder = str(Path(where).resolve().parent) if where.endswith(".py") else ""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        # Not all of the path is put back: the user's code may have added clones of its own, to stay.
+        with suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def load_file(path: Path) -> ModuleType:
+    """The module of a Python file."""
+    spec = spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be imported")
+    module = module_from_spec(spec)
+    # Dataclasses look their module up by name. A name that is taken, as by torch for a torch.py, stays what it is.
+    sys.modules.setdefault(spec.name, module)
+    spec.loader.exec_module(module)
+    return module

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..backbone.transform import BackboneAdapter
 from ..baselines.layerwise import LayerwisePrior
 from ..chains.streams import seeded
-from ..evaluation.contenders import build
+from ..evaluation.candidates import build
 from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
 from ..processes import rank
@@ -22,20 +20,27 @@ from ..saving.files import write_json
 from ..training.callbacks import LOGS, open_log
 from ..training.checkpoint import find_checkpoints
 from ..training.image_data import DATA, image_shape, open_images
+from .loading import FORM, Commands, load_model
 
-# Those of baselines are left out.
+# Presets that `train` takes; the others are for baselines.
 SUITED = [name for name in PRESETS if name not in ("joint-ebm", "ncp")]
 # What a run that is gone on with must have been begun with, besides the settings, which its checkpoints know.
 GIVEN = ("loader", "checkpoint", "data", "size", "limit", "preset", "seed")
 
 
-def add_train(command: argparse.ArgumentParser) -> None:
-    """Options of `train`."""
+def add_train(commands: Commands) -> None:
+    """The command and its options."""
+    command = commands.add_parser(
+        "train",
+        help="train a prior for your model on images; goes on where it was interrupted",
+        description="Train a prior for your model on images, with checkpoints. The same command, run again, goes on "
+        "from the last one.",
+    )
     command.add_argument(
         "--backbone",
         required=True,
         dest="loader",
-        help="function that returns your model or an adapter of it, as package.module:function or path/to/file.py:function",
+        help=f"function that returns your model or an adapter of it, as {FORM}",
     )
     command.add_argument("--checkpoint", help="the model's file, handed to that function, if given")
     command.add_argument("--data", required=True, help=DATA)
@@ -70,10 +75,12 @@ def add_train(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--device", default="cpu", help="where to put the model, if it is a module (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
+    command.set_defaults(run=run_train)
 
 
-def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module, generator: torch.Generator) -> None:
+def run_train(options: argparse.Namespace) -> None:
     """Train a prior, or go on with its training, and write it."""
+    backbone = load_model(options)
     preset = PRESETS[options.preset]
     given = {name: getattr(options, name) for name in ("iterations", "batch_size", "learning_rate")}
     training = replace(preset.training, **{name: value for name, value in given.items() if value is not None})
@@ -85,7 +92,8 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
             prior = build(preset, backbone)
     data = open_images(options.data, image_shape(prior), size=options.size, limit=options.limit)
     logs = [open_log(place, options.samples_every, options.out.name) for place in options.log]
-    folder, about = options.out / "checkpoints", options.out / "train.json"
+    folder = options.out / "checkpoints"
+    about = options.out / "train.json"
     command = {name: getattr(options, name) for name in GIVEN}
     if begun := find_checkpoints(folder):
         check_command(about, command)
@@ -101,7 +109,7 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
             checkpoint_dir=folder,
             checkpoint_every=options.checkpoint_every,
             resume=True,
-            generator=generator,
+            generator=torch.Generator().manual_seed(options.seed),
         )
     except KeyboardInterrupt:
         print(
@@ -113,7 +121,8 @@ def run_train(options: argparse.Namespace, backbone: BackboneAdapter | nn.Module
         return
     prior.save_pretrained(options.out)
     print(
-        f"{len(history)} steps in {history[-1].seconds:.0f} s; saved in {options.out}, see hvae-ebm-prior info {options.out}",
+        f"{len(history)} steps in {history[-1].seconds:.0f} s; "
+        f"saved in {options.out}, see hvae-ebm-prior info {options.out}",
         file=sys.stderr,
     )
 
@@ -122,14 +131,14 @@ def check_command(path: Path, command: Mapping[str, Any]) -> None:
     """Raise ValueError unless the run whose options stand in `path` was begun with those of `command`."""
     try:
         before = json.loads(path.read_text())
-        differences = [
-            f"{name} was {before[name]} and is {value}" for name, value in command.items() if before[name] != value
-        ]
+        changed = [name for name, value in command.items() if before[name] != value]
+        differences = [f"{name} was {before[name]} and is {command[name]}" for name in changed]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
             f"{path}: expected the options that this run was begun with, got none ({error!r}); give another --out"
         ) from error
     if differences:
         raise ValueError(
-            f"{path.parent} holds another run: {', '.join(differences)}; give the same options to go on with it, or another --out"
+            f"{path.parent} holds another run: {', '.join(differences)}; "
+            "give the same options to go on with it, or another --out"
         )

@@ -9,10 +9,11 @@ put log w in the place of F:
     OR        the sum: logsumexp of energies          NOT   AND of the parts' NOTs
 
 (Du et al., 2020, compose energies so.) To subtract an energy without bound would let chains run away to where it is
-high; the NOT of a label or prior is at most 1, so the density that it multiplies stays normalisable. An energy is known
-up to a constant: an `Expert`'s `offset` says where its prior counts as true, and sets the shares of a mixture.
+high; the NOT of a label or prior is at most 1, so the density that it multiplies stays normalisable. An energy is
+defined up to a constant: an `Expert`'s `offset` sets where its prior counts as true, and the shares of a mixture.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..energies.coupling import check_values, find_set
 from .energy_model import EnergyModel, Terms
 
+# F and log p(y | u_t) of a prior at the present latents.
 TermsOf = Callable[[EnergyModel], Terms]
 # log w (N,) by noise, of all layers or of the first ones, at levels (N,).
 Target = Callable[..., Tensor]
@@ -113,12 +115,12 @@ def as_expressions(parts: Sequence[object]) -> tuple[Expression, ...]:
     """Expressions of expressions and priors."""
     if not parts:
         raise ValueError("expected at least one label or prior to compose")
-    found: list[Expression] = []
+    expressions: list[Expression] = []
     for part in parts:
         if not isinstance(part, Expression | EnergyModel):
             raise TypeError(f"expected labels, priors or expressions of them, got {type(part).__name__}")
-        found.append(Expert(part) if isinstance(part, EnergyModel) else part)
-    return tuple(found)
+        expressions.append(Expert(part) if isinstance(part, EnergyModel) else part)
+    return tuple(expressions)
 
 
 def log_weight(expression: Expression, sampled: EnergyModel, terms: TermsOf) -> Tensor:
@@ -127,7 +129,7 @@ def log_weight(expression: Expression, sampled: EnergyModel, terms: TermsOf) -> 
     Args:
         expression: as `make_condition` checked it, with labels as tensors.
         sampled: the prior that labels belong to.
-        terms: what a prior says of the latents.
+        terms: F and log p(y | u_t) of a prior at the present latents.
 
     Returns:
         log w in nats, (N,).
@@ -146,10 +148,10 @@ def log_weight(expression: Expression, sampled: EnergyModel, terms: TermsOf) -> 
         return torch.zeros_like(f)
     log_p, category = log_probabilities[label.name], label.value.clamp(min=0)[:, None]
     if isinstance(expression, Negation):
-        found = expression.strength * log_p.scatter(1, category, -torch.inf).logsumexp(1)
+        log_w = expression.strength * log_p.scatter(1, category, -torch.inf).logsumexp(1)
     else:
-        found = log_p.gather(1, category).squeeze(1)
-    return torch.where(label.value >= 0, found, 0.0)
+        log_w = log_p.gather(1, category).squeeze(1)
+    return torch.where(label.value >= 0, log_w, 0.0)
 
 
 def atoms(expression: Expression) -> Iterator[Label | Expert]:
@@ -183,19 +185,17 @@ class Condition:
         log_likelihood: log p(y | x) (N,) of images; None for none.
     """
 
-    expression: Expression | None
-    guidance: float
-    log_likelihood: Callable[[Tensor], Tensor] | None
+    expression: Expression | None = None
+    guidance: float = 1.0
+    log_likelihood: Callable[[Tensor], Tensor] | None = None
 
     def rows(self, chunk: slice) -> "Condition":
         """The condition of some samples."""
 
         def change(atom: Label | Expert) -> Label | Expert:
-            return (
-                replace(atom, value=atom.value[chunk])
-                if isinstance(atom, Label) and isinstance(atom.value, Tensor)
-                else atom
-            )
+            if isinstance(atom, Label) and isinstance(atom.value, Tensor):
+                return replace(atom, value=atom.value[chunk])
+            return atom
 
         return replace(self, expression=self.expression and rebuild(self.expression, change))
 
@@ -203,26 +203,28 @@ class Condition:
         """log w (N,) of noise u (N, D) at levels `t`, as target(u, t, layers=None), for one chain of `prior`."""
         parts = [] if self.expression is None else list(atoms(self.expression))
         experts = [part.prior for part in parts if isinstance(part, Expert)]
-        terms_of = {id(each): each.terms_at(t) for each in (prior, *experts)}
+        terms_at = {each: each.terms_at(t) for each in (prior, *experts)}
 
         def target(u: Tensor, t: Tensor, layers: int | None = None) -> Tensor:
-            told: Tensor | float = 0.0
-            seen: dict[int, Terms] = {}
+            log_likelihood = None
             if self.log_likelihood is None or layers is not None:
                 z = prior.transform.to_latents(u, layers)
             else:
                 z, features = prior.transform.to_latents_and_features(u)
-                told = check_likelihood(self.log_likelihood(prior.backbone.decode(features)), len(u))
+                log_likelihood = check_likelihood(self.log_likelihood(prior.backbone.decode(features)), len(u))
 
+            # An expression may name a prior several times, whose networks run once.
+            @functools.cache
             def terms(each: EnergyModel) -> Terms:
-                if id(each) not in seen:
-                    seen[id(each)] = terms_of[id(each)](z, t)
-                return seen[id(each)]
+                return terms_at[each](z, t)
 
             if self.expression is None:
-                return terms(prior)[0] + told
-            log_w = log_weight(self.expression, prior, terms)
-            return told + (log_w if experts else terms(prior)[0] + self.guidance * log_w)
+                log_w = terms(prior)[0]
+            else:
+                log_w = log_weight(self.expression, prior, terms)
+                # Labels alone multiply the prior; an expression of priors takes its place.
+                log_w = log_w if experts else terms(prior)[0] + self.guidance * log_w
+            return log_w if log_likelihood is None else log_w + log_likelihood
 
         return target
 
@@ -245,7 +247,7 @@ def make_condition(
     guidance: float,
     log_likelihood: Callable[[Tensor], Tensor] | None,
 ) -> Condition | None:
-    """What was asked for, checked.
+    """The condition of what to sample, checked.
 
     Args:
         prior: the prior to sample.
@@ -269,7 +271,7 @@ def make_condition(
             raise TypeError(f"labels: expected {{label set: category}} or an expression, got {type(labels).__name__}")
         labels = AND(*(Label(name, value) for name, value in labels.items())) if labels else None
     if labels is None:
-        return Condition(None, guidance, log_likelihood) if log_likelihood is not None else None
+        return None if log_likelihood is None else Condition(None, guidance, log_likelihood)
 
     def check(atom: Label | Expert) -> Label | Expert:
         if isinstance(atom, Label):
@@ -277,6 +279,7 @@ def make_condition(
         other = atom.prior
         if other.latent_shapes != prior.latent_shapes or other.backbone is not prior.backbone:
             raise ValueError("priors can be composed over one backbone alone: make them with the same adapter object")
+        other.check_comparable("a composition of priors")
         if other.schedule != prior.schedule:
             raise ValueError(
                 f"priors can be composed at equal noise levels alone, got {other.schedule} and {prior.schedule}"
@@ -286,7 +289,8 @@ def make_condition(
     expression = rebuild(as_expressions((labels,))[0], check)
     if guidance != 1 and any(isinstance(atom, Expert) for atom in atoms(expression)):
         raise ValueError(
-            "guidance: it goes with labels alone; give priors in an expression a strength, as Expert(prior, strength=...)"
+            "guidance: it goes with labels alone; give priors in an expression a strength, as "
+            "Expert(prior, strength=...)"
         )
     return Condition(expression, guidance, log_likelihood)
 

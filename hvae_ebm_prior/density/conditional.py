@@ -1,5 +1,5 @@
-"""One draw from a conditional prior: the Langevin chain over a model's energies and backbone, and the Metropolis steps
-after it if asked for.
+"""One draw from a conditional prior: the Langevin chain over a model's energies and backbone, then Metropolis steps if
+asked for.
 
 At a temperature the backbone's stds are multiplied by it; the chain then runs in v = u / temperature, where its
 Gaussians are N(0, I) again.
@@ -7,7 +7,6 @@ Gaussians are N(0, I) again.
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,37 +57,53 @@ def draw_conditional(
     """
     if model.execution.graph and isinstance(streams, SampleStreams):
         raise ValueError(
-            'graph: a captured step needs counted noise; set ExecutionConfig(backend="triton") or "naive", or graph=False'
+            'graph: a captured step needs counted noise; set ExecutionConfig(backend="triton") or "naive", or '
+            "graph=False"
         )
     config = langevin or model.langevin
     # Spectrally normalised weights are worked out once, where they are first used.
     with torch.no_grad(), parametrize.cached():
-        terms = model.terms_at(t)
+        target = (condition or Condition()).target(model, t)
 
-        def plain(u: Tensor, t: Tensor, layers: int | None = None) -> Tensor:
-            return terms(model.transform.to_latents(u, layers), t)[0]
+        def total(u: Tensor, t: Tensor) -> Tensor:
+            return target(u, t).sum()
 
-        target = plain if condition is None else condition.target(model, t)
-        total = (
-            model.compiled_total if model.execution.compile and condition is None else lambda u, t: target(u, t).sum()
+        def total_of_top(u: Tensor, t: Tensor) -> Tensor:
+            return target(u, t, 1).sum()
+
+        compiled = model.execution.compile and condition is None
+        gradient = chain_gradient(model.compiled_total if compiled else total, t, temperature, model.execution)
+        gradient_of_top = chain_gradient(total_of_top, t, temperature, model.execution)
+        u = langevin_chain(
+            gradient,
+            u_next,
+            t,
+            schedule=model.schedule,
+            config=config,
+            streams=streams,
+            hold=hold,
+            top=(math.prod(model.latent_shapes[0]), gradient_of_top),
+            repeat=repeat if model.execution.graph else None,
         )
-        whole, own = (
-            chain_gradient(part, t, temperature, model.execution)
-            for part in (total, lambda u, t: target(u, t, 1).sum())
-        )
-        chain = partial(langevin_chain, schedule=model.schedule, config=config, streams=streams, hold=hold)
-        top = math.prod(model.latent_shapes[0]), own
-        u = chain(whole, u_next, t, top=top, repeat=repeat if model.execution.graph else None)
         if not config.corrector_steps:
             return u
 
-        def valued(v: Tensor) -> tuple[Tensor, Tensor]:
+        def value_and_gradient(v: Tensor) -> tuple[Tensor, Tensor]:
             # In full precision, as the test compares values of F.
             f, gradient = walk_values_and_gradient(target, temperature * v, t)
             return f, temperature * gradient
 
-        corrector = partial(metropolis_chain, schedule=model.schedule, config=config, streams=streams, hold=hold)
-        u, acceptance = corrector(valued, u, u_next, t, steps=config.corrector_steps)
+        u, acceptance = metropolis_chain(
+            value_and_gradient,
+            u,
+            u_next,
+            t,
+            schedule=model.schedule,
+            config=config,
+            steps=config.corrector_steps,
+            streams=streams,
+            hold=hold,
+        )
         if report is not None:
             report(acceptance)
         return u

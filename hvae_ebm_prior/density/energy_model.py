@@ -1,8 +1,8 @@
-"""The unnormalised conditional densities: a frozen backbone, noise levels, energies, and what they know of labels.
+"""The unnormalised conditional densities: a frozen backbone, noise levels, energies and label networks.
 
     log p(u_t | u_{t+1}) = F(T(u_t), t) - |u_t|^2 / 2 - |u_{t+1} - alpha u_t|^2 / (2 sigma^2) + const        (Eq. 9)
 
-Nothing here draws from them or learns them; see `hvae_ebm_prior.prior`.
+They are drawn from in `hvae_ebm_prior.density.sampling`, and learned in `hvae_ebm_prior.training`.
 """
 
 import copy
@@ -31,10 +31,11 @@ from ..energies.networks import EnergyConfig, build_energies
 from .latent_prior import LatentPrior
 
 DEFAULT_SCHEDULE = DiffusionSchedule.cosine(3)
-KINDS = (DiffusionSchedule, LangevinConfig, ExecutionConfig)
+KINDS = {"schedule": DiffusionSchedule, "langevin": LangevinConfig, "execution": ExecutionConfig}
 Shapes = tuple[tuple[int, ...], ...]
-# What a prior says of latents: F (N,), and log p(y | u_t) (N, K) of its label sets.
+# F (N,), and log p(y | u_t) (N, K) of every label set.
 Terms = tuple[Tensor, dict[str, Tensor]]
+# The terms of latents z of all layers, or of the first ones, at levels t (N,).
 TermsAt = Callable[[Sequence[Tensor], Tensor], Terms]
 
 
@@ -56,9 +57,9 @@ class EnergyModel(LatentPrior):
             first level.
     """
 
-    # Type by name of the settings that a saved prior of this class holds; None where it cannot be saved.
+    # Type by name of the settings in a saved prior of this class; None where it cannot be saved.
     saved_settings: ClassVar[Mapping[str, Any] | None] = None
-    # Whether energies of different samples can be compared, so that they are a density of all layers together.
+    # Whether energies of different samples can be compared: whether they are one density of all layers together.
     comparable: ClassVar[bool] = True
 
     def __init__(
@@ -72,14 +73,15 @@ class EnergyModel(LatentPrior):
         execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:
         super().__init__(backbone)
-        self.schedule, self.langevin, self.execution, self.heads = schedule, langevin, execution, nn.ModuleDict()
+        self.schedule = schedule
+        self.langevin = langevin
+        self.execution = execution
         self.coupling: Coupling | None = None
+        self.heads = nn.ModuleDict()
         try:
-            for name, value, kind in zip(
-                ("schedule", "langevin", "execution"), (schedule, langevin, execution), KINDS, strict=True
-            ):
-                if not isinstance(value, kind):
-                    raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+            for name, kind in KINDS.items():
+                if not isinstance(getattr(self, name), kind):
+                    raise TypeError(f"{name}: expected a {kind.__name__}, got {type(getattr(self, name)).__name__}")
             if langevin.step_rule == "published" and schedule.sigma_bar[0] == 0:
                 raise ValueError(
                     "the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm"
@@ -95,7 +97,8 @@ class EnergyModel(LatentPrior):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A prior with its own copy of the energies over the same backbone."""
         new = type(self)(self.backbone, energy=list(copy.deepcopy(self.energies, memo)), **self.settings())
-        new.coupling, new.heads = self.coupling, copy.deepcopy(self.heads, memo)
+        new.coupling = self.coupling
+        new.heads = copy.deepcopy(self.heads, memo)
         return new.train(self.training)
 
     def settings(self) -> dict[str, Any]:
@@ -104,23 +107,28 @@ class EnergyModel(LatentPrior):
 
     @staticmethod
     def network_shapes(latent_shapes: Shapes) -> Shapes:
-        """Shapes of what the energies are given, without batch, top to bottom, of latents of the given shapes: here the
-        same.
-        """
+        """Shapes of the energies' inputs for latents of the given shapes: here the latents' own."""
         return latent_shapes
 
     @property
     def input_shapes(self) -> Shapes:
-        """Shapes of what the energies are given, without batch, top to bottom."""
+        """Shapes of the energies' inputs without batch, top to bottom."""
         return self.network_shapes(self.latent_shapes)
 
     def inputs(self, z: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What the energies are given of latents `z` of all layers or of the first ones: the latents, as here."""
+        """The energies' inputs for latents `z` of all layers, or of the first ones: here the latents."""
         return z
 
+    def check_comparable(self, use: str) -> None:
+        """Raise TypeError, naming the `use`, unless energies of different samples can be compared."""
+        if not self.comparable:
+            raise TypeError(
+                f"{use} compares energies of different samples, but those of a {type(self).__name__} are found up to "
+                "offsets that depend on the layers above; take a DiffusionEBMPrior"
+            )
+
     def couple(self, coupling: Coupling) -> None:
-        """Bind label sets to layers, instead of those there were. Until `fit` has seen labels, F and samples are as
-        before.
+        """Bind label sets to layers, instead of former ones. F and samples stay as they are until `fit` gets labels.
 
         Args:
             coupling: the label sets.
@@ -131,21 +139,23 @@ class EnergyModel(LatentPrior):
         """
         if not isinstance(coupling, Coupling):
             raise TypeError(f"coupling: expected a Coupling, got {type(coupling).__name__}")
-        self.heads = (
-            build_heads(coupling, self.latent_shapes, list(self.energies), self.schedule.steps, self.device)
-            .to(self.dtype)
-            .train(self.training)
-        )
+        heads = build_heads(coupling, self.latent_shapes, list(self.energies), self.schedule.steps, self.device)
+        self.heads = heads.to(self.dtype).train(self.training)
         self.coupling = coupling
 
     def layer_energies(self, u: Tensor, t: int | Tensor) -> Tensor:
-        """Energies -f_i(z_i, t) in nats, (N, L), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1. Low
-        where the data are.
+        """Energies -f_i(z_i, t) in nats, (N, L), low where the data are.
+
+        Args:
+            u: noise (N, D).
+            t: level, an int or (N,) long in 0..T-1.
+
+        Returns:
+            One energy per sample and layer.
         """
         check_noise(u, self.dim, self.device)
-        return -self.corrections(self.transform.to_latents(u), check_levels(t, len(u), self.schedule.steps, u.device))[
-            0
-        ]
+        levels = check_levels(t, len(u), self.schedule.steps, u.device)
+        return -self.corrections(self.transform.to_latents(u), levels)[0]
 
     def energy(self, u: Tensor, t: int | Tensor) -> Tensor:
         """Energy -F(T(u), t) in nats, (N,): the sum of `layer_energies`."""
@@ -154,28 +164,40 @@ class EnergyModel(LatentPrior):
     def score(self, u: Tensor, t: int | Tensor) -> Tensor:
         """grad_u [F(T(u), t) - |u|^2 / 2], (N, D), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1."""
         check_noise(u, self.dim, self.device)
-        return walk_gradient(self._total, u, check_levels(t, len(u), self.schedule.steps, u.device)) - u
+        levels = check_levels(t, len(u), self.schedule.steps, u.device)
+        return walk_gradient(self._total, u, levels) - u
 
     def corrections(
         self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """F by layer (N, L), of all layers or of the first ones, and the logits of every label set."""
-        f, logits = self.learned_corrections(z, t, energies, heads)
-        fixed = self.fixed_corrections(z)
-        return f if fixed is None else f + fixed.to(f), logits
+        """The terms of F, learned and analytic, (N, L), and the logits of every label set.
 
-    def fixed_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
-        """What of F is not learned, (N, L); None, as here, for nothing."""
+        Args:
+            z: latents (N, *latent_shapes[i]) of all layers, or of the first ones.
+            t: levels (N,) long.
+            energies: computes f_i(z_i, t), (N, L); None for the networks one after the other.
+            heads: the label networks by set and layer; None for the prior's own.
+
+        Returns:
+            One term of F per sample and layer, and logits (N, K) by label set.
+        """
+        f, logits = self.learned_corrections(z, t, energies, heads)
+        analytic = self.analytic_corrections(z)
+        return f if analytic is None else f + analytic.to(f), logits
+
+    def analytic_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
+        """The terms of F without parameters, (N, L), of latents `z`; None if there are none, as here."""
         return None
 
     def learned_corrections(
         self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """f_i(z_i, t), (N, L), of all layers or of the first ones, and the logits of every label set.
+        """The terms of F with parameters, f_i(z_i, t) and the label sets' evidence; as `corrections`.
 
-        A set's part of F counts to the lowest of its layers. The published step rule's networks stand for F = f / s_t.
+        A set's evidence counts to the lowest of its layers. The published step rule's networks stand for F = f / s_t.
         """
-        f = (energies or partial(one_by_one, list(self.energies)))([x.to(self.dtype) for x in self.inputs(z)], t)
+        energies = energies or partial(one_by_one, list(self.energies))
+        f = energies([x.to(self.dtype) for x in self.inputs(z)], t)
         if self.langevin.step_rule == "published":
             f = f / published_step(t, self.schedule, self.langevin, f.dtype)[:, None]
         if self.coupling is None:
@@ -190,16 +212,12 @@ class EnergyModel(LatentPrior):
         return torch.stack(parts, dim=1), logits
 
     def terms_at(self, t: Tensor) -> TermsAt:
-        """What this prior says of latents at levels `t` (N,), as a function for one chain: F (N,) and log p(y | u_t) by
-        label set.
-        """
+        """F (N,) and log p(y | u_t) by label set, as a function of latents for one chain at levels `t` (N,)."""
         energies = batched_energies(list(self.energies), self.input_shapes, len(t), t.device)
         uncoupled = self.coupling is not None and not bool(self.coupling.coupled(t).any())
-        heads = {
-            name: {i: frozen(network) for i, network in networks.items()}
-            for name, networks in self.heads.items()
-            if not uncoupled
-        }  # type: ignore[operator]
+        heads: Heads = {}
+        if not uncoupled:
+            heads = {name: frozen_heads(networks) for name, networks in self.heads.items()}  # type: ignore[arg-type]
 
         def terms(z: Sequence[Tensor], t: Tensor) -> Terms:
             f, logits = self.corrections(z, t, energies, heads)
@@ -236,12 +254,15 @@ class EnergyModel(LatentPrior):
         check_count(draws, "draws")
         if self.coupling is None or (self.coupling.levels is not None and 0 not in self.coupling.levels):
             raise ValueError("classify: this prior is not coupled to labels at t = 0; see DiffusionEBMPrior.couple")
-        found, levels = (
-            {name: list[Tensor]() for name in self.coupling.sets},
-            torch.zeros(len(images), dtype=torch.long, device=self.device),
-        )
+        probabilities: dict[str, list[Tensor]] = {name: [] for name in self.coupling.sets}
+        levels = torch.zeros(len(images), dtype=torch.long, device=self.device)
         for _ in range(draws):
             u = self.encode(images, generator=generator)
             for name, logits in self.corrections(self.transform.to_latents(u), levels)[1].items():
-                found[name].append(logits.softmax(1))
-        return {name: torch.stack(values).mean(0) for name, values in found.items()}
+                probabilities[name].append(logits.softmax(1))
+        return {name: torch.stack(values).mean(0) for name, values in probabilities.items()}
+
+
+def frozen_heads(networks: nn.ModuleDict) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """One set's label networks by layer, with weights that ask for no gradients."""
+    return {layer: frozen(network) for layer, network in networks.items()}

@@ -33,7 +33,7 @@ class GaussianPrior(LatentPrior):
     def fit(
         self, data: Tensor | Dataset[Any] | Iterable[Any], *, generator: torch.Generator | None = None
     ) -> list[Any]:
-        """Nothing is learned: `data` and `generator` are not looked at, and there are no records."""
+        """Nothing is learned: `data` and `generator` are ignored, and there are no records."""
         return []
 
     def _draw(self, key: int, samples: range) -> Tensor:

@@ -22,7 +22,8 @@ from ..processes import agree, collect, join, share
 
 # Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded; a GPU needs more at a
 # time to be busy.
-CHUNK_DIMENSIONS, CHUNK_DIMENSIONS_GPU = 2**18, 2**21
+CHUNK_DIMENSIONS = 2**18
+CHUNK_DIMENSIONS_GPU = 2**21
 
 
 class LatentPrior(nn.Module, ABC):
@@ -66,9 +67,7 @@ class LatentPrior(nn.Module, ABC):
         raise TypeError("a prior cannot be pickled, as it does not own its backbone; save prior.state_dict()")
 
     def release(self) -> None:
-        """Let the backbone go: its training flags and requires_grad are as they were before. The prior cannot be used
-        afterwards.
-        """
+        """Let the backbone go, its training flags and requires_grad as they were; the prior is of no use afterwards."""
         self._release()
 
     @property
@@ -93,8 +92,9 @@ class LatentPrior(nn.Module, ABC):
 
     @property
     def samples_per_chunk(self) -> int:
-        """How many samples are computed at a time where nobody says."""
-        return max(1, (CHUNK_DIMENSIONS if self.device.type == "cpu" else CHUNK_DIMENSIONS_GPU) // self.dim)
+        """How many samples are computed at a time if no chunk size is given."""
+        dimensions = CHUNK_DIMENSIONS if self.device.type == "cpu" else CHUNK_DIMENSIONS_GPU
+        return max(1, dimensions // self.dim)
 
     def to_latents(self, u: Tensor) -> tuple[Tensor, ...]:
         """T: latents z, one tensor (N, *latent_shapes[i]) per layer, of noise `u` (N, D)."""
@@ -151,9 +151,7 @@ class LatentPrior(nn.Module, ABC):
 
     @abstractmethod
     def _draw(self, key: int, samples: range) -> Tensor:
-        """Noise (N, D) of the given samples of a call; a sample's noise does not depend on which others are drawn with
-        it.
-        """
+        """Noise (N, D) of the given samples of a call; a sample's noise does not depend on which others are drawn."""
 
     def sample_noise(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw noise from the prior.
@@ -193,12 +191,17 @@ class LatentPrior(nn.Module, ABC):
         return self._decode_in_chunks(n, lambda chunk: self._draw(key, range(n)[chunk]), chunk_size)
 
     def _decode_in_chunks(self, n: int, draw: Callable[[slice], Tensor], chunk_size: int | None) -> Tensor:
-        """Images (n, C, H, W) of the noise that `draw` returns of each chunk of samples; each process makes its share."""
+        """Images (n, C, H, W) of the noise that `draw` returns for chunks of samples; processes share the work."""
         size = self.samples_per_chunk if chunk_size is None else chunk_size
         check_count(size, "chunk_size")
-        mine, images = share(n), list[Tensor]()
-        chunks = [slice(first, min(first + size, mine.stop)) for first in mine[::size]]
-        collect(lambda: images.extend(self._decode_finite(draw(chunk)) for chunk in chunks))
+        mine = share(n)
+        images: list[Tensor] = []
+
+        def decode_all() -> None:
+            chunks = [slice(first, min(first + size, mine.stop)) for first in mine[::size]]
+            images.extend(self._decode_finite(draw(chunk)) for chunk in chunks)
+
+        collect(decode_all)
         return join(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive
 
     @torch.no_grad()
@@ -206,6 +209,7 @@ class LatentPrior(nn.Module, ABC):
         images = self.transform.decode(u)
         if not bool(torch.isfinite(images).all()):
             raise ChainDiverged(
-                "the backbone's images are not finite though the noise is; check the backbone's precision and statistics"
+                "the backbone's images are not finite though the noise is; check the backbone's precision and "
+                "statistics"
             )
         return images

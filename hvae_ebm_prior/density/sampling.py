@@ -7,7 +7,7 @@ conditional prior meets noise of the level it was trained on.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from ..chains.langevin import LangevinConfig
 from ..chains.schedule import DiffusionSchedule
 from ..chains.streams import Streams, open_streams
 from .composition import Condition, Expression, make_condition
-from .conditional import Held, draw_conditional
+from .conditional import draw_conditional
 from .energy_model import EnergyModel
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingRequest:
-    """What is asked of a prior, checked; see `DiffusionEBMPrior.sample_noise`.
+    """What to sample, checked; see `DiffusionEBMPrior.sample_noise`.
 
     Attributes:
         fixed: layer index -> noise u_i (N, *latent_shapes[i]) or (1, ...) to hold.
@@ -39,7 +39,7 @@ class SamplingRequest:
     langevin: LangevinConfig | None = None
 
     def rows(self, chunk: slice) -> "SamplingRequest":
-        """The request of some of its samples; one noise for all samples stays."""
+        """The request of some of its samples; held noise that is one for all samples stays."""
         fixed = {i: part if len(part) == 1 else part[chunk] for i, part in self.fixed.items()}
         return replace(self, fixed=fixed, condition=self.condition and self.condition.rows(chunk))
 
@@ -55,7 +55,7 @@ def make_request(
     log_likelihood: Callable[[Tensor], Tensor] | None = None,
     langevin: LangevinConfig | None = None,
 ) -> SamplingRequest:
-    """Check what is asked of a prior.
+    """Check what to sample.
 
     Args:
         model: the prior.
@@ -86,7 +86,7 @@ def sample_levels(model: EnergyModel, request: SamplingRequest, key: int, sample
     Args:
         model: energies and backbone.
         request: what to sample.
-        key: of all noise of the call.
+        key: the key of all noise of the call, from `draw_key`.
         samples: numbers of the samples in the call.
 
     Returns:
@@ -98,47 +98,24 @@ def sample_levels(model: EnergyModel, request: SamplingRequest, key: int, sample
     streams = open_streams(key, samples, model.device, model.dtype, model.execution.backend)
     config = request.langevin or model.langevin
     config = replace(config, steps=config.sampling_steps or config.steps)
-    temperature, condition = request.temperature, request.condition
-
-    def chain(v_next: Tensor, t: Tensor, *, hold: Held | None) -> Tensor:
-        return draw_conditional(
-            model, v_next, t, streams, langevin=config, temperature=temperature, hold=hold, condition=condition
-        )
-
+    temperature = request.temperature
     held = held_states(request.fixed, model.transform, model.schedule, streams, temperature) if request.fixed else None
-    return descend(chain, model.schedule.steps, streams.normal(model.dim), held=held, temperature=temperature)
-
-
-class Chain(Protocol):
-    """Draws v_t given v_{t+1} at levels t (N,), some dimensions held."""
-
-    def __call__(self, v_next: Tensor, t: Tensor, /, *, hold: Held | None) -> Tensor: ...
-
-
-def descend(
-    chain: Chain, steps: int, v: Tensor, *, held: tuple[Tensor, list[Tensor]] | None = None, temperature: float = 1.0
-) -> list[Tensor]:
-    """States of all levels, from the noisiest to the first.
-
-    Args:
-        chain: draws from the conditional prior of a level.
-        steps: number of levels T.
-        v: standard normal noise (N, D), where the pass starts.
-        held: mask and states from `held_states`.
-        temperature: factor on the backbone's stds.
-
-    Returns:
-        u_0..u_T, each (N, D); held dimensions are exact.
-    """
 
     def hold(u: Tensor, t: int) -> Tensor:
         return u if held is None else torch.where(held[0], held[1][t], u)
 
-    states = [hold(temperature * v, steps)]
-    for t in reversed(range(steps)):
-        levels = torch.full((len(v),), t, dtype=torch.long, device=v.device)
-        at = None if held is None else (held[0], held[1][t] / temperature)
-        v = chain(states[0] / temperature, levels, hold=at)
+    states = [hold(temperature * streams.normal(model.dim), model.schedule.steps)]
+    for t in reversed(range(model.schedule.steps)):
+        v = draw_conditional(
+            model,
+            states[0] / temperature,
+            torch.full((len(samples),), t, dtype=torch.long, device=model.device),
+            streams,
+            langevin=config,
+            temperature=temperature,
+            hold=None if held is None else (held[0], held[1][t] / temperature),
+            condition=request.condition,
+        )
         states.insert(0, hold(temperature * v, t))
     return states
 
@@ -162,11 +139,13 @@ def held_states(
     Returns:
         Mask (D,) of the held dimensions, and T + 1 states (N, D), the first noise-free.
     """
-    shapes = transform.latent_shapes
-    zeros = [torch.zeros(len(streams), *shape, device=streams.device, dtype=streams.dtype) for shape in shapes]
-    masks = [torch.full_like(zero[:1], i in fixed, dtype=torch.bool) for i, zero in enumerate(zeros)]
-    at = [fixed[i].to(zero).expand_as(zero) if i in fixed else zero for i, zero in enumerate(zeros)]
-    states = [transform.join(at)]
+    masks: list[Tensor] = []
+    parts: list[Tensor] = []
+    for i, shape in enumerate(transform.latent_shapes):
+        part = torch.zeros(len(streams), *shape, device=streams.device, dtype=streams.dtype)
+        masks.append(torch.full_like(part[:1], i in fixed, dtype=torch.bool))
+        parts.append(fixed[i].to(part).expand_as(part) if i in fixed else part)
+    states = [transform.join(parts)]
     for alpha, sigma in zip(schedule.alpha[1:].tolist(), schedule.sigma[1:].tolist(), strict=True):
         states.append(alpha * states[-1] + sigma * temperature * streams.normal(transform.dim))
     return transform.join(masks)[0], states

@@ -1,9 +1,10 @@
-"""Symbol vectors: what the prior knows of labels y (Eq. 14, 18-21).
+"""Symbol vectors: a prior over latents and labels y together (Eq. 14, 18-21).
 
 Every label set s is bound to some layers. Networks over their latents give logits l_s(z, t), one per category, which
 take part in F:
 
-    F_y(z, t) = F(z, t) + sum_s (l_s,y(z, t) - log K_s),     F^(z, t) = F(z, t) + sum_s (log sum_y exp l_s,y(z, t) - log K_s)
+    F_y(z, t) = F(z, t) + sum_s (l_s,y(z, t) - log K_s)
+    F^(z, t) = F(z, t) + sum_s (log sum_y exp l_s,y(z, t) - log K_s)
 
 so p(y_s | u_t) = softmax(l_s), and F^ + log p(y | u_t) = F_y: the drift under a label is that of F_y. F^ is learned by
 recovery likelihood and p(y | u_t) by cross-entropy, together. The networks' last layers start at zero, where F^ = F: a
@@ -59,24 +60,20 @@ class LabelSet:
         return self.categories if isinstance(self.categories, int) else len(self.categories)
 
     def index(self, name: str, value: int | str) -> int:
-        """The index of a category given by index or name; ValueError or TypeError naming the set `name` where there is
+        """The index of a category given by index or name; ValueError or TypeError, naming the set `name`, if there is
         none.
         """
         if isinstance(value, str):
-            if isinstance(self.categories, int) or value not in self.categories:
-                known = (
-                    f"an index 0..{self.size - 1}"
-                    if isinstance(self.categories, int)
-                    else f"one of {', '.join(self.categories)}"
-                )
-                raise ValueError(f"label {name!r}: expected {known}, got {value!r}")
+            if isinstance(self.categories, int):
+                raise ValueError(f"label {name!r}: expected an index 0..{self.size - 1}, got {value!r}")
+            if value not in self.categories:
+                raise ValueError(f"label {name!r}: expected one of {', '.join(self.categories)}, got {value!r}")
             return list(self.categories).index(value)
         if isinstance(value, bool) and self.size > 2:
             raise TypeError(f"label {name!r}: expected an index 0..{self.size - 1}, got {value!r}")
         if not isinstance(value, int):
-            raise TypeError(
-                f"label {name!r}: expected a category's index or name, or a tensor of indices, got {type(value).__name__}"
-            )
+            kind = type(value).__name__
+            raise TypeError(f"label {name!r}: expected a category's index or name, or a tensor of indices, got {kind}")
         if not 0 <= value < self.size:
             raise ValueError(f"label {name!r}: expected an index 0..{self.size - 1}, got {value}")
         return int(value)
@@ -99,11 +96,8 @@ class Coupling:
     networks: EnergyConfig = field(default_factory=EnergyConfig)
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.sets, Mapping)
-            or not self.sets
-            or not all(isinstance(labels, LabelSet) for labels in self.sets.values())
-        ):
+        named = isinstance(self.sets, Mapping) and all(isinstance(labels, LabelSet) for labels in self.sets.values())
+        if not named or not self.sets:
             raise TypeError(f"sets: expected a LabelSet by name, such as {{'class': LabelSet(10)}}, got {self.sets!r}")
         for name in self.sets:
             if not name.isidentifier():
@@ -113,11 +107,9 @@ class Coupling:
 
     def coupled(self, t: Tensor) -> Tensor:
         """Whether labels take part at levels `t` (N,): (N,) bool."""
-        return (
-            torch.ones_like(t, dtype=torch.bool)
-            if self.levels is None
-            else torch.isin(t, torch.tensor(list(self.levels), device=t.device))
-        )
+        if self.levels is None:
+            return torch.ones_like(t, dtype=torch.bool)
+        return torch.isin(t, torch.tensor(list(self.levels), device=t.device))
 
     def layers(self, name: str, count: int) -> tuple[int, ...]:
         """Indices of the layers that a set is bound to, out of `count`, top to bottom."""
@@ -133,7 +125,7 @@ def build_heads(
     Args:
         coupling: the label sets.
         shapes: shapes of the latents without batch, top to bottom.
-        energies: the prior's energies; default ones hand on the activity that they were told.
+        energies: the prior's energies; default ones hand on their inputs' activity.
         steps: number of conditional priors T.
         device: where to make them.
 
@@ -164,7 +156,7 @@ def build_heads(
 
 
 def label_logits(heads: Heads, coupling: Coupling, z: Sequence[Tensor], t: Tensor) -> dict[str, Tensor]:
-    """l_s(z, t) of every set, (N, K); zeros at levels that are not coupled, and the sum over the layers that are given.
+    """l_s(z, t) of every set, (N, K): the sum over the layers that are given, zero at levels that are not coupled.
 
     Args:
         heads: networks by set and layer.
@@ -175,12 +167,13 @@ def label_logits(heads: Heads, coupling: Coupling, z: Sequence[Tensor], t: Tenso
     Returns:
         Logits by set.
     """
-    found, coupled = {}, coupling.coupled(t)[:, None]
+    by_set = {}
+    coupled = coupling.coupled(t)[:, None]
     for name, networks in heads.items():
         parts = [network(z[int(i)], t) for i, network in networks.items() if int(i) < len(z)]
         logits = torch.stack(parts).sum(0) if parts else z[0].new_zeros(len(t), coupling.sets[name].size)
-        found[name] = logits * coupled
-    return found
+        by_set[name] = logits * coupled
+    return by_set
 
 
 def evidence(logits: Tensor) -> Tensor:
@@ -235,8 +228,8 @@ def find_set(name: str, coupling: Coupling | None) -> LabelSet:
 
 
 def check_values(name: str, values: Tensor, labels: LabelSet, n: int, device: torch.device) -> Tensor:
-    """Categories (n,) as a long tensor, -1 where `values` are -1 or NaN; TypeError or ValueError for anything else than
-    indices of `labels`.
+    """Categories (n,) as a long tensor, -1 where `values` are -1 or NaN; TypeError or ValueError for all but indices of
+    `labels`.
     """
     if not isinstance(values, Tensor) or values.is_complex():
         raise TypeError(f"label {name!r}: expected a tensor of indices, got {type(values).__name__}")
@@ -244,8 +237,10 @@ def check_values(name: str, values: Tensor, labels: LabelSet, n: int, device: to
         raise ValueError(
             f"label {name!r}: expected one label for each of {n} images, shape ({n},), got {tuple(values.shape)}"
         )
-    known = values.double().nan_to_num(-1.0)
-    if bool(((known != known.round()) | (known < -1) | (known >= labels.size)).any()):
-        bad = known[(known != known.round()) | (known < -1) | (known >= labels.size)][0].item()
-        raise ValueError(f"label {name!r}: expected indices 0..{labels.size - 1}, or -1 where unknown, got {bad:g}")
-    return known.long().to(device)
+    indices = values.double().nan_to_num(-1.0)
+    wrong = indices[(indices != indices.round()) | (indices < -1) | (indices >= labels.size)]
+    if len(wrong):
+        raise ValueError(
+            f"label {name!r}: expected indices 0..{labels.size - 1}, or -1 where unknown, got {wrong[0].item():g}"
+        )
+    return indices.long().to(device)

@@ -1,6 +1,7 @@
 """The energies: one small network f_i per latent layer, shared over the noise levels t.
 
-    F(z, t) = sum_i f_i(z_i, t),     p(u_t | u_{t+1}) proportional to exp(F(T(u_t), t)) p0(u_t) N(u_{t+1}; alpha u_t, sigma^2)      (Eq. 9, 13)
+    F(z, t) = sum_i f_i(z_i, t)                                                                             (Eq. 13)
+    p(u_t | u_{t+1}) proportional to exp(F(T(u_t), t)) p0(u_t) N(u_{t+1}; alpha u_t, sigma^2)               (Eq. 9)
 
 f_i is a correction to the log-density, high where the data are. Its last layer starts at zero, so an untrained prior is
 the backbone's own Gaussian prior.
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-# Maps are halved until neither side is longer than this, then read out position by position; smaller latents are
-# vectors from the start.
+# Maps are halved until neither side is longer than this, then read out position by position; a network over all
+# dimensions reads smaller ones, which learns fast, and would overfit and diverge on larger ones.
 READOUT_SIZE = 4
 # Fewest feature channels at fine resolutions.
 NARROWEST = 16
@@ -30,9 +31,7 @@ class EnergyConfig:
     Attributes:
         width: feature channels of maps at the coarsest resolution; half as many at each finer one, but no fewer than 16
             (or `width`).
-        vector_width: features of vectors.
-        vector_size: maps of at most so many dimensions are treated as vectors; those up to 4x4 always are. Networks
-            over all dimensions learn fast, and overfit and diverge sooner.
+        vector_width: features of vectors and of maps up to 4x4, which are read as vectors.
         blocks: residual blocks at the coarsest resolution, and of vectors; finer resolutions have one each.
         spectral_norm: divide the weight of every layer but the readout by its largest singular value, estimated once
             per chain.
@@ -40,7 +39,6 @@ class EnergyConfig:
 
     width: int = 64
     vector_width: int = 256
-    vector_size: int = 0
     blocks: int = 2
     spectral_norm: bool = False
 
@@ -48,14 +46,10 @@ class EnergyConfig:
         for name in ("width", "vector_width", "blocks"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        if not isinstance(self.vector_size, int) or self.vector_size < 0:
-            raise ValueError(f"vector_size must be an integer from 0, got {self.vector_size!r}")
 
 
 class TimeConditionedBlock(nn.Module):
-    """Residual block whose features are scaled and shifted by learned tables over t, the identity modulation at
-    initialisation.
-    """
+    """Residual block whose features are scaled and shifted by learned tables over t, at first by 1 and 0."""
 
     def __init__(self, width: int, steps: int) -> None:
         super().__init__()
@@ -94,8 +88,8 @@ class MapFeatures(nn.Module):
 
 
 class VectorFeatures(nn.Module):
-    """Features (N, size) of a vector or small map: residual layers over all its dimensions, shifted by a learned table
-    over t.
+    """Features (N, size) of a vector or small map: residual layers over all dimensions, shifted by a learned table of
+    t.
     """
 
     def __init__(self, dim: int, steps: int, config: EnergyConfig) -> None:
@@ -118,8 +112,7 @@ class LayerEnergy(nn.Module):
     """f_i: a network over one latent layer of any shape.
 
     Args:
-        shape: shape of the latent without batch; (C, H, W) with a side above 4 and more than `config.vector_size`
-            dimensions is treated as a map, everything else as a vector.
+        shape: shape of the latent without batch; (C, H, W) with a side above 4 is read as a map, all else as a vector.
         steps: number of conditional priors T.
         config: the network's size.
         categories: numbers per sample; None for one, without a dimension of its own.
@@ -133,12 +126,11 @@ class LayerEnergy(nn.Module):
     def __init__(self, shape: Sequence[int], steps: int, config: EnergyConfig, categories: int | None = None) -> None:
         super().__init__()
         self.config, self.categories = config, categories
-        is_map = len(shape) == 3 and max(shape[1:]) > READOUT_SIZE and math.prod(shape) > config.vector_size
-        self.features = (
-            MapFeatures((shape[0], shape[1], shape[2]), steps, config)
-            if is_map
-            else VectorFeatures(math.prod(shape), steps, config)
-        )
+        self.features: MapFeatures | VectorFeatures
+        if len(shape) == 3 and max(shape[1:]) > READOUT_SIZE:
+            self.features = MapFeatures((shape[0], shape[1], shape[2]), steps, config)
+        else:
+            self.features = VectorFeatures(math.prod(shape), steps, config)
         self.readout = nn.Linear(self.features.size, steps * (categories or 1))
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
@@ -150,12 +142,12 @@ class LayerEnergy(nn.Module):
 
     @torch.no_grad()
     def set_activity(self, activity: Tensor) -> None:
-        """Tell a fresh network what part of each latent dimension's variance images determine; most of a deep VAE's are
-        inactive.
+        """Set the factor on a new network's inputs: the share of their variance that images determine, as most latent
+        dimensions of a deep VAE are inactive.
 
         Args:
-            activity: 0 (pure noise) to 1 (determined), `shape`, or that of one of several latents stacked along its
-                first dimension. Inputs are multiplied by it, their best linear estimate of the determined part.
+            activity: 0 (noise alone) to 1 (determined by the image), `shape`, or that of one of several latents stacked
+                along its first dimension. An input times it is the best linear estimate of the determined part.
         """
         self.activity.copy_(torch.cat([activity] * (len(self.activity) // len(activity))))
         if isinstance(self.features, VectorFeatures) and not parametrize.is_parametrized(self.features.inputs):
@@ -167,9 +159,8 @@ class LayerEnergy(nn.Module):
         h = self.readout(F.silu(self.features(z * self.activity, t)))
         if self.categories is None:
             return h.gather(1, t[:, None]).squeeze(1)
-        return (
-            h.unflatten(1, (-1, self.categories)).gather(1, t[:, None, None].expand(-1, 1, self.categories)).squeeze(1)
-        )
+        level = t[:, None, None].expand(-1, 1, self.categories)
+        return h.unflatten(1, (-1, self.categories)).gather(1, level).squeeze(1)
 
 
 def build_energies(
@@ -203,14 +194,15 @@ def build_energies(
         raise ValueError(f"energy: expected one network per layer, {len(shapes)} in all, got {len(energy)}")
     for i, (network, shape) in enumerate(zip(energy, shapes, strict=True)):
         parameter = next(network.parameters(), torch.empty((), device=device))
+        z = parameter.new_zeros(2, *shape)
+        t = torch.zeros(2, dtype=torch.long, device=parameter.device)
         training = network.training
         with torch.no_grad():
-            out = network.eval()(
-                parameter.new_zeros(2, *shape), torch.zeros(2, dtype=torch.long, device=parameter.device)
-            )
+            out = network.eval()(z, t)
         network.train(training)
         if tuple(out.shape) != (2,):
             raise ValueError(
-                f"energy network {i}: for 2 latents of shape {tuple(shape)} expected an output of shape (2,), got {tuple(out.shape)}"
+                f"energy network {i}: for 2 latents of shape {tuple(shape)} expected an output of shape (2,), "
+                f"got {tuple(out.shape)}"
             )
     return nn.ModuleList(energy)

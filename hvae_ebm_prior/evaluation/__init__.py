@@ -1,5 +1,4 @@
-"""Is it any good? Of an adapter, a model and a prior: checks, diagnosis, metrics, likelihood, outliers, comparisons,
-pictures.
+"""Is it any good? Checks of adapters, diagnosis of models; metrics, likelihoods, outlier scores, comparisons of priors.
 
 May import from all rooms but cli, and from the prior itself.
 """

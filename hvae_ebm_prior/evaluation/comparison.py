@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ REAL, RECONSTRUCTION, GAUSSIAN = "real images", "reconstructions", "Gaussian pri
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A prior to compare.
 
     Attributes:
         make: a fresh prior over a backbone; its initial weights follow torch's default generator.
-        training: its settings, but for the number of iterations, which follows from the budget. None for a prior that
-            is fitted at once.
+        training: its settings, but for the number of iterations, which follows from the budget; None for a prior with
+            a `fit` that takes none.
     """
 
     make: Callable[[BackboneAdapter | nn.Module], LatentPrior]
@@ -54,7 +55,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Budget:
-    """What every contender may use for training; exactly one of them.
+    """What every candidate may use for training; exactly one of them.
 
     Attributes:
         seconds: wall time.
@@ -101,8 +102,8 @@ class Result:
     curve: Sequence[tuple[float, float]] = ()
 
 
-class Yardstick:
-    """Measures images against reference images, under one or more feature extractors.
+class FrechetMetric:
+    """The Fréchet distance of images to reference images, under one or more feature extractors.
 
     Args:
         images: held-out images (N, C, H, W) in [0, 1]: they are reconstructed, and N samples of each prior are drawn.
@@ -114,15 +115,17 @@ class Yardstick:
     def __init__(
         self, images: Tensor, reference: Tensor, features: Mapping[str, Features], device: torch.device | str = "cpu"
     ) -> None:
-        self.images, self.features, self.device = images, dict(features), torch.device(device)
-        self.targets = {name: moments(self._see(name, reference)) for name in self.features}
+        self.images = images
+        self.features = dict(features)
+        self.device = torch.device(device)
+        self.targets = {name: moments(self._extract(name, reference)) for name in self.features}
 
-    def _see(self, name: str, images: Tensor) -> Tensor:
+    def _extract(self, name: str, images: Tensor) -> Tensor:
         return extract(self.features[name], images, self.device)[0]
 
     def distance(self, name: str, images: Tensor) -> float:
         """Fréchet distance to the reference under the features of that name."""
-        return frechet_distance(self._see(name, images), self.targets[name])
+        return frechet_distance(self._extract(name, images), self.targets[name])
 
     def distances(self, images: Tensor) -> dict[str, float]:
         """Fréchet distance to the reference by name of the features."""
@@ -131,97 +134,94 @@ class Yardstick:
 
 def compare(
     backbone: BackboneAdapter | nn.Module,
-    contenders: Mapping[str, Contender],
+    candidates: Mapping[str, Candidate],
     train_images: Tensor,
-    yardstick: Yardstick,
+    metric: FrechetMetric,
     *,
     budgets: Sequence[Budget],
     seeds: Sequence[int] = (0, 1, 2),
     path: str | Path,
     report: Callable[[str], object] = print,
 ) -> dict[str, dict[str, Any]]:
-    """Train and measure every contender under every budget and seed.
+    """Train and measure every candidate under every budget and seed.
 
     Args:
         backbone: the trained model or its adapter.
-        contenders: what to compare, by name.
+        candidates: what to compare, by name.
         train_images: (N, C, H, W) in [0, 1].
-        yardstick: how samples are measured.
+        metric: how samples are measured.
         budgets: what each may use.
         seeds: one run each.
         path: a JSON file; runs that stand in it are not repeated.
         report: called with a line of text after each run.
 
     Returns:
-        Runs as in the file, "name | budget | seed" -> the fields of `Result`. Rows that learn nothing have the budget
+        Runs as in the file, "name | budget | seed" -> the fields of `Result`. Rows without training have the budget
         "none".
 
     Raises:
-        ValueError: no contender, budget or seed.
+        ValueError: no candidate, budget or seed.
     """
-    for name, values in (("contenders", contenders), ("budgets", budgets), ("seeds", seeds)):
+    for name, values in (("candidates", candidates), ("budgets", budgets), ("seeds", seeds)):
         if not values:
             raise ValueError(f"{name}: expected at least one")
     path = Path(path)
     kept: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {"iterations": {}, "runs": {}}
     iterations, runs = kept["iterations"], kept["runs"]
 
-    def keep(name: str, budget: str, seed: int, result: Mapping[str, Any]) -> None:
-        runs[key(name, budget, seed)] = result
+    def keep(place: str, result: Mapping[str, Any]) -> None:
+        runs[place] = result
         write_json(path, kept)
-        report(
-            f"{key(name, budget, seed)}: "
-            + ", ".join(f"{k} {v:.2f}" for k, v in result["distances"].items())
-            + f", {result['seconds']:.0f} s"
-        )
+        distances = ", ".join(f"{name} {value:.2f}" for name, value in result["distances"].items())
+        report(f"{place}: {distances}, {result['seconds']:.0f} s")
 
     for seed in seeds:
-        if key(GAUSSIAN, "none", seed) not in runs:
-            for name, distances in floor_and_hole(backbone, yardstick, seed).items():
-                keep(name, "none", seed, asdict(Result(distances)))
+        if run_key(GAUSSIAN, "none", seed) not in runs:
+            for name, distances in floor_and_hole(backbone, metric, seed).items():
+                keep(run_key(name, "none", seed), asdict(Result(distances)))
         for budget in budgets:
-            for name, contender in contenders.items():
-                label = str(budget) if contender.training else "none"
-                if key(name, label, seed) in runs:
+            for name, candidate in candidates.items():
+                label = str(budget) if candidate.training else "none"
+                if run_key(name, label, seed) in runs:
                     continue
                 # Worked out once, so that the runs of all seeds are alike.
                 counts = iterations.setdefault(name, {})
                 if label not in counts:
-                    counts[label] = affordable(backbone, contender, train_images, budget)
-                equal = (key(name, other, seed) for other, count in counts.items() if count == counts[label])
-                known = next((runs[other] for other in equal if other in runs), None)
-                keep(
-                    name,
-                    label,
-                    seed,
-                    known or asdict(run(backbone, contender, train_images, yardstick, counts[label], seed)),
-                )
+                    counts[label] = affordable(backbone, candidate, train_images, budget)
+                # Budgets that pay for the same number of iterations share a run.
+                equal = [run_key(name, other, seed) for other, count in counts.items() if count == counts[label]]
+                result = next((runs[other] for other in equal if other in runs), None)
+                if result is None:
+                    result = asdict(run(backbone, candidate, train_images, metric, counts[label], seed))
+                keep(run_key(name, label, seed), result)
     return runs
 
 
-def key(name: str, budget: str, seed: int) -> str:
+def run_key(name: str, budget: str, seed: int) -> str:
     """Under which a run stands in the results."""
     return f"{name} | {budget} | seed {seed}"
 
 
 def floor_and_hole(
-    backbone: BackboneAdapter | nn.Module, yardstick: Yardstick, seed: int
+    backbone: BackboneAdapter | nn.Module, metric: FrechetMetric, seed: int
 ) -> dict[str, dict[str, float]]:
     """Distances of held-out images, of their reconstructions and of the backbone's own samples."""
-    prior, generator = GaussianPrior(backbone), torch.Generator().manual_seed(seed)
-    samples = prior.sample(len(yardstick.images), generator=generator)
-    reconstructions = in_chunks(
-        lambda x: prior.decode(prior.encode(x.to(prior.device), generator=generator)), yardstick.images
-    )
-    found = {REAL: yardstick.images, RECONSTRUCTION: reconstructions, GAUSSIAN: samples}
-    return {name: yardstick.distances(images) for name, images in found.items()}
+    prior = GaussianPrior(backbone)
+    generator = torch.Generator().manual_seed(seed)
+
+    def reconstruct(images: Tensor) -> Tensor:
+        return prior.decode(prior.encode(images.to(prior.device), generator=generator))
+
+    samples = prior.sample(len(metric.images), generator=generator)
+    rows = {REAL: metric.images, RECONSTRUCTION: in_chunks(reconstruct, metric.images), GAUSSIAN: samples}
+    return {name: metric.distances(images) for name, images in rows.items()}
 
 
 def run(
     backbone: BackboneAdapter | nn.Module,
-    contender: Contender,
+    candidate: Candidate,
     train_images: Tensor,
-    yardstick: Yardstick,
+    metric: FrechetMetric,
     iterations: int,
     seed: int,
 ) -> Result:
@@ -229,73 +229,87 @@ def run(
 
     Args:
         backbone: the trained model or its adapter.
-        contender: what to train.
+        candidate: what to train.
         train_images: (N, C, H, W) in [0, 1].
-        yardstick: how samples are measured.
-        iterations: optimiser steps, of a contender that has settings for them.
+        metric: how samples are measured.
+        iterations: optimiser steps, of a candidate that has settings for them.
         seed: of its initial weights and everything else.
 
     Returns:
         The result.
     """
-    count, first, curve, measuring = len(yardstick.images), next(iter(yardstick.features)), [], 0.0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        prior = contender.make(backbone)
+        prior = candidate.make(backbone)
+    count = len(metric.images)
+    first = next(iter(metric.features))
     marks = {max(1, round(part * iterations)) for part in SNAPSHOTS}
+    curve: list[tuple[float, float]] = []
+    measuring = 0.0
 
     def snapshot(_: Any, record: TrainingRecord) -> None:
+        # The time that a snapshot takes is not training time.
         nonlocal measuring
         if record.iteration in marks:
             begin = time.monotonic()
             images = prior.sample(count, generator=torch.Generator().manual_seed(seed))
-            curve.append((begin - start - measuring, yardstick.distance(first, images)))
+            curve.append((begin - start - measuring, metric.distance(first, images)))
             measuring += time.monotonic() - begin
 
     options: dict[str, Any] = {}
-    if contender.training is not None:
-        options = {
-            "training": replace(contender.training, iterations=iterations),
-            "callback": snapshot,
-            "progress": False,
-        }
-    generator, start, diverged = torch.Generator().manual_seed(seed), time.monotonic(), False
+    if candidate.training is not None:
+        training = replace(candidate.training, iterations=iterations)
+        options = {"training": training, "callback": snapshot, "progress": False}
+    generator = torch.Generator().manual_seed(seed)
+    diverged = False
+    start = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*back to the last good state", category=RuntimeWarning)
         try:
             steps = len(prior.fit(train_images, generator=generator, **options))  # type: ignore[operator]
         except TrainingDiverged as error:
-            diverged, steps = True, len(error.history)
-    seconds, begin = time.monotonic() - start - measuring, time.monotonic()
+            diverged = True
+            steps = len(error.history)
+    seconds = time.monotonic() - start - measuring
+    begin = time.monotonic()
     images = prior.sample(count, generator=generator)
     sampling_seconds = time.monotonic() - begin
-    distances = yardstick.distances(images)
-    gradients = steps * getattr(prior, "gradients_per_step", 0)
+    distances = metric.distances(images)
     return Result(
-        distances, steps, gradients, seconds, sampling_seconds, diverged, [*curve, (seconds, distances[first])]
+        distances,
+        iterations=steps,
+        gradients=steps * getattr(prior, "gradients_per_step", 0),
+        seconds=seconds,
+        sampling_seconds=sampling_seconds,
+        diverged=diverged,
+        curve=[*curve, (seconds, distances[first])],
     )
 
 
 def affordable(
-    backbone: BackboneAdapter | nn.Module, contender: Contender, train_images: Tensor, budget: Budget
+    backbone: BackboneAdapter | nn.Module, candidate: Candidate, train_images: Tensor, budget: Budget
 ) -> int:
     """Iterations that a budget pays for; of seconds, by timing a few."""
-    if contender.training is None or budget.iterations is not None:
+    seconds = budget.seconds
+    if candidate.training is None or budget.iterations is not None:
         return budget.iterations or 0
     with torch.random.fork_rng():
-        prior = contender.make(backbone)
-    if budget.gradients is not None:
-        return max(1, budget.gradients // int(prior.gradients_per_step))  # type: ignore[arg-type]
-    assert budget.seconds is not None
+        prior = candidate.make(backbone)
+    if seconds is None:
+        return max(1, (budget.gradients or 0) // int(prior.gradients_per_step))  # type: ignore[arg-type]
+    training = replace(candidate.training, iterations=2 * TIMED)
+    generator = torch.Generator().manual_seed(0)
+    start = time.monotonic()
+    history = prior.fit(train_images, training=training, progress=False, generator=generator)  # type: ignore[operator]
     # What comes before the first step (activities of the latents) counts too.
-    start, trial = time.monotonic(), replace(contender.training, iterations=2 * TIMED)
-    history = prior.fit(train_images, training=trial, generator=torch.Generator().manual_seed(0), progress=False)  # type: ignore[operator]
     before = time.monotonic() - start - history[-1].seconds
-    step = statistics.median(b.seconds - a.seconds for a, b in zip(history[TIMED - 1 :], history[TIMED:], strict=False))
-    return max(1, int((budget.seconds - before) / step))
+    step = statistics.median(later.seconds - record.seconds for record, later in pairwise(history[TIMED - 1 :]))
+    return max(1, int((seconds - before) / step))
 
 
-def table(results: Mapping[str, Mapping[str, Any]], names: Iterable[str], budget: str, seeds: Sequence[int]) -> str:
+def comparison_table(
+    results: Mapping[str, Mapping[str, Any]], names: Iterable[str], budget: str, seeds: Sequence[int]
+) -> str:
     """Results as a Markdown table: means and standard errors over seeds.
 
     Args:
@@ -307,33 +321,48 @@ def table(results: Mapping[str, Mapping[str, Any]], names: Iterable[str], budget
     Returns:
         The table, with closure and distance under every extractor.
     """
-    rows, extractors = [], list(next(iter(results.values()))["distances"])
-    for name in (REAL, RECONSTRUCTION, GAUSSIAN, *names):
-        found = {seed: results.get(key(name, budget, seed)) or results.get(key(name, "none", seed)) for seed in seeds}
-        runs = {seed: result for seed, result in found.items() if result}
-        if not runs:
-            continue
-        cells = [name]
-        for extractor in extractors:
-            distances = [result["distances"][extractor] for result in runs.values()]
-            ends = [
-                [results[key(end, "none", seed)]["distances"][extractor] for end in (GAUSSIAN, RECONSTRUCTION)]
-                for seed in runs
-            ]
-            closed = [
-                closure(value, *pair) if pair[1] < pair[0] else math.nan
-                for value, pair in zip(distances, ends, strict=True)
-            ]
-            cells += [spread(distances, 2), spread(closed, 3)]
-        trained = any(result["iterations"] for result in runs.values())
-        for field in ("iterations", "gradients", "seconds", "sampling_seconds"):
-            values = [result[field] for result in runs.values()]
-            cells.append(f"{statistics.mean(values):.0f}" if trained or (any(values) and "seconds" in field) else "")
-        lost = sum(result["diverged"] for result in runs.values())
-        rows.append([*cells, f"{len(runs)}" + (f" ({lost} diverged)" if lost else "")])
+    extractors = list(next(iter(results.values()))["distances"])
     head = ["prior", *(f"{what}, {name}" for name in extractors for what in ("FD", "closure"))]
     head += ["iterations", "gradients", "training, s", "sampling, s", "runs"]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+    rows = [head, ["---"] * len(head)]
+    for name in (REAL, RECONSTRUCTION, GAUSSIAN, *names):
+        runs = {}
+        for seed in seeds:
+            result = results.get(run_key(name, budget, seed)) or results.get(run_key(name, "none", seed))
+            if result:
+                runs[seed] = result
+        if runs:
+            rows.append([name, *quality_cells(results, runs, extractors), *cost_cells(list(runs.values()))])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def quality_cells(
+    results: Mapping[str, Mapping[str, Any]], runs: Mapping[int, Mapping[str, Any]], extractors: Sequence[str]
+) -> list[str]:
+    """Distance and closure under every extractor, of one row's runs by seed; `results` have the closure's ends."""
+    cells = []
+    for extractor in extractors:
+        distances = [result["distances"][extractor] for result in runs.values()]
+        closures = []
+        for seed, distance in zip(runs, distances, strict=True):
+            gaussian = results[run_key(GAUSSIAN, "none", seed)]["distances"][extractor]
+            reconstruction = results[run_key(RECONSTRUCTION, "none", seed)]["distances"][extractor]
+            hole = reconstruction < gaussian
+            closures.append(closure(distance, gaussian, reconstruction) if hole else math.nan)
+        cells += [spread(distances, 2), spread(closures, 3)]
+    return cells
+
+
+def cost_cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Mean iterations, gradients and times of one row's runs, empty where nothing was trained, and their number."""
+    trained = any(result["iterations"] for result in runs)
+    cells = []
+    for name in ("iterations", "gradients", "seconds", "sampling_seconds"):
+        values = [result[name] for result in runs]
+        measured = trained or (any(values) and "seconds" in name)
+        cells.append(f"{statistics.mean(values):.0f}" if measured else "")
+    lost = sum(result["diverged"] for result in runs)
+    return [*cells, f"{len(runs)} ({lost} diverged)" if lost else f"{len(runs)}"]
 
 
 def spread(values: Sequence[float], digits: int) -> str:

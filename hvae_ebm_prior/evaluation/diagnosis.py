@@ -4,12 +4,12 @@ Encode images and map them to noise: if the prior were right, u would be standar
 several posterior draws of every image,
 
 - the mean KL divergence of q(u_i | x) from N(0, 1), summed over dimensions, by a Gaussian fit over an image's draws:
-  KL = (m^2 + v - 1 - log v) / 2, each term corrected for the number of draws. Below the top it is a lower bound, as the layers above vary too;
+  KL = (m^2 + v - 1 - log v) / 2, each term corrected for the number of draws. Below the top it is a lower bound, as the
+  layers above vary too;
 - inactive units: dimensions whose KL is not distinguishable from zero, which carry nothing of the image;
-- moments of u over all images: E u^2 is 1 and E|u| is .798 for standard normal noise;
-- the hole: how often a small classifier, trained on other images, tells the active dimensions of u_i from standard
-  normal noise. Half of the time
-  means no hole.
+- moments of u over all images: E u^2 is 1 and E|u| is 0.798 for standard normal noise;
+- the hole: the accuracy of a small classifier, trained on other images, that separates the active dimensions of u_i
+  from standard normal noise; 50 % means no hole.
 
 A layer is judged by itself: a hole in how layers depend on each other does not show.
 """
@@ -42,10 +42,10 @@ class LayerReport:
         dimensions: its size.
         divergence: mean KL divergence of the posterior from the prior, in nats; below the top layer a lower bound.
         second_moment: mean of u^2; 1 under the prior.
-        absolute_moment: mean of |u|; .798 under the prior.
+        absolute_moment: mean of |u|; 0.798 under the prior.
         inactive: number of dimensions that carry nothing of the image.
-        accuracy: share of posterior noise and standard normal noise that a classifier tells apart on held-out images;
-            .5 without a hole.
+        accuracy: of a classifier of posterior noise against standard normal noise, on held-out images; 0.5 without a
+            hole.
         error: standard error of `accuracy`.
     """
 
@@ -96,15 +96,13 @@ def describe_layers(
 @torch.no_grad()
 def posterior_noise(transform: NoiseTransform, images: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
     """Posterior noise (draws, N, D) of `images`, a few at a time."""
-    rows = []
+    chunks = images.to(transform.device, transform.dtype).split(16)
+    noise = []
     for seed in draw_seeds(draws, generator):
         with seeded(seed, transform.device):
-            chunks = [
-                transform.to_noise(transform.adapter.infer(chunk))
-                for chunk in images.to(transform.device, transform.dtype).split(16)
-            ]
-        rows.append(torch.cat(chunks).float())
-    return torch.stack(rows)
+            parts = [transform.to_noise(transform.adapter.infer(chunk)) for chunk in chunks]
+        noise.append(torch.cat(parts).float())
+    return torch.stack(noise)
 
 
 def zip_layers(transform: NoiseTransform, noise: Tensor) -> list[Tensor]:
@@ -115,18 +113,18 @@ def zip_layers(transform: NoiseTransform, noise: Tensor) -> list[Tensor]:
 
 def describe_layer(noise: Tensor, generator: torch.Generator | None) -> LayerReport:
     """The report of one layer from its posterior noise (draws, N, *shape)."""
-    shape, u = tuple(noise.shape[2:]), noise.flatten(2)
+    u = noise.flatten(2)
     divergence = posterior_divergence(u)
     active = divergence.mean(0) > INACTIVE + 2 * divergence.std(0) / math.sqrt(len(divergence))
     return LayerReport(
-        shape=shape,
+        shape=tuple(noise.shape[2:]),
         dimensions=u.shape[2],
         divergence=divergence.mean(0).sum().item(),
         second_moment=u.square().mean().item(),
         absolute_moment=u.abs().mean().item(),
         inactive=int((~active).sum()),
-        # Inactive dimensions are as the prior says; among them the others would be lost.
-        accuracy=tell_apart(u[..., active], generator) if bool(active.any()) else 0.5,
+        # Inactive dimensions follow the prior; among many of them the classifier would miss the others.
+        accuracy=classifier_accuracy(u[..., active], generator) if bool(active.any()) else 0.5,
         error=math.sqrt(0.25 / (2 * u.shape[1])),
     )
 
@@ -138,9 +136,9 @@ def posterior_divergence(u: Tensor) -> Tensor:
         u: (k, N, d).
 
     Returns:
-        (N, d). Over k draws the squared mean is too large by v / k, and log v too small by log((k-1)/2) -
-        digamma((k-1)/2).
+        (N, d).
     """
+    # Over k draws the squared mean is too large by v / k, and log v too small by log((k-1)/2) - digamma((k-1)/2).
     k = len(u)
     mean, variance = u.mean(0), u.var(0)
     half = torch.tensor((k - 1) / 2, device=u.device)
@@ -148,8 +146,8 @@ def posterior_divergence(u: Tensor) -> Tensor:
     return (mean.square() - variance / k + variance - 1 - log_variance) / 2
 
 
-def tell_apart(u: Tensor, generator: torch.Generator | None) -> float:
-    """How well a small network tells posterior noise from standard normal noise.
+def classifier_accuracy(u: Tensor, generator: torch.Generator | None) -> float:
+    """Held-out accuracy of a small network that classifies posterior noise against standard normal noise.
 
     Args:
         u: posterior noise (draws, N, d); networks are trained on each half of the images and tested on one draw of the
@@ -157,26 +155,27 @@ def tell_apart(u: Tensor, generator: torch.Generator | None) -> float:
         generator: source of the networks' weights and of all noise.
 
     Returns:
-        The share told apart among N posterior and N normal ones.
+        The share of N posterior and N normal draws that are classified correctly.
     """
-    seed, half, right = draw_seeds(1, generator)[0], u.shape[1] // 2, 0
+    seed = draw_seeds(1, generator)[0]
+    half = u.shape[1] // 2
+    correct = 0
     with seeded(seed, u.device), torch.enable_grad(), torch.inference_mode(False):
         for train, test in ((u[:, :half], u[0, half:]), (u[:, half:], u[0, :half])):
             logits = train_classifier(train.flatten(0, 1).clone())
             with torch.no_grad():
-                right += int((logits(test) > 0).sum() + (logits(torch.randn_like(test)) <= 0).sum())
-    return right / (2 * u.shape[1])
+                correct += int((logits(test) > 0).sum() + (logits(torch.randn_like(test)) <= 0).sum())
+    return correct / (2 * u.shape[1])
 
 
 def train_classifier(real: Tensor, steps: int = 200, width: int = 64) -> Callable[[Tensor], Tensor]:
-    """Logits (n,), positive for rows like those of `real` (n, d) and negative for standard normal ones, of a network
-    trained on both.
-    """
+    """Logits (n,) of a network trained to separate rows of `real` (n, d), positive, from standard normal ones."""
     scale = math.sqrt(width / (2 * real.shape[1]))
     network = nn.Sequential(nn.Linear(2 * real.shape[1], width), nn.SiLU(), nn.Linear(width, 1)).to(real.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
 
     def logits(x: Tensor) -> Tensor:
+        # With x^2 as an input too, a wrong variance is as easy to find as a wrong mean.
         return network(scale * torch.cat((x, (x.square() - 1) / math.sqrt(2)), dim=1)).squeeze(1)
 
     for _ in range(steps):
@@ -188,20 +187,20 @@ def train_classifier(real: Tensor, steps: int = 200, width: int = 64) -> Callabl
     return logits
 
 
-def table(reports: Sequence[LayerReport]) -> str:
+def layer_table(reports: Sequence[LayerReport]) -> str:
     """The reports as text, one line per layer, with the verdict below."""
-    lines = ["layer  shape             dims    KL, nats   E u^2   E|u|   inactive   told apart"]
+    lines = ["layer  shape             dims    KL, nats   E u^2   E|u|   inactive   classifier accuracy"]
     for i, report in enumerate(reports):
         shape = "x".join(map(str, report.shape))
         accuracy = f"{report.accuracy:.0%} +- {report.error:.0%}{'  hole' if report.has_hole else ''}"
         lines.append(
-            f"{i:5}  {shape:14} {report.dimensions:7} {report.divergence:11.2f} {report.second_moment:7.3f} {report.absolute_moment:6.3f} "
-            f"{report.inactive:10}   {accuracy}"
+            f"{i:5}  {shape:14} {report.dimensions:7} {report.divergence:11.2f} {report.second_moment:7.3f} "
+            f"{report.absolute_moment:6.3f} {report.inactive:10}   {accuracy}"
         )
     holes = [str(i) for i, report in enumerate(reports) if report.has_hole]
-    verdict = (
-        f"Prior hole in {'layer' if len(holes) == 1 else 'layers'} {', '.join(holes)}"
-        if holes
-        else "No prior hole found in any layer by itself"
-    )
-    return "\n".join([*lines, f"{verdict}. (Under the prior: E u^2 = 1, E|u| = 0.798, told apart 50 %.)"])
+    if holes:
+        verdict = f"Prior hole in {'layer' if len(holes) == 1 else 'layers'} {', '.join(holes)}"
+    else:
+        verdict = "No prior hole found in any layer by itself"
+    lines.append(f"{verdict}. (Under the prior: E u^2 = 1, E|u| = 0.798, classifier accuracy 50 %.)")
+    return "\n".join(lines)

@@ -17,7 +17,7 @@ from ..saving.digest import digest_file, digest_weights
 from .metrics import fidelity
 
 Features = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
-# Features (N, K) and, if there are any, logits (N, classes): float32, on the CPU.
+# Features (N, K) and, if there are any, class logits (N, classes): float32, on the CPU.
 Extracted = tuple[Tensor, Tensor | None]
 # Of the weights that FID is defined with (converted from TensorFlow's of 2015-12-05), as torch-fidelity and pytorch-fid
 # distribute them.
@@ -28,7 +28,7 @@ INCEPTION_BATCH = 50
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature extractor and what its figures are known by.
+    """A feature extractor, with the name and digest that its figures are recorded under.
 
     Attributes:
         compute: images (n, C, H, W) in [0, 1] to features (n, K), or to (features, logits).
@@ -50,8 +50,8 @@ def custom_extractor(name: str, compute: Features, device: torch.device | str = 
     """An extractor of the user's own.
 
     Args:
-        name: `package.module:function` or `path/to/file.py:function` that returned it; folders are no part of the
-            extractor's name.
+        name: `package.module:function` or `path/to/file.py:function` that returned it; the
+            extractor's name leaves folders out.
         compute: the extractor; if it is a module or a module's method, the module is put in eval mode.
         device: where the module is put.
 
@@ -74,8 +74,7 @@ def custom_extractor(name: str, compute: Features, device: torch.device | str = 
 
 
 def inception_extractor(weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """InceptionV3 of torch-fidelity: 2,048 pool features and logits. Images are rounded to the nearest of 256 levels;
-    grey ones become RGB.
+    """InceptionV3 of torch-fidelity: 2,048 pool features and logits, of images rounded to 256 levels, grey ones as RGB.
 
     Args:
         weights: torch-fidelity's weights file; None takes it from torch.hub's cache, where it is downloaded first if it
@@ -83,7 +82,7 @@ def inception_extractor(weights: str | Path | None = None, device: torch.device 
         device: where the network is put.
 
     Returns:
-        The extractor; its name tells other weights from the published ones.
+        The extractor; its name says whether the weights are the published ones.
 
     Raises:
         FileNotFoundError: there is no such file, or no network.
@@ -125,8 +124,9 @@ def find_inception(url: str, given: str | Path | None) -> Path:
             torch.hub.download_url_to_file(url, str(cached), hash_prefix=INCEPTION_SHA256)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"Inception's weights are not here and could not be downloaded ({error}). Fetch {url} on another machine, and put it at {cached} or "
-                f"give it as --weights path/to/{name}; without it, take features of your own, --features file.py:function"
+                f"Inception's weights are not here and could not be downloaded ({error}). "
+                f"Fetch {url} on another machine, and put it at {cached} or give it as --weights path/to/{name}; "
+                "without it, take features of your own, --features file.py:function"
             ) from error
     return cached
 
@@ -135,7 +135,8 @@ def to_rgb_bytes(images: Tensor) -> Tensor:
     """uint8 RGB (N, 3, H, W) of images (N, 1 or 3, H, W) in [0, 1], rounded to the nearest level."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"images: Inception takes 1 or 3 channels, (N, C, H, W), got {tuple(images.shape)}; give features of your own for others"
+            f"images: Inception takes 1 or 3 channels, (N, C, H, W), got {tuple(images.shape)}; "
+            "give features of your own for others"
         )
     return (images * 255).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
@@ -156,17 +157,18 @@ def extract(features: Features, images: Tensor, device: torch.device, chunk_size
     Raises:
         ValueError: the extractor returns other shapes.
     """
-    found, logits = [], []
+    matrices = []
+    logits = []
     for chunk in images.split(chunk_size):
-        made = features(chunk.to(device))
-        parts = made if isinstance(made, tuple) else (made,)
-        if len(parts) > 2 or not all(
-            isinstance(part, Tensor) and part.ndim == 2 and len(part) == len(chunk) for part in parts
-        ):
+        returned = features(chunk.to(device))
+        parts = returned if isinstance(returned, tuple) else (returned,)
+        rows_match = (isinstance(part, Tensor) and part.ndim == 2 and len(part) == len(chunk) for part in parts)
+        if len(parts) > 2 or not all(rows_match):
             shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
             raise ValueError(
-                f"features: expected a matrix ({len(chunk)}, K), or a pair of it and logits, of {len(chunk)} images, got {shapes}"
+                f"features: expected a matrix ({len(chunk)}, K), or a pair of it and logits, "
+                f"of {len(chunk)} images, got {shapes}"
             )
-        found.append(parts[0].to("cpu", torch.float32))
+        matrices.append(parts[0].to("cpu", torch.float32))
         logits += [part.to("cpu", torch.float32) for part in parts[1:]]
-    return torch.cat(found), torch.cat(logits) if logits else None
+    return torch.cat(matrices), torch.cat(logits) if logits else None

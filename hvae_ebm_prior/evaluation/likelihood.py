@@ -2,11 +2,13 @@
 
 As alpha^2 + sigma^2 = 1, p0(u_t) N(u_{t+1}; alpha u_t, sigma^2) = N(u_{t+1}; 0, I) N(u_t; alpha u_{t+1}, sigma^2). So
 
-    p(u_t | u_{t+1}) = exp(F(T(u_t), t)) N(u_t; alpha u_{t+1}, sigma^2) / Z_t(u_{t+1}),      Z_t(u_{t+1}) = E_N exp F(T(u), t),
+    p(u_t | u_{t+1}) = exp(F(T(u_t), t)) N(u_t; alpha u_{t+1}, sigma^2) / Z_t(u_{t+1})
+    Z_t(u_{t+1}) = E_N exp F(T(u), t)
 
 and with the forward diffusion as posterior of u_1..u_T every Gaussian of the bound on log p(u_0) cancels, draw by draw:
 
-    log p(x) >= E_q [ELBO + sum_t F(T(u_t), t) - log Z_t(u_{t+1})],      ELBO = log p(x|z) + log p(z) - log q(z|x) of the backbone, z = T(u_0).
+    log p(x) >= E_q [ELBO + sum_t F(T(u_t), t) - log Z_t(u_{t+1})]
+    ELBO = log p(x|z) + log p(z) - log q(z|x) of the backbone, z = T(u_0)
 
 log Z: draws of N are carried through exp(beta F) N, beta = 0..1, by Langevin steps with a Metropolis test, and collect
 weights w = exp(sum_k (beta_k - beta_{k-1}) F) (Neal 2001). E w = Z, so the log of their mean is in expectation *below*
@@ -15,13 +17,13 @@ log Z (`forward`). A path taken back from u_t collects a weight as well, and the
 
 - *above* log Z if u_t is an exact draw of p(. | u_{t+1}): bidirectional Monte Carlo (Grosse et al. 2015);
 - for any u_t, such that F + log N - `reverse` is *below* the log-density of a sampler that can be run: anneal P + 1
-  particles, keep one by its
-  weight. That is the bound of importance weighting (Domke & Sheldon 2018). The sampler tends to p as temperatures or particles grow.
+  particles, keep one by its weight. That is the bound of importance weighting (Domke & Sheldon 2018). The sampler tends
+  to p as temperatures or particles grow.
 
 Posterior draws are no draws of p, so on images the second point holds: with `reverse` the bound is one on log p(x) of
 the annealed sampler, however few the temperatures. With `forward` it lies above what exact normalisers would give. That
-both agree is evidence, but no proof, that the bound is also that of the exact p. Neither speaks of the short chains of
-`prior.sample`.
+both agree is evidence, but no proof, that the bound is also that of the exact p. Neither bounds the density of what the
+short chains of `prior.sample` draw.
 """
 
 import math
@@ -37,7 +39,7 @@ from torch.nn.utils import parametrize
 from ..backbone.elbo import backbone_bound, density_adapter
 from ..backbone.validation import check_count, check_images, check_levels, check_noise
 from ..chains.execution import walk_values_and_gradient
-from ..chains.langevin import ChainDiverged, LangevinConfig, gaussian_part
+from ..chains.langevin import ChainDiverged, LangevinConfig, chain_start
 from ..chains.metropolis import Proposal, ValueAndGradient, Visit, metropolis_step, plain_proposal
 from ..chains.streams import Streams, draw_key, draw_seeds, open_streams, seeded
 from ..density.energy_model import TermsAt
@@ -52,7 +54,7 @@ class AnnealingConfig:
         steps: temperatures K, each at the cost of one gradient; 1 is plain importance sampling from the Gaussian part.
         particles: forward paths P of every state.
         step_size: h of the Langevin transitions, in relaxation times of the Gaussian part; any is right, an acceptance
-            of .6 to .9 is efficient.
+            of 0.6 to 0.9 is efficient.
     """
 
     steps: int = 50
@@ -68,7 +70,7 @@ class AnnealingConfig:
 
 @dataclass(frozen=True)
 class LogNormalizer:
-    """Estimates of log Z_t(u_{t+1}) in nats; the module's text tells what bounds what.
+    """Estimates of log Z_t(u_{t+1}) in nats; the module's text says what bounds what.
 
     Attributes:
         forward: from P forward paths (N,): in expectation below log Z.
@@ -109,24 +111,25 @@ class LikelihoodBound:
 
     @property
     def optimistic(self) -> Tensor:
-        """Estimate (N,) with `forward` instead, in expectation above the bound with exact normalisers; no bound on log
-        p(x).
-        """
+        """Estimate (N,) with `forward` instead, in expectation above the bound with exact normalisers: itself none."""
         return self.elbo + (self.corrections - self.normalizers.forward).sum(1)
 
 
 def bits_per_dimension(log_likelihood: Tensor, images: Tensor) -> Tensor:
     """-log p(x) / (CHW log 2), (N,), of nats (N,) and their images (N, C, H, W).
 
-    A density over [0, 1] is what an adapter with a continuous likelihood gives; add 8 to compare it with probabilities
-    of 8-bit pixels.
+    A continuous likelihood is a density over [0, 1]; add 8 to compare it with probabilities of 8-bit pixels.
     """
     return -log_likelihood / (images[0].numel() * math.log(2))
 
 
 def values_and_gradient(prior: DiffusionEBMPrior, terms: TermsAt, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """F(T(u), t) (N,) at states `u` (N, D) and levels `t` (N,), and its gradient in u (N, D)."""
-    return walk_values_and_gradient(lambda u, t: terms(prior.transform.to_latents(u), t)[0], u, t)
+
+    def layer_values(u: Tensor, t: Tensor) -> Tensor:
+        return terms(prior.transform.to_latents(u), t)[0]
+
+    return walk_values_and_gradient(layer_values, u, t)
 
 
 def anneal(
@@ -159,9 +162,9 @@ def anneal(
             value, gradient = value_and_gradient(u)
             return beta * value, beta * gradient
 
-        end, log_probability = metropolis_step(
-            tempered, Visit(u, beta * value, beta * gradient), u_next, proposal, streams
-        )
+        begin = Visit(u, beta * value, beta * gradient)
+        end, log_probability = metropolis_step(tempered, begin, u_next, proposal, streams)
+        # The test's value and drift are those of beta F; the next temperature takes F.
         u, value, gradient = end.u, end.value / beta, end.drift / beta
         log_weights = log_weights + abs(following - beta) * value
         accepted = accepted + log_probability.exp()
@@ -178,34 +181,32 @@ def annealed_weights(
     chunk_size: int,
     u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-weights and acceptance of P forward paths of every state, each (N, P), or of one reverse path from each of
-    `u`, (N, 1).
-    """
-    # A limited drift would have to be taken out again when the temperature changes.
-    config = LangevinConfig(step_size=annealing.step_size, drift_limit=math.inf)
+    """Log-weights and acceptance of P forward paths of every state, (N, P), or of a reverse path from `u`, (N, 1)."""
+    # Without a drift limit, as a drift that was cut short could not be scaled to the next temperature.
+    config = LangevinConfig(step_size=annealing.step_size, drift_limit=math.inf, start="gaussian")
     ladder = torch.linspace(0, 1, annealing.steps + 1, dtype=torch.float64).tolist()
+    if u is not None:
+        ladder.reverse()
     paths = annealing.particles if u is None else 1
+    total = len(u_next) * paths
     results = []
-    for first in range(0, len(u_next) * paths, chunk_size):
-        samples = range(first, min(first + chunk_size, len(u_next) * paths))
+    for first in range(0, total, chunk_size):
+        samples = range(first, min(first + chunk_size, total))
         streams = open_streams(key, samples, u_next.device, u_next.dtype, prior.execution.backend)
         rows = torch.arange(samples.start, samples.stop, device=u_next.device) // paths
         states, levels = u_next[rows], t[rows]
-        if u is None:
-            weight, precision = gaussian_part(levels, prior.schedule, config, states.dtype)
-            start = weight[:, None] * states + streams.normal(prior.dim) / precision.sqrt()[:, None]
-        else:
-            start = u[rows]
+        start = chain_start(states, levels, prior.schedule, config, streams) if u is None else u[rows]
         proposal = plain_proposal(states, levels, schedule=prior.schedule, config=config)
         with parametrize.cached():
             function = partial(values_and_gradient, prior, prior.terms_at(levels), levels)
-            results.append(anneal(function, start, states, proposal, ladder if u is None else ladder[::-1], streams))
+            results.append(anneal(function, start, states, proposal, ladder, streams))
     log_weights, acceptance = (
         torch.cat(parts).unflatten(0, (len(u_next), paths)) for parts in zip(*results, strict=True)
     )
     if not bool(torch.isfinite(log_weights).all()):
         raise ChainDiverged(
-            "annealed weights are not finite: the energies are not, somewhere; train them again with a lower learning rate"
+            "annealed weights are not finite: the energies are not, somewhere; "
+            "train them again with a lower learning rate"
         )
     return log_weights, acceptance
 
@@ -222,8 +223,7 @@ def log_normalizer(
 ) -> LogNormalizer:
     """Annealed importance sampling of log Z_t(u_{t+1}), the normaliser of p(u_t | u_{t+1}); see the module's text.
 
-    Of `prior.execution` only the backend matters: the test compares values of F, for which half precision is too
-    coarse.
+    Of `prior.execution` only the backend matters: half precision is too coarse for the test's differences of F.
 
     Args:
         prior: the prior.
@@ -293,7 +293,7 @@ def log_likelihood_bound(
         The bounds.
 
     Raises:
-        TypeError: images of a wrong type, or the adapter knows no densities.
+        TypeError: images of a wrong type, or the adapter gives no densities.
         ValueError: images of a wrong shape or range, or as in `log_normalizer`.
         ChainDiverged: the energies are not finite.
     """
@@ -312,9 +312,11 @@ def log_likelihood_bound(
     streams = open_streams(draw_key(generator), range(len(images)), u_t.device, u_t.dtype, prior.execution.backend)
     if last_step:
         u_t = schedule.alpha_bar[0].item() * u_t + schedule.sigma_bar[0].item() * streams.normal(prior.dim)
-    corrections, normalizers = [], []
+    corrections = []
+    normalizers = []
     for t in range(schedule.steps):
-        u_next = schedule.alpha[t + 1].item() * u_t + schedule.sigma[t + 1].item() * streams.normal(prior.dim)
+        alpha, sigma = schedule.alpha[t + 1].item(), schedule.sigma[t + 1].item()
+        u_next = alpha * u_t + sigma * streams.normal(prior.dim)
         normalizers.append(
             log_normalizer(prior, u_next, t, u=u_t, annealing=annealing, chunk_size=chunk_size, generator=generator)
         )
@@ -326,11 +328,13 @@ def log_likelihood_bound(
 
 
 def check_normalised(prior: DiffusionEBMPrior) -> None:
-    """Raise ValueError unless the prior's levels are conditionals of one joint density."""
+    """Raise TypeError or ValueError unless the prior's levels are conditionals of one joint density."""
+    prior.check_comparable("a likelihood")
     if prior.langevin.step_rule != "relative" or not prior.langevin.kernel_at_top:
         raise ValueError(
-            "a likelihood needs energies that are log-densities, at every level with its kernel: expected step_rule='relative' and "
-            f"kernel_at_top=True, got {prior.langevin.step_rule!r} and {prior.langevin.kernel_at_top}"
+            "a likelihood needs energies that are log-densities, at every level with its kernel: "
+            "expected step_rule='relative' and kernel_at_top=True, "
+            f"got {prior.langevin.step_rule!r} and {prior.langevin.kernel_at_top}"
         )
 
 

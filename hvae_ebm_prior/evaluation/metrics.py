@@ -1,9 +1,13 @@
 """Distances between two sets of images, from features (N, K) of any fixed extractor.
 
-    Fréchet distance    FD = |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2})          Heusel et al., 2017; FID with Inception's pool features
-    kernel distance     KID = MMD^2 with the kernel (x.y / K + 1)^3, unbiased            Binkowski et al., 2018; mean over subsets
-    precision, recall   shares inside the union of the other set's 3-nearest balls       Kynkäänniemi et al., 2019
-    Inception score     IS = exp E KL(p(y | x) || p(y)), of class logits                 Salimans et al., 2016; mean over splits
+    Fréchet distance    FD = |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2})
+                        Heusel et al., 2017; FID with Inception's pool features
+    kernel distance     KID = MMD^2 with the kernel (x.y / K + 1)^3, unbiased
+                        Binkowski et al., 2018; mean over subsets
+    precision, recall   shares inside the union of the other set's 3-nearest balls
+                        Kynkäänniemi et al., 2019
+    Inception score     IS = exp E KL(p(y | x) || p(y)), of class logits
+                        Salimans et al., 2016; mean over splits
 
 All but FD are computed by torch-fidelity with its own settings, so that they are what it prints for the same features.
 """
@@ -56,13 +60,14 @@ def frechet_distance(features: Tensor | Moments, reference: Tensor | Moments) ->
     Raises:
         ValueError: a set is no matrix, has fewer than two rows or is not finite, or the two differ in K.
     """
-    (mean_1, cov_1), (mean_2, cov_2) = (
-        moments(given) if isinstance(given, Tensor) else given for given in (features, reference)
-    )
+    mean_1, cov_1 = moments(features) if isinstance(features, Tensor) else features
+    mean_2, cov_2 = moments(reference) if isinstance(reference, Tensor) else reference
     if mean_1.shape != mean_2.shape:
         raise ValueError(
-            f"features: expected as many as the reference has, {len(mean_2)}, got {len(mean_1)}; both must come from one extractor"
+            f"features: expected as many as the reference has, {len(mean_2)}, got {len(mean_1)}; "
+            "both must come from one extractor"
         )
+    # tr (S_1 S_2)^{1/2} by the symmetric S_1^{1/2} S_2 S_1^{1/2}, which has the same eigenvalues, all real.
     values, vectors = torch.linalg.eigh(cov_1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
@@ -99,7 +104,7 @@ def precision_recall(features: Tensor, reference: Tensor) -> dict[str, float]:
         reference: (M, K) of real ones, likewise.
 
     Returns:
-        "precision": the share of `features` that are no farther from some reference than its 3rd nearest neighbour;
+        "precision": the share of `features` no farther from some reference than that one's 3rd nearest neighbour;
         "recall": the reverse.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Pictures, written as PNG files by matplotlib: rows of images, what chains did over their steps, and scores of
-outliers.
+"""Pictures, written as PNG files by matplotlib: the states of chains, their energies and pixels over the steps, scores
+of outliers, and the progress of training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..prior import DiffusionEBMPrior
-from ..saving.grid import pyplot
-from ..saving.grid import save_grid as save_grid
+from ..saving.grid import draw, pyplot, save_figure, tile
 from .transitions import Transitions, pixel_statistics
 
 PIXEL_NAMES = ("mean", "std", "share saturated")
@@ -27,29 +26,27 @@ def save_strips(path: str | Path, prior: DiffusionEBMPrior, run: Transitions) ->
         run: the run.
     """
     plt = pyplot()
-    states = run.states.flip(0)  # (T, S, m, D), in time
-    steps, rows = states.shape[0] * states.shape[1], states.shape[2]
-    images = torch.stack([prior.decode(u) for u in states.flatten(0, 1)]).float().cpu()
+    states = run.states.flip(0)
+    levels, times, samples = states.shape[:3]
+    columns = levels * times
+    images = torch.stack([prior.decode(u) for u in states.flatten(0, 1)], dim=1)
     height, width = images.shape[-2:]
-    canvas = images.permute(2, 1, 3, 0, 4).reshape(images.shape[2], rows * height, steps * width)
-    figure, axis = plt.subplots(figsize=(0.6 * steps + 0.6, 0.6 * rows * height / width + 0.6))
-    axis.imshow(canvas.permute(1, 2, 0).clamp(0, 1).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
-    labels = [f"{step}" for step in run.shown.tolist()] * len(states)
+    figure, axis = plt.subplots(figsize=(0.6 * columns + 0.6, 0.6 * samples * height / width + 0.6))
+    draw(axis, tile(images.flatten(0, 1), columns))
     axis.set(
-        xticks=[(i + 0.5) * width - 0.5 for i in range(steps)],
-        xticklabels=labels,
+        xticks=[(i + 0.5) * width - 0.5 for i in range(columns)],
+        xticklabels=[f"{step}" for step in run.shown.tolist()] * levels,
         yticks=[],
         xlabel="steps taken at level t",
     )
-    for i in range(1, len(states)):
-        axis.axvline(i * states.shape[1] * width - 0.5, color="tab:red")
+    for i in range(1, levels):
+        axis.axvline(i * times * width - 0.5, color="tab:red")
     above = axis.secondary_xaxis("top")
     above.set(
-        xticks=[(i + 0.5) * states.shape[1] * width for i in range(len(states))],
-        xticklabels=[f"t = {t}" for t in reversed(range(len(states)))],
+        xticks=[(i + 0.5) * times * width for i in range(levels)],
+        xticklabels=[f"t = {t}" for t in reversed(range(levels))],
     )
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def save_energies(path: str | Path, run: Transitions) -> None:
@@ -73,7 +70,7 @@ def save_energies(path: str | Path, run: Transitions) -> None:
     axes[0].set_title("layer energies and acceptance", pad=20, fontsize="medium")
     draw_records(axes[-1], run, run.acceptance.mean(2), "C7", "")
     axes[-1].set(ylabel="acceptance", ylim=(0, 1.05))
-    finish(plt, figure, axes, path, run)
+    finish(figure, axes, path, run)
 
 
 def save_pixels(path: str | Path, run: Transitions, *, reference: Tensor | None = None) -> None:
@@ -93,33 +90,29 @@ def save_pixels(path: str | Path, run: Transitions, *, reference: Tensor | None 
             axis.axhline(means[i], color=f"C{i}", linestyle="--", linewidth=1)
     axis.set(ylim=(0, 1), ylabel="pixels" + (" (dashed: reference)" if means else ""))
     axis.legend()
-    finish(plt, figure, [axis], path, run)
+    finish(figure, [axis], path, run)
 
 
 def draw_records(axis: Any, run: Transitions, values: Tensor, color: str, label: str) -> None:
     """Values (T, R) at the recorded steps of each level."""
     length = run.energies.shape[1] - 1
     for place, level in enumerate(values.flip(0).float().cpu()):
-        axis.plot(
-            (place * length + run.recorded).tolist(),
-            level.tolist(),
-            color=color,
-            marker=".",
-            label=label if place == 0 else None,
-        )
+        steps = (place * length + run.recorded).tolist()
+        # One entry in the legend for all levels.
+        axis.plot(steps, level.tolist(), color=color, marker=".", label=label if place == 0 else None)
 
 
-def finish(plt: Any, figure: Any, axes: Any, path: str | Path, run: Transitions) -> None:
+def finish(figure: Any, axes: Any, path: str | Path, run: Transitions) -> None:
     """Level boundaries and names, and the file."""
-    levels, length = run.energies.shape[0], run.energies.shape[1] - 1
+    levels = run.energies.shape[0]
+    length = run.energies.shape[1] - 1
     for axis in axes:
         for place in range(1, levels):
             axis.axvline(place * length, color="0.6", linewidth=0.8)
     for place, t in enumerate(reversed(range(levels))):
-        axes[0].annotate(f"t = {t}", ((place + 0.5) / levels, 1.02), xycoords=("axes fraction"), ha="center")
+        axes[0].annotate(f"t = {t}", ((place + 0.5) / levels, 1.02), xycoords="axes fraction", ha="center")
     axes[-1].set(xlabel="Langevin steps", xlim=(0, levels * length))
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def save_curves(path: str | Path, curves: Mapping[str, Sequence[float]]) -> None:
@@ -134,12 +127,10 @@ def save_curves(path: str | Path, curves: Mapping[str, Sequence[float]]) -> None
     for name, values in curves.items():
         axis.plot(range(len(values)), values, marker="o", label=name)
     axis.axhline(0.5, color="0.6", linestyle="--", linewidth=1)
-    axis.set(
-        xlabel="lower layers left out, k", ylabel="AUROC", ylim=(0, 1.02), xticks=range(max(map(len, curves.values())))
-    )
+    cuts = max(len(values) for values in curves.values())
+    axis.set(xlabel="lower layers left out, k", ylabel="AUROC", ylim=(0, 1.02), xticks=range(cuts))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def save_histograms(
@@ -161,8 +152,7 @@ def save_histograms(
             axis.hist(values[:, k].float().cpu().numpy(), bins=40, density=True, alpha=0.6, label=name)
         axis.set(title=f"k = {k}", xlabel="score, nats", yticks=[])
     axes[0, 0].legend()
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def save_progress(
@@ -183,15 +173,13 @@ def save_progress(
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for i, (name, runs) in enumerate(curves.items()):
         for j, run in enumerate(runs):
-            axis.plot(
-                *zip(*run, strict=True), color=f"C{i % 10}", marker=".", linewidth=1, label=name if j == 0 else None
-            )
+            seconds, distances = zip(*run, strict=True)
+            label = name if j == 0 else None
+            axis.plot(seconds, distances, color=f"C{i % 10}", marker=".", linewidth=1, label=label)
     for name, value in levels.items():
         axis.axhline(value, color="0.6", linestyle="--", linewidth=1)
-        axis.annotate(
-            name, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize="small", color="0.4"
-        )
+        place = {"xy": (1.01, value), "xycoords": ("axes fraction", "data"), "va": "center"}
+        axis.annotate(name, **place, fontsize="small", color="0.4")
     axis.set(xlabel="training, seconds", ylabel=ylabel, yscale="log")
     axis.legend(fontsize="small")
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)

@@ -4,8 +4,8 @@
 
 is 0 for the backbone's Gaussian prior and 1 for samples as good as its reconstructions. All rows use one number of
 images, one decoder and one extractor of features (see `hvae_ebm_prior.evaluation.features`), against one set of real
-images, and no row is the best of several, but for the tempered Gaussian prior's, which is chosen by its own distance,
-in its favour.
+images. No row is the best of several, but for the tempered Gaussian prior's, whose temperature is chosen by the
+distance itself, in its favour.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..chains.streams import draw_key, open_streams
 from ..processes import agree, join, share, world
-from .features import Features, extract
+from .features import Extracted, Features, extract
 from .metrics import SPLITS, fidelity, inception_score, kernel_distance, precision_recall
 from .metrics import frechet_distance as frechet_distance
 from .reference import Reference, make_reference
@@ -93,7 +93,8 @@ def closure(distance: float, gaussian: float, reconstruction: float) -> float:
     """
     if not reconstruction < gaussian:
         raise ValueError(
-            f"reconstructions ({reconstruction:.4g}) are no better than Gaussian samples ({gaussian:.4g}): there is no prior hole to close"
+            f"reconstructions ({reconstruction:.4g}) are no better than Gaussian samples ({gaussian:.4g}): "
+            "there is no prior hole to close"
         )
     return (gaussian - distance) / (gaussian - reconstruction)
 
@@ -127,12 +128,12 @@ def evaluate(
         metrics: further figures, out of `METRICS`, which need torch-fidelity; None takes all that `reference` and
             `features` allow.
         name: of the prior's row.
-        chunk_size: images decoded and seen at a time; the posterior's draws depend on it.
+        chunk_size: images decoded and given to the extractor at a time; the posterior's draws depend on it.
         generator: source of all randomness.
 
     Returns:
-        Rows "real" (the held-out images, the floor for N images), "reconstruction", "Gaussian", "Gaussian, temperature
-        ..." and `name`.
+        Rows "real" (the held-out images, the floor for N images), "reconstruction", "Gaussian",
+        "Gaussian, temperature ..." and `name`.
 
     Raises:
         ValueError: fewer than two images, 10 with further metrics; a metric that does not exist, or needs features or
@@ -146,47 +147,45 @@ def evaluate(
     # An `encode` takes one number from the generator: so each process can make any chunk.
     draws = {first: fork(generator) if world() > 1 else generator for first in range(0, len(images), chunk_size)}
 
+    def real(rows: range) -> Tensor:
+        return images[rows.start : rows.stop]
+
+    def reconstruct(rows: range) -> Tensor:
+        return prior.decode(prior.encode(real(rows).to(prior.device), generator=draws[rows.start]))
+
     def gaussian(rows: range, temperature: float = 1.0) -> Tensor:
         # The same noise at every temperature.
         return prior.decode(temperature * open_streams(key, rows, prior.device, prior.dtype).normal(prior.dim))
 
-    def reconstruct(rows: range) -> Tensor:
-        return prior.decode(prior.encode(images[rows.start : rows.stop].to(prior.device), generator=draws[rows.start]))
+    def sample(rows: range) -> Tensor:
+        return prior.sample(len(rows), generator=generator)
 
     def measure(
-        called: str, make: Callable[[range], Tensor], size: int = chunk_size, *, together: bool = False
-    ) -> Measured:
-        seen, logits, seconds = make_and_see(make, features, len(images), size, prior.device, chunk_size, together)
-        return Measured(called, seen, logits, frechet_distance(seen, reference.moments), seconds)
+        title: str, make: Callable[[range], Tensor], size: int = chunk_size, *, together: bool = False
+    ) -> FeatureSet:
+        matrix, logits, seconds = timed_features(make, features, len(images), size, prior.device, chunk_size, together)
+        return FeatureSet(title, matrix, logits, frechet_distance(matrix, reference.moments), seconds)
 
-    def figures(found: Measured) -> EvaluationRow:
-        others = measure_others(metrics, found.features, found.logits, reference)
+    def row(found: FeatureSet) -> EvaluationRow:
+        others = other_metrics(metrics, found.features, found.logits, reference)
         return EvaluationRow(found.name, found.distance, math.nan, found.seconds, others)
 
-    rows = [
-        figures(measure("real", lambda rows: images[rows.start : rows.stop])),
-        figures(measure("reconstruction", reconstruct)),
-        figures(measure("Gaussian", gaussian)),
-    ]
-    best: Measured | None = None
+    rows = [row(measure("real", real)), row(measure("reconstruction", reconstruct)), row(measure("Gaussian", gaussian))]
+    best: FeatureSet | None = None
     for t in temperatures:
         found = measure(f"Gaussian, temperature {t:g}", partial(gaussian, temperature=t))
         best = found if best is None or found.distance < best.distance else best
     if best is not None:
-        rows.append(figures(best))
-    rows.append(
-        figures(measure(name, lambda rows: prior.sample(len(rows), generator=generator), SAMPLES, together=True))
-    )
+        rows.append(row(best))
+    rows.append(row(measure(name, sample, SAMPLES, together=True)))
     reconstruction, plain = rows[1].distance, rows[2].distance
     if reconstruction < plain:
-        rows = [replace(row, closure=closure(row.distance, plain, reconstruction)) for row in rows]
+        rows = [replace(each, closure=closure(each.distance, plain, reconstruction)) for each in rows]
     return rows
 
 
-class Measured(NamedTuple):
-    """Features of one row's images, logits if there are any, the Fréchet distance, and the time it took to make the
-    images.
-    """
+class FeatureSet(NamedTuple):
+    """Features of one row's images, class logits if any, the Fréchet distance, and the seconds to make the images."""
 
     name: str
     features: Tensor
@@ -205,7 +204,7 @@ def fork(generator: torch.Generator | None) -> torch.Generator | None:
 
 
 @torch.no_grad()
-def make_and_see(
+def timed_features(
     make: Callable[[range], Tensor],
     features: Features,
     n: int,
@@ -214,45 +213,44 @@ def make_and_see(
     chunk_size: int,
     together: bool,
 ) -> tuple[Tensor, Tensor | None, float]:
-    """Features and logits of `n` images, and the seconds that `make` took; it makes `size` of them at a time, and no
-    more are held.
+    """Features and logits of `n` images, and the seconds that `make` took for them, `size` at a time; no more are held.
 
-    Several processes make different images, or, where `make` is one call of all of them (`together`), see different
-    ones. All get all features.
+    Several processes make different images, or, where `make` is one call of all of them (`together`), extract the
+    features of different ones. All get all features.
     """
-    blocks, parts, seconds = [range(first, min(first + size, n)) for first in range(0, n, size)], [], 0.0
-    found: list[tuple[Tensor, Tensor | None]] = []
+    blocks = [range(first, min(first + size, n)) for first in range(0, n, size)]
+    seconds = 0.0
+    joined: list[Extracted] = []
+    own: list[Extracted] = []
     for rows in blocks if together else [blocks[i] for i in share(len(blocks))]:
         start = time.monotonic()
         images = make(rows)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds += time.monotonic() - start
-        mine = share(len(images)) if together else range(len(images))
-        if mine:
-            found.append(extract(features, images[mine.start : mine.stop], device, chunk_size))
+        part = share(len(images)) if together else range(len(images))
+        if part:
+            own.append(extract(features, images[part.start : part.stop], device, chunk_size))
         if together:
-            parts.append(join_features(found))
-            found = []
+            joined.append(join_features(own))
+            own = []
     if not together:
-        parts.append(join_features(found))
-    logits = [part for _, part in parts if part is not None]
-    return torch.cat([part for part, _ in parts]), torch.cat(logits) if logits else None, seconds
+        joined.append(join_features(own))
+    logits = [part for _, part in joined if part is not None]
+    return torch.cat([part for part, _ in joined]), torch.cat(logits) if logits else None, seconds
 
 
-def join_features(found: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def join_features(own: Sequence[Extracted]) -> Extracted:
     """Features, and logits if there are any, of all processes in their order, from what this one has of them."""
-    seen = join(torch.cat([part for part, _ in found]) if found else None)
-    logits = [part for _, part in found if part is not None]
-    if seen is None:
-        raise ValueError("there are no images to see")
-    return seen, join(torch.cat(logits) if logits else None)
+    matrix = join(torch.cat([part for part, _ in own]) if own else None)
+    logits = [part for _, part in own if part is not None]
+    if matrix is None:
+        raise ValueError("there are no images to extract features of")
+    return matrix, join(torch.cat(logits) if logits else None)
 
 
 def check_metrics(metrics: Collection[str] | None, images: int) -> None:
-    """Raise ValueError or ImportError, before anything long begins, for metrics that cannot be measured of so many
-    images.
-    """
+    """Raise ValueError or ImportError, before anything long begins, for metrics that so many images cannot have."""
     if metrics is not None and not set(metrics) <= set(METRICS):
         raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(metrics)}")
     if metrics is None or metrics:
@@ -263,7 +261,7 @@ def check_metrics(metrics: Collection[str] | None, images: int) -> None:
             )
 
 
-def measure_others(
+def other_metrics(
     metrics: Collection[str] | None, features: Tensor, logits: Tensor | None, reference: Reference
 ) -> dict[str, float]:
     """The asked-for metrics of features and logits; None takes those that there are data for."""
@@ -274,18 +272,16 @@ def measure_others(
     }
     for name in metrics or ():
         if not available[name]:
-            need = (
-                "class logits, which these features come without"
-                if name == "inception-score"
-                else "the reference's features, not moments alone"
-            )
+            need = "the reference's features, not moments alone"
+            if name == "inception-score":
+                need = "class logits, which these features come without"
             raise ValueError(f"metrics: {name} needs {need}")
-    found: dict[str, float] = {}
-    for name in METRICS:
-        if not available[name] or (metrics is not None and name not in metrics):
-            continue
-        if name == "inception-score" and logits is not None:
-            found |= inception_score(logits)
-        elif reference.features is not None:
-            found |= (kernel_distance if name == "kid" else precision_recall)(features, reference.features)
-    return found
+    wanted = [name for name in METRICS if available[name] and (metrics is None or name in metrics)]
+    figures: dict[str, float] = {}
+    if "kid" in wanted and reference.features is not None:
+        figures |= kernel_distance(features, reference.features)
+    if "precision-recall" in wanted and reference.features is not None:
+        figures |= precision_recall(features, reference.features)
+    if "inception-score" in wanted and logits is not None:
+        figures |= inception_score(logits)
+    return figures

@@ -2,7 +2,7 @@
 
 A saved file (safetensors) holds the features, which KID, precision and recall need, their mean and covariance, and in
 its metadata the extractor's name and digest, the number of images and their digest. The widespread .npz files with `mu`
-and `sigma` hold the moments alone, and do not tell what they are of.
+and `sigma` hold the moments alone, without the images or the extractor that they are of.
 """
 
 import json
@@ -27,7 +27,7 @@ class Reference:
 
     Attributes:
         moments: mean (K,) and covariance (K, K) of their features, float64.
-        features: (M, K) float32; None where the moments alone are known.
+        features: (M, K) float32; None where there are moments alone.
         images: number of images M; None where it is not known.
         digest: SHA-256 of the images, None likewise.
         extractor: the extractor's name, None likewise.
@@ -44,31 +44,30 @@ class Reference:
 
 def make_reference(images: Tensor, features: Features, device: torch.device, chunk_size: int = 250) -> Reference:
     """Statistics of `images` (M, C, H, W) in [0, 1], `chunk_size` at a time on `device`."""
-    found, _ = extract(features, images, device, chunk_size)
+    matrix, _ = extract(features, images, device, chunk_size)
     name, digest = (features.name, features.digest) if isinstance(features, Extractor) else (None, None)
-    return Reference(moments(found), found, len(images), digest_images(images), name, digest)
+    return Reference(moments(matrix), matrix, len(images), digest_images(images), name, digest)
 
 
 def save_reference(reference: Reference, path: str | Path) -> None:
     """Write statistics as a safetensors file, whole or not at all.
 
     Args:
-        reference: the statistics; their features and extractor are known.
+        reference: the statistics, with features.
         path: the file.
 
     Raises:
-        ValueError: the moments alone are known, or the file's name ends in .npz.
+        ValueError: there are moments alone, or the file's name ends in .npz.
     """
     path = Path(path)
     if reference.features is None or path.suffix == ".npz":
         raise ValueError(
             "statistics: expected features to save and a name such as statistics.safetensors; .npz files are only read"
         )
-    about = {key: getattr(reference, key) for key in ("images", "digest", "extractor", "extractor_digest")}
     mean, covariance = reference.moments
-    write_weights(
-        path, {"features": reference.features, "mean": mean, "covariance": covariance}, {"reference": json.dumps(about)}
-    )
+    tensors = {"features": reference.features, "mean": mean, "covariance": covariance}
+    about = {key: getattr(reference, key) for key in ("images", "digest", "extractor", "extractor_digest")}
+    write_weights(path, tensors, {"reference": json.dumps(about)})
 
 
 def load_reference(path: str | Path, extractor: Extractor) -> Reference:
@@ -96,10 +95,12 @@ def load_reference(path: str | Path, extractor: Extractor) -> Reference:
         raise ValueError(
             f"{path}: expected statistics that --save-statistics wrote, or a .npz file with mu and sigma ({error!r})"
         ) from error
-    theirs, ours = (reference.extractor, reference.extractor_digest), (extractor.name, extractor.digest)
-    if theirs != ours:
+    saved = reference.extractor, reference.extractor_digest
+    ours = extractor.name, extractor.digest
+    if saved != ours:
         raise ValueError(
-            f"{path} holds statistics of another extractor: {describe(*theirs)}; the samples would be seen by {describe(*ours)}"
+            f"{path} holds statistics of another extractor: {extractor_in_words(*saved)}; "
+            f"the samples' features would be of {extractor_in_words(*ours)}"
         )
     return reference
 
@@ -118,6 +119,6 @@ def load_moments(path: str | Path) -> Reference:
     return Reference((mean, covariance))
 
 
-def describe(name: str | None, digest: str | None) -> str:
-    """An extractor in words."""
+def extractor_in_words(name: str | None, digest: str | None) -> str:
+    """Its name, and the beginning of its weights' digest."""
     return f"{name} (weights {digest[:12] if digest else 'not known'})"

@@ -26,16 +26,17 @@ class StandIn(ModuleType):
         self.__spec__ = ModuleSpec(name, None)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # Python's own questions, such as for __path__
+        # Python itself asks for such as __path__, and takes this error for a no.
+        if name.startswith("__"):
             raise AttributeError(name)
-        said = f"{self.__name__}.{name} is not there: torchvision is not installed, or was built for another PyTorch"
+        message = f"{self.__name__}.{name} is not there: torchvision is not installed, or was built for another PyTorch"
 
         def refuse(*args: Any, **kwargs: Any) -> None:
-            raise ImportError(said)
+            raise ImportError(message)
 
         if name[0].isupper():
             return type(name, (), {"__init__": refuse})
-        raise ImportError(said)
+        raise ImportError(message)
 
 
 def import_torch_fidelity(module: str) -> ModuleType:
@@ -53,7 +54,8 @@ def import_torch_fidelity(module: str) -> ModuleType:
     name = f"torch_fidelity.{module}"
     if "torch_fidelity" in sys.modules:
         return importlib.import_module(name)
-    forget("torch_fidelity")  # the parts that an earlier import which failed has left
+    # Parts of an earlier import that failed.
+    forget("torch_fidelity")
     with torchvision_or_stand_in():
         return importlib.import_module(name)
 
@@ -83,9 +85,8 @@ def works(package: str) -> bool:
     """Whether a package can be imported."""
     try:
         importlib.import_module(package)
-    except (
-        Exception
-    ):  # ImportError where it is missing; one built for another PyTorch raises RuntimeError, AttributeError or OSError
+    # ImportError where it is missing; one built for another PyTorch raises RuntimeError, AttributeError or OSError.
+    except Exception:
         return False
     return True
 

@@ -3,12 +3,11 @@
 A prior learned with K steps per level is a sampler; that it is an energy too shows when its chains run on. They should
 stay where the data are: no drift of energies, no loss of quality, no oversaturated pixels. Recorded along a run are
 
-- the layers' energies -f_i at every step. Their autocorrelation rho_m at lag m tells how long chains remember: the
-  relaxation time in steps,
+- the layers' energies -f_i at every step. Their autocorrelation rho_m at lag m gives the relaxation time in steps,
 
       tau = 1/2 + sum_{m=1}^{M} rho_m,     M the first lag with M >= c tau     (Sokal's window),
 
-  is 1/2 for independent states, and (1 + phi)/(2 (1 - phi)) for a process x' = phi x + noise;
+  which is 1/2 for independent states, and (1 + phi)/(2 (1 - phi)) for a process x' = phi x + noise;
 - the probability with which the Metropolis test (see `metropolis`) would take a step: 1 if a step has no error. The
   chain itself takes every one;
 - mean, std and share of saturated pixels of the decoded states.
@@ -17,7 +16,7 @@ The chain is `langevin_chain` itself, watched where it asks for its gradient, on
 supported, and the samples are those of `sample_noise` from the same generator. The tests' proposals are plain steps
 with noise of their own. Where `top_steps` > 1 the chain's step is a composite of several and has no simple test: the
 figure is then that of a plain step of the same size, with top_steps=1, which is less exact than the chain's. So it is
-with `leimkuhler-matthews`, whose plain step is Euler's, and where `curvature_limit` shortens steps.
+with `leimkuhler-matthews`, whose plain step is Euler's.
 """
 
 import math
@@ -32,16 +31,16 @@ from ..chains.execution import batched_energies, chain_gradient, walk_values_and
 from ..chains.langevin import langevin_chain
 from ..chains.metropolis import log_acceptance, plain_proposal, propose, visit
 from ..chains.streams import Streams, draw_key, open_streams
-from ..density.conditional import Held
-from ..density.sampling import descend
 from ..prior import DiffusionEBMPrior
 
 # Pixels nearer than this to 0 or 1 are saturated.
 SATURATED = 0.02
 # Records and pictures per level, where nothing else is asked for.
-RECORDS, COLUMNS = 20, 5
+RECORDS = 20
+COLUMNS = 5
 # A run is oversaturated if a figure exceeds the reference's by this share of it, and by so many standard errors.
-EXCESS, SIGNIFICANT = 0.1, 3.0
+EXCESS = 0.1
+SIGNIFICANT = 3.0
 
 
 @dataclass(frozen=True)
@@ -95,17 +94,20 @@ def langevin_transitions(
         The run.
 
     Raises:
-        TypeError, ValueError: a count that is no positive integer.
+        TypeError, ValueError: a count that is no positive integer, or a prior whose energies cannot be compared.
         ChainDiverged: a chain left the finite numbers.
     """
-    every = max(1, steps // RECORDS) if every is None and isinstance(steps, int) else every
-    for name, count in (("n", n), ("steps", steps), ("every", every), ("shown", shown), ("columns", columns)):
+    prior.check_comparable("a run of Langevin transitions")
+    check_count(steps, "steps")
+    every = max(1, steps // RECORDS) if every is None else every
+    for name, count in (("n", n), ("every", every), ("shown", shown), ("columns", columns)):
         check_count(count, name)
     recorded = sorted({*range(0, steps, every), steps})
     kept = torch.linspace(0, len(recorded) - 1, min(columns, len(recorded))).round().long().tolist()
     times = torch.tensor(recorded), torch.tensor([recorded[i] for i in kept])
     # The chains' noise is that of sample_noise, so the first key must be.
-    keys, chunk_size = (draw_key(generator), draw_key(generator)), prior.samples_per_chunk
+    keys = draw_key(generator), draw_key(generator)
+    chunk_size = prior.samples_per_chunk
     chunks = [
         run_chunk(prior, range(n)[first : first + chunk_size], keys, steps, times, shown)
         for first in range(0, n, chunk_size)
@@ -130,12 +132,11 @@ def run_chunk(
     rows = max(0, min(len(samples), shown - samples.start))
     levels: list[dict[str, Tensor]] = []
 
-    def chain(v_next: Tensor, t: Tensor, *, hold: Held | None) -> Tensor:
-        u, records = watched_chain(prior, v_next, t, steps, times, rows, streams, tests)
+    u = streams.normal(prior.dim)
+    for level in reversed(range(prior.schedule.steps)):
+        t = torch.full((len(samples),), level, dtype=torch.long, device=u.device)
+        u, records = watched_chain(prior, u, t, steps, times, rows, streams, tests)
         levels.insert(0, records)
-        return u
-
-    u = descend(chain, prior.schedule.steps, streams.normal(prior.dim))[0]
     stacked = {name: torch.stack([level[name] for level in levels]) for name in levels[0]}
     return Transitions(recorded=times[0], shown=times[1], samples=u, **stacked)
 
@@ -177,29 +178,37 @@ def watched_chain(
         with prior.execution.precision(u.device):
             return walk_values_and_gradient(layer_values, u, t)
 
-    def value_and_gradient(u: Tensor) -> tuple[Tensor, Tensor]:
-        values, gradient = evaluate(u)
-        return values.sum(1), gradient
+    def acceptance(u: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        def at_u(_: Tensor) -> tuple[Tensor, Tensor]:
+            return values.sum(1), gradient
+
+        def anywhere(u: Tensor) -> tuple[Tensor, Tensor]:
+            values, gradient = evaluate(u)
+            return values.sum(1), gradient
+
+        now = visit(at_u, u, proposal)
+        proposed = visit(anywhere, propose(now, u_next, proposal, tests), proposal)
+        return log_acceptance(now, proposed, proposal).exp()
 
     def watch(u: Tensor) -> Tensor:
         step = len(records["energies"])
         values, gradient = evaluate(u)
         records["energies"].append(-values)
         if step in recorded:
-            now = visit(lambda _: (values.sum(1), gradient), u, proposal)
-            proposed = visit(value_and_gradient, propose(now, u_next, proposal, tests), proposal)
-            records["acceptance"].append(log_acceptance(now, proposed, proposal).exp())
+            records["acceptance"].append(acceptance(u, values, gradient))
             records["pixels"].append(pixel_statistics(prior.decode(u)))
         if step in kept:
             records["states"].append(u[:rows].clone())
         return gradient
 
-    own = chain_gradient(
-        lambda u, t: prior.corrections(prior.transform.to_latents(u, 1), t, energies)[0].sum(), t, 1.0, prior.execution
-    )
-    config, top = replace(prior.langevin, steps=steps), (math.prod(prior.latent_shapes[0]), own)
+    def top_total(u: Tensor, t: Tensor) -> Tensor:
+        return prior.corrections(prior.transform.to_latents(u, 1), t, energies)[0].sum()
+
+    config = replace(prior.langevin, steps=steps)
+    top = math.prod(prior.latent_shapes[0]), chain_gradient(top_total, t, 1.0, prior.execution)
     with parametrize.cached():
         u = langevin_chain(watch, u_next, t, schedule=prior.schedule, config=config, streams=streams, top=top)
+        # The chain asks for no gradient at its last state.
         watch(u)
     return u, {name: torch.stack(values) for name, values in records.items()}
 
@@ -232,7 +241,7 @@ def oversaturation(run: Transitions, reference: Tensor | None = None) -> Saturat
 
     Args:
         run: the run.
-        reference: images (M, C, H, W) in [0, 1], M >= 2; reconstructions tell more than real images where the decoder
+        reference: images (M, C, H, W) in [0, 1], M >= 2; reconstructions suit better than real ones where the decoder
             blurs. None takes the run's own images at the first record of the last level.
 
     Returns:
@@ -243,7 +252,8 @@ def oversaturation(run: Transitions, reference: Tensor | None = None) -> Saturat
     """
     if reference is not None:
         check_images(reference)
-    expected, end = run.pixels[0, 0] if reference is None else pixel_statistics(reference), run.pixels[0, -1]
+    expected = run.pixels[0, 0] if reference is None else pixel_statistics(reference)
+    end = run.pixels[0, -1]
     if min(len(expected), len(end)) < 2:
         raise ValueError(f"expected at least 2 reference images and 2 samples, got {len(expected)} and {len(end)}")
     error = sum(part.var(0) / len(part) for part in (expected.cpu(), end.cpu())) ** 0.5
@@ -255,9 +265,9 @@ def oversaturation(run: Transitions, reference: Tensor | None = None) -> Saturat
 def relaxation_time(series: Tensor, *, window: float = 5.0) -> Tensor:
     """Integrated autocorrelation time of stationary chains, each about a mean of its own.
 
-    Chains of different u_{t+1} have different means, which must be estimated from the chain, and that hides a part 2
-    tau/K of its variance. It is put back here, and autocovariances are half mean squares of differences, which need no
-    mean; so K of 20 tau will do where there are many chains.
+    Chains of different u_{t+1} have different means. Estimating them from the chain hides a part 2 tau/K of its
+    variance, which is put back here, and autocovariances are half mean squares of differences, which need no mean; so K
+    of 20 tau will do where there are many chains.
 
     Args:
         series: K states in a row of n chains (K, n), or of L quantities each (K, n, L), without the way to the
@@ -276,16 +286,18 @@ def relaxation_time(series: Tensor, *, window: float = 5.0) -> Tensor:
         return torch.stack([relaxation_time(part, window=window) for part in series.unbind(2)])
     x = series.detach().to("cpu", torch.float64)
     x = x - x.mean(0)
-    seen, lags = x.square().mean(), torch.arange(1, len(x) // 2 + 1)
-    if not bool(seen > 0):
+    variance = x.square().mean()
+    lags = torch.arange(1, len(x) // 2 + 1)
+    if not bool(variance > 0):
         return torch.tensor(torch.nan)
     decorrelated = half_square_differences(x)[1 : len(lags) + 1]
     tau = 0.5
+    # The part of the variance that is hidden depends on tau itself: a fixed point.
     for _ in range(50):
         hidden = 2 * tau / len(x)
         if hidden > 0.5:
             return torch.tensor(torch.inf)
-        sums = 0.5 + torch.cumsum(1 - decorrelated * (1 - hidden) / seen, dim=0)
+        sums = 0.5 + torch.cumsum(1 - decorrelated * (1 - hidden) / variance, dim=0)
         closed = (lags >= window * sums.clamp(min=0.5)).nonzero()
         if not len(closed):
             return torch.tensor(torch.inf)
@@ -298,7 +310,9 @@ def relaxation_time(series: Tensor, *, window: float = 5.0) -> Tensor:
 def half_square_differences(x: Tensor) -> Tensor:
     """Mean of (x_{k+m} - x_k)^2 / 2 over chains and steps k, (K,), at lags m = 0..K-1 of states (K, n)."""
     k = len(x)
-    squares, spectrum = x.square().mean(1).cumsum(0), torch.fft.rfft(x, n=2 * k, dim=0)
+    squares = x.square().mean(1).cumsum(0)
+    # Padded to 2 K, so that products of the end with the beginning do not wrap around.
+    spectrum = torch.fft.rfft(x, n=2 * k, dim=0)
     products = torch.fft.irfft(spectrum.abs().square().mean(1), n=2 * k)[:k]
     # Sums of squares of the first K - m states, and of the last ones.
     first = squares.flip(0)

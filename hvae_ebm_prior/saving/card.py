@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..extras import install_command, where
-from .config import Measured, PriorConfig, settings_in_words
+from .config import Metric, PriorConfig, settings_in_words
 
 LIBRARY = "hvae-ebm-prior"
 TASK = "unconditional-image-generation"
@@ -17,13 +17,13 @@ PAPER = "https://arxiv.org/abs/2405.13910"
 
 @dataclass(frozen=True)
 class Card:
-    """What only you know about a prior, for its model card.
+    """What a prior's author adds to its model card.
 
     Attributes:
         title: the card's heading; None for one made of the prior's class and its backbone's.
         base_model: the backbone on the Hub, as owner/name.
         datasets: what it was trained on, as on the Hub.
-        license: identifier as on the Hub, "mit" say.
+        license: identifier as on the Hub, such as "mit".
         description: a paragraph of your own.
         load_backbone: a line or two of Python that make `backbone`, for the code of the card.
     """
@@ -42,8 +42,8 @@ def write_card(
     """The text of README.md.
 
     Args:
-        config: what the prior is.
-        card: what its author says of it.
+        config: the prior's settings, training and metrics.
+        card: what its author adds.
         repo_id: where it can be loaded from.
         samples: name of the file of the sample grid, if there is one.
 
@@ -51,11 +51,12 @@ def write_card(
         The card: YAML metadata between lines of dashes, then Markdown.
     """
     title = card.title or f"{config.kind} for {config.family}"
+    dataset = (card.datasets or ["unknown"])[0]
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=(card.datasets or ["unknown"])[0],
-            dataset_name=each.dataset or (card.datasets or ["unknown"])[0],
+            dataset_type=dataset,
+            dataset_name=each.dataset or dataset,
             metric_type=each.name.lower().replace(" ", "-"),
             metric_name=f"{each.name} ({each.features})" if each.features else each.name,
             metric_value=each.value,
@@ -73,34 +74,39 @@ def write_card(
         model_name=title if results else None,
         eval_results=results or None,
     )
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {title}", card.description, introduction(config), grid(samples)]
-    parts += [usage(config, card, repo_id), facts(config), measured(config.metrics), limits(card)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
+        card.description,
+        introduction(config),
+        f"![Samples from the model's Gaussian prior, above, and from this one, below]({samples})" if samples else "",
+        use_section(config, card, repo_id),
+        settings_section(config),
+        metrics_section(config.metrics),
+        limits_section(card),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def introduction(config: PriorConfig) -> str:
-    """What it is, in a paragraph."""
+    """A paragraph on what the prior is."""
     return (
-        f"A learned prior for a trained hierarchical VAE (`{config.family}`). It takes the place of the model's Gaussian prior, which does not match "
-        "where the encoder puts the data, so that samples get better; the model itself is unchanged and not part of this repository. Made with "
-        f"`{LIBRARY}` {config.library}, after [Cui & Han, ICML 2024]({PAPER})."
+        f"A learned prior for a trained hierarchical VAE (`{config.family}`). It takes the place of the model's "
+        "Gaussian prior, which does not match where the encoder puts the data, so that samples get better; the model "
+        f"itself is unchanged and not part of this repository. Made with `{LIBRARY}` {config.library}, after "
+        f"[Cui & Han, ICML 2024]({PAPER})."
     )
 
 
-def grid(samples: str | None) -> str:
-    """The picture of samples."""
-    return f"![Samples from the model's Gaussian prior, above, and from this one, below]({samples})" if samples else ""
-
-
-def usage(config: PriorConfig, card: Card, repo_id: str) -> str:
-    """Code that loads it."""
-    module = {"NCPPrior": "hvae_ebm_prior.baselines", "JointEBMPrior": "hvae_ebm_prior.baselines"}.get(
-        config.kind, "hvae_ebm_prior"
-    )
-    own = ", energy=networks" if config.energy is None else ""
-    lines = [f"from {module} import {config.kind}", "", card.load_backbone]
-    lines += [
-        f'prior = {config.kind}.from_pretrained("{repo_id}", backbone=backbone{own})',
+def use_section(config: PriorConfig, card: Card, repo_id: str) -> str:
+    """How to install the library, and code that loads the prior and draws samples."""
+    module = "hvae_ebm_prior.baselines" if config.kind in ("NCPPrior", "JointEBMPrior") else "hvae_ebm_prior"
+    networks = ", energy=networks" if config.energy is None else ""
+    lines = [
+        f"from {module} import {config.kind}",
+        "",
+        card.load_backbone,
+        f'prior = {config.kind}.from_pretrained("{repo_id}", backbone=backbone{networks})',
         "images = prior.sample(16)  # (16, C, H, W) in [0, 1]",
     ]
     if config.coupling:
@@ -111,7 +117,7 @@ def usage(config: PriorConfig, card: Card, repo_id: str) -> str:
     )
 
 
-def facts(config: PriorConfig) -> str:
+def settings_section(config: PriorConfig) -> str:
     """Settings and training, as a list."""
     shapes = config.backbone.latent_shapes
     sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
@@ -123,18 +129,19 @@ def facts(config: PriorConfig) -> str:
     return "\n".join(["## Settings and training", "", *(f"- {line}" for line in lines if line)])
 
 
-def measured(metrics: Sequence[Measured]) -> str:
-    """Figures of quality, as a table."""
+def metrics_section(metrics: Sequence[Metric]) -> str:
+    """Figures of quality, as a table; empty without any."""
     if not metrics:
         return ""
     rows = [f"| {each.name} | {each.value:.4g} | {each.features} | {each.dataset} |" for each in metrics]
     return "\n".join(["## Figures", "", "| | | features | images |", "|---|---|---|---|", *rows])
 
 
-def limits(card: Card) -> str:
-    """What it cannot do, and on which terms it may be used."""
+def limits_section(card: Card) -> str:
+    """What the prior cannot do, and on which terms it may be used."""
     terms = f"License: {card.license}." if card.license else "No licence was given; ask its author before you use it."
     return (
-        "## Limits\n\nIt works with the backbone that it was trained for, and no other: loading it onto another one fails. It cannot be better than "
-        f"that model's reconstructions, and it reproduces what is in its training images, whatever is wrong with them.\n\n{terms}"
+        "## Limits\n\nIt works with the backbone that it was trained for, and no other: loading it onto another one "
+        "fails. It cannot be better than that model's reconstructions, and it reproduces what is in its training "
+        f"images, whatever is wrong with them.\n\n{terms}"
     )

@@ -1,4 +1,4 @@
-"""SHA-256 of files, weights and images: by it one knows that they are the same."""
+"""SHA-256 of files, weights and images."""
 
 import hashlib
 from pathlib import Path
@@ -29,5 +29,5 @@ def digest_images(images: Tensor) -> str:
 
 
 def tensor_bytes(value: Tensor) -> Any:
-    """The bytes of a tensor's values, whatever its dtype."""
+    """The bytes of a tensor's values, of any dtype."""
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

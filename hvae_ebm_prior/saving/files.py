@@ -8,8 +8,7 @@ from typing import Any
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file beside `path`, then put it in its place: a reader, a crash or a power cut never meets
-    half a file.
+    """Let `write` write a file beside `path`, then move it there, so that the file is never half written.
 
     Args:
         path: the file to make or replace.

@@ -1,10 +1,10 @@
-"""The fingerprint of a backbone: by it a saved prior knows the model that it was learned for.
+"""The fingerprint of a backbone, by which a saved prior is matched with the model that it was learned for.
 
 Fixed noise, the same bits on every device, is walked through the backbone. Of every layer's mean and log std a few
 projections on fixed random directions are kept, in units of their size. A cast, a renamed or a folded copy of the model
-has nearly the same ones; another training of the same architecture has others, and so has one with its channels
-permuted. Files of weights are not compared: they differ where the model does not. Neither are images: how they are made
-of the latents, mean or sample, is no matter of the prior's.
+has nearly the same projections; another training of the same architecture has others, and so has a model with its
+channels permuted. Files of weights are not compared: they differ where the model does not. Neither are images: how they
+are made of the latents, mean or sample, does not concern the prior.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,13 @@ from ..chains.kernels.noise import philox_normal
 from ..density.latent_prior import LatentPrior
 
 SAMPLES = 2
-# Streams of the fixed noise: what is walked, and what is projected on.
-NOISE, DIRECTIONS = 0, 1
+# Streams of the fixed noise: the one that is walked, and the directions that are projected on.
+NOISE = 0
+DIRECTIONS = 1
 # Largest difference of two projections of one model: in single precision on different devices (TF32 included), and in
 # half precision.
-TOLERANCE, TOLERANCE_HALF = 0.01, 0.15
+TOLERANCE = 0.01
+TOLERANCE_HALF = 0.15
 # Significant digits kept.
 DIGITS = 5
 
@@ -60,25 +62,30 @@ def fingerprint(prior: LatentPrior) -> Fingerprint:
     Returns:
         The fingerprint.
     """
-    transform, key = prior.transform, torch.zeros(2, dtype=torch.long)
-    noise = transform.split(
-        philox_normal(key, torch.zeros(1, dtype=torch.long), NOISE, SAMPLES, transform.dim).to(
-            transform.device, transform.dtype
-        )
-    )
-    found: list[tuple[float, ...]] = []
+    transform = prior.transform
+    key, step = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    u = philox_normal(key, step, NOISE, SAMPLES, transform.dim)
+    noise = transform.split(u.to(transform.device, transform.dtype))
+    layers: list[tuple[float, ...]] = []
 
-    def note(i: int, mean: Tensor, std: Tensor) -> Tensor:
-        found.append((*project(mean, 2 * i), *project(std.log(), 2 * i + 1)))
+    def project_layer(i: int, mean: Tensor, std: Tensor) -> Tensor:
+        layers.append((*project(mean, 2 * i), *project(std.log(), 2 * i + 1)))
         return mean + std * noise[i]
 
-    drive(transform.adapter, SAMPLES, note, stop_after=len(noise))
-    return Fingerprint(prior.latent_shapes, transform.dtype in (torch.float16, torch.bfloat16), tuple(found))
+    drive(transform.adapter, SAMPLES, project_layer, stop_after=len(noise))
+    half = transform.dtype in (torch.float16, torch.bfloat16)
+    return Fingerprint(prior.latent_shapes, half, tuple(layers))
 
 
 def project(values: Tensor, step: int) -> tuple[float, ...]:
-    """Projections of `values` (N, ...) on a fixed random direction, in units of their root mean square (of 1 where that
-    is smaller), rounded.
+    """Project values on a fixed random direction.
+
+    Args:
+        values: (N, ...).
+        step: number of the direction.
+
+    Returns:
+        N projections, rounded, in units of the values' root mean square, or of 1 where that is smaller.
     """
     x = values.detach().double().cpu().flatten(1)
     zeros = torch.zeros(2, dtype=torch.long)
@@ -93,33 +100,31 @@ def check_backbone(saved: Fingerprint, found: Fingerprint, origin: str = "the pr
     Args:
         saved: of the file.
         found: of the backbone.
-        origin: what the file has to do with its backbone, for messages.
+        origin: how the file depends on its backbone, for messages; the words before "a backbone".
 
     Returns:
-        What differs although all shapes agree, or an empty text.
+        What differs although all shapes agree; empty where nothing does.
 
     Raises:
         BackboneMismatch: the latents' shapes differ.
     """
     if saved.latent_shapes != found.latent_shapes:
-        raise BackboneMismatch(f"{origin} a backbone with {differing(saved.latent_shapes, found.latent_shapes)}")
+        raise BackboneMismatch(f"{origin} a backbone with {shape_difference(saved.latent_shapes, found.latent_shapes)}")
     tolerance = TOLERANCE_HALF if saved.half or found.half else TOLERANCE
-    apart = [
-        max(abs(a - b) for a, b in zip(mine, yours, strict=True))
-        for mine, yours in zip(saved.layers, found.layers, strict=True)
-    ]
-    if max(apart) <= tolerance:
-        return ""
-    first = next(i for i, value in enumerate(apart) if value > tolerance)
-    return (
-        f"the Gaussian of layer {first} differs from that of the model which {origin}, by {apart[first]:.3g} where {tolerance:g} can be rounding. "
-        "The shapes agree, so this is probably another training, or other weights, of the same architecture"
-    )
+    for i, (before, now) in enumerate(zip(saved.layers, found.layers, strict=True)):
+        difference = max(abs(a - b) for a, b in zip(before, now, strict=True))
+        if not difference <= tolerance:  # also where the backbone returns NaN
+            return (
+                f"the Gaussian of layer {i} differs from that of the model which {origin}, by {difference:.3g} where "
+                f"{tolerance:g} can be rounding. The shapes agree, so this is probably another training, or other "
+                "weights, of the same architecture"
+            )
+    return ""
 
 
-def differing(saved: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]]) -> str:
+def shape_difference(saved: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]]) -> str:
     """The first difference of two lists of shapes, in words."""
     if len(saved) != len(found):
         return f"{len(saved)} latent layers, this one has {len(found)}"
-    i = next(i for i, (mine, yours) in enumerate(zip(saved, found, strict=True)) if mine != yours)
+    i = next(i for i, (before, now) in enumerate(zip(saved, found, strict=True)) if before != now)
     return f"a latent of shape {saved[i]} in layer {i}, this one has {found[i]}"

@@ -18,14 +18,17 @@ from ..density.energy_model import EnergyModel
 from ..density.gaussian import GaussianPrior
 from ..extras import installed
 from .card import LIBRARY, Card, write_card
-from .config import Measured, PriorConfig, TrainingSummary, build_prior, config_of, read_config
+from .config import Metric, PriorConfig, TrainingSummary, build_prior, make_config, read_config
 from .files import write_atomically, write_json
 from .fingerprint import BackboneMismatch, check_backbone, fingerprint
 from .grid import save_grid
 from .typed_json import InvalidPrior, read_json_file, to_json
 from .weights_file import read_weights, write_weights
 
-CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+SAMPLES = "samples.png"
 FILES = (CONFIG, WEIGHTS, CARD, SAMPLES)
 P = TypeVar("P", bound=EnergyModel)
 
@@ -35,17 +38,30 @@ def save(
     folder: str | Path,
     *,
     trained: TrainingSummary | None = None,
-    metrics: Sequence[Measured] = (),
+    metrics: Sequence[Metric] = (),
     card: Card | None = None,
     samples: int = 0,
     seed: int = 0,
     repo_id: str | None = None,
 ) -> None:
-    """Write a prior to a folder; see `LearnedPrior.save_pretrained`. `repo_id` is where the card says that it is loaded
-    from.
+    """Write a prior to a folder; see `LearnedPrior.save_pretrained`.
+
+    Args:
+        prior: the prior.
+        folder: where to write.
+        trained: how it was trained.
+        metrics: figures of quality, for the card.
+        card: what its author adds to the card.
+        samples: how many samples the card shows; 0 for none.
+        seed: of the samples.
+        repo_id: where the card says that the prior is loaded from; None for the folder's name.
+
+    Raises:
+        TypeError: a class, or networks, that cannot be described in `config.json`.
+        OSError: the folder cannot be written.
     """
     folder = Path(folder)
-    config = config_of(prior, fingerprint(prior), installed(LIBRARY) or "unknown", trained, metrics)
+    config = make_config(prior, fingerprint(prior), installed(LIBRARY) or "unknown", trained, metrics)
     folder.mkdir(parents=True, exist_ok=True)
     if samples:
         save_samples(folder / SAMPLES, prior, samples, seed)
@@ -61,9 +77,9 @@ def save_samples(path: Path, prior: EnergyModel, count: int, seed: int, columns:
     noise = torch.randn(count, prior.dim, generator=generator).to(prior.device, prior.dtype)
     with torch.no_grad():
         gaussian = prior.decode(noise)
-    both = {"Gaussian prior": gaussian, "this prior": prior.sample(count, generator=generator)}
-    rows = [(name, row) for name, images in both.items() for row in images.split(columns)]
-    write_atomically(path, lambda scratch: save_grid(scratch, [row for _, row in rows], [name for name, _ in rows]))
+    above, below = gaussian.split(columns), prior.sample(count, generator=generator).split(columns)
+    names = ["Gaussian prior"] * len(above) + ["this prior"] * len(below)
+    write_atomically(path, lambda scratch: save_grid(scratch, [*above, *below], names))
 
 
 def load(
@@ -77,15 +93,36 @@ def load(
     energy: Sequence[nn.Module] | None = None,
     execution: ExecutionConfig | None = None,
 ) -> tuple[P, TrainingSummary | None]:
-    """A prior from a folder, and how it was trained; see `LearnedPrior.from_pretrained`."""
+    """Load a prior from a folder; see `LearnedPrior.from_pretrained`.
+
+    Args:
+        kind: the class that it must be of.
+        folder: where it lies.
+        backbone: the model, or its adapter.
+        device: where to put the prior; None for the backbone's device.
+        dtype: of its networks; None for that of the file.
+        strict: raise, and not only warn, where the backbone is another one of the same shapes.
+        energy: the user's own networks, where the prior was saved with such.
+        execution: how chains are computed; None for the defaults.
+
+    Returns:
+        The prior, in eval mode, and how it was trained.
+
+    Raises:
+        InvalidPrior: the files are damaged, or hold no prior of this class.
+        BackboneMismatch: the backbone is another one.
+        TypeError: `backbone` or `energy` does not fit.
+        OSError: a file cannot be read.
+    """
     config = load_config(folder)
     probe = GaussianPrior(backbone)
     try:
-        # Before anything is made of what the file says, as the backbone's shapes bound how much that can be.
+        # Before anything is made of what the file says, as the backbone's shapes bound how much memory that can take.
         if different := check_backbone(config.backbone, fingerprint(probe)):
             if strict:
                 raise BackboneMismatch(
-                    f"{different}. Load it onto the model that it was learned for, or pass strict=False if you know better"
+                    f"{different}. Load it onto the model that it was learned for, or pass strict=False if you know "
+                    "better"
                 )
             warnings.warn(different, UserWarning, stacklevel=3)
         where = probe.device if device is None else torch.device(device)
@@ -107,14 +144,15 @@ def load(
 
 def read_tensors(folder: Path, prior: EnergyModel) -> dict[str, Tensor]:
     """The weights of a saved prior, all in one dtype; InvalidPrior where they are not those of `prior`."""
-    tensors = read_weights(folder / WEIGHTS, {name: tuple(tensor.shape) for name, tensor in prior.state_dict().items()})
-    if len(kinds := {tensor.dtype for tensor in tensors.values()}) > 1:
-        raise InvalidPrior(f"{WEIGHTS}: expected tensors of one dtype, got {', '.join(sorted(map(str, kinds)))}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in prior.state_dict().items()}
+    tensors = read_weights(folder / WEIGHTS, shapes)
+    if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
+        raise InvalidPrior(f"{WEIGHTS}: expected tensors of one dtype, got {', '.join(sorted(map(str, dtypes)))}")
     return tensors
 
 
 def load_config(folder: Path) -> PriorConfig:
-    """What the `config.json` in a folder says; InvalidPrior or OSError where there is none that can be read."""
+    """The `config.json` in a folder; InvalidPrior or OSError where there is none that can be read."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -1,6 +1,7 @@
 """Saved priors on the Hugging Face Hub: downloaded to a folder, and uploaded from one. No other files are touched."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from .card import LIBRARY
 from .folder import FILES, load_config
 
-# Those of the library that the client is built on, which differs between its versions; and the client's own, of a file
-# that did not arrive.
-TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    *(each for each in HfHubHTTPError.__mro__ if each.__name__ == "HTTPError"),
-)
+# Base class of the errors of each HTTP library that a version of huggingface_hub is built on.
+HTTP_ERRORS = {"httpx2": "HTTPError", "httpx": "HTTPError", "requests": "RequestException"}
 
 
 def fetch(repo_or_dir: str | Path, *, subfolder: str = "", local_dir: str | Path | None = None, **options: Any) -> Path:
-    """The folder of a saved prior, downloaded if it is none on this machine.
+    """The folder of a saved prior; a repository is downloaded.
 
     Args:
         repo_or_dir: a folder, or a repository of the Hub, as owner/name.
@@ -35,24 +32,15 @@ def fetch(repo_or_dir: str | Path, *, subfolder: str = "", local_dir: str | Path
         OSError: there is no such folder or repository, or the Hub's own errors.
         ValueError: no name of a repository.
     """
-    folder = Path(repo_or_dir)
-    if not folder.is_dir():
-        if (
-            isinstance(repo_or_dir, Path)
-            or str(repo_or_dir).startswith((".", "/", "~"))
-            or str(repo_or_dir).count("/") > 1
-        ):
-            raise FileNotFoundError(
-                f"{repo_or_dir}: there is no such folder, and no repository of the Hub has such a name"
-            )
-        names = [f"{subfolder}/{name}" if subfolder else name for name in FILES]
-        with reachable():
-            folder = Path(
-                snapshot_download(
-                    str(repo_or_dir), allow_patterns=names, local_dir=local_dir, library_name=LIBRARY, **options
-                )
-            )
-    return folder / subfolder
+    name = str(repo_or_dir)
+    if Path(repo_or_dir).is_dir():
+        return Path(repo_or_dir) / subfolder
+    if isinstance(repo_or_dir, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: there is no such folder, and no repository of the Hub has such a name")
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in FILES]
+    with connection_errors():
+        folder = snapshot_download(name, allow_patterns=patterns, local_dir=local_dir, library_name=LIBRARY, **options)
+    return Path(folder) / subfolder
 
 
 def upload(
@@ -66,12 +54,28 @@ def upload(
     revision: str | None = None,
     subfolder: str = "",
 ) -> str:
-    """Upload a saved prior in one commit; see `LearnedPrior.push_to_hub`. Only the files of a saved prior go up,
-    whatever else the folder holds.
+    """Upload a saved prior in one commit; of other files in the folder none.
+
+    Args:
+        folder: where the prior lies.
+        repo_id: the repository; it is made where there is none.
+        private: as of `LearnedPrior.push_to_hub`.
+        commit_message: as of `LearnedPrior.push_to_hub`.
+        token: as of `LearnedPrior.push_to_hub`.
+        create_pr: as of `LearnedPrior.push_to_hub`.
+        revision: as of `LearnedPrior.push_to_hub`.
+        subfolder: as of `LearnedPrior.push_to_hub`.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        InvalidPrior: the folder holds no saved prior, or a damaged one.
+        OSError: the folder cannot be read, or the Hub's own errors.
     """
     load_config(Path(folder))
     api = HfApi(library_name=LIBRARY, token=token)
-    with reachable():
+    with connection_errors():
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -88,16 +92,27 @@ def upload(
 
 
 @contextlib.contextmanager
-def reachable() -> Iterator[None]:
-    """What the client raises where the Hub cannot be reached, or a large file does not arrive, as ConnectionError; the
-    Hub's own answers stay.
+def connection_errors() -> Iterator[None]:
+    """A context in which the client's errors are ConnectionErrors where the Hub cannot be reached or a transfer breaks
+    off; errors that the Hub answered with stay as they are.
     """
     try:
         yield
     except HfHubHTTPError:
         raise
-    except TRANSPORT_ERRORS as error:
+    except transport_errors() as error:
         why = error.__cause__ or error
         raise ConnectionError(
             f"the Hub could not be reached, or a transfer broke off; nothing was committed, so try again ({why})"
         ) from error
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """Base classes of errors of a connection: those of the HTTP libraries that are installed, and RuntimeError, which
+    huggingface_hub raises for a file that did not arrive.
+    """
+    classes: list[type[Exception]] = [RuntimeError]
+    for library, name in HTTP_ERRORS.items():
+        with contextlib.suppress(ImportError):
+            classes.append(getattr(importlib.import_module(library), name))
+    return tuple(classes)

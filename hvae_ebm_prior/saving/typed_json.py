@@ -1,16 +1,15 @@
-"""Settings as JSON and back. What comes back may be anybody's: it is read against the types of a dataclass, and nothing
-else gets through.
+"""Settings as JSON and back.
 
-    to_json(LangevinConfig(steps=5))  ->  {"steps": 5, "step_size": 0.15, ...}
-    from_json(LangevinConfig, values) ->  LangevinConfig(steps=5), or InvalidPrior
+    to_json(LangevinConfig(steps=5))   ->  {"steps": 5, "step_size": 0.15, ...}
+    from_json(LangevinConfig, values)  ->  LangevinConfig(steps=5)
 
-which says what is wrong, and where.
+JSON from elsewhere is read against the types of a dataclass; what does not fit raises InvalidPrior, naming the place.
 """
 
 import json
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -18,7 +17,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 # JSON has no infinities.
 INFINITE = {"inf": math.inf, "-inf": -math.inf}
-# Bounds on what a file may say, far above what any prior needs.
+# Settings of older versions that this one has not, each with its value that stands for what is done now. A file with
+# that value is read as if it lacked the setting; with another it is refused, as this version would do something else.
+FORMER_SETTINGS: Mapping[str, Any] = {"curvature_limit": None, "vector_size": 0}
+# Bounds on the values of a file, far above what any prior needs.
 LARGEST_FILE = 2**20
 LARGEST_NUMBER = 2**31
 LONGEST_TEXT = 1000
@@ -30,8 +32,8 @@ class InvalidPrior(ValueError):
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass, list, mapping, number or text as JSON values; numbers that are not finite become texts, and so does
-    whatever else there is.
+    """A dataclass, list, mapping, number or text as JSON values; numbers that are not finite and all other objects
+    become texts.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
@@ -45,12 +47,12 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], values: Any, where: str) -> T:
-    """A dataclass from JSON values.
+    """Make a dataclass from JSON values.
 
     Args:
         kind: the dataclass. Its fields may be numbers, texts, booleans, Literals, None, sequences, mappings by name,
             dataclasses of such, and Any for what is read elsewhere.
-        values: what was read.
+        values: an object of JSON.
         where: name of the values in errors.
 
     Returns:
@@ -60,29 +62,42 @@ def from_json(kind: type[T], values: Any, where: str) -> T:
         InvalidPrior: an unknown or missing field, or a value of another type or out of range.
     """
     if not isinstance(values, dict):
-        raise InvalidPrior(f"{where}: expected an object with the fields of {kind.__name__}, got {shown(values)}")
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    if unknown := [name for name in values if name not in known]:
+        raise InvalidPrior(f"{where}: expected an object with the fields of {kind.__name__}, got {excerpt(values)}")
+    expected = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    values = without_former_settings(values, expected)
+    if unknown := [name for name in values if name not in expected]:
+        name = unknown[0]
+        if name in FORMER_SETTINGS:
+            raise InvalidPrior(
+                f"{where}.{name}: this version has no such setting and does what {excerpt(FORMER_SETTINGS[name])} "
+                f"meant, got {excerpt(values[name])}; load it with the version that wrote it"
+            )
         raise InvalidPrior(
-            f"{where}: unknown field {shown(unknown[0])}; expected {', '.join(known)}. A newer version may have written this file"
+            f"{where}: unknown field {excerpt(name)}; expected {', '.join(expected)}. "
+            "A newer version may have written this file"
         )
-    missing = [
-        name
-        for name, field in known.items()
-        if name not in values and field.default is MISSING and field.default_factory is MISSING
-    ]
-    if missing:
+    required = [name for name, field in expected.items() if field.default is field.default_factory is MISSING]
+    if missing := [name for name in required if name not in values]:
         raise InvalidPrior(f"{where}: the field {missing[0]!r} is missing")
     hints = get_type_hints(kind)
-    given = {name: read(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    arguments = {name: read_value(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     try:
-        return kind(**given)
+        return kind(**arguments)
     except (ValueError, TypeError) as error:
         raise InvalidPrior(f"{where}: {error}") from error
 
 
-def read(kind: Any, value: Any, where: str) -> Any:
-    """A value of a type hint from a JSON value; InvalidPrior naming `where` for any other."""
+def without_former_settings(values: Mapping[str, Any], current: Container[str]) -> dict[str, Any]:
+    """`values` without `FORMER_SETTINGS` that are not among the `current` ones and stand for what is done now."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name in current or name not in FORMER_SETTINGS or value != FORMER_SETTINGS[name]
+    }
+
+
+def read_value(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as the type hint `kind` has it; InvalidPrior, naming `where`, for a value of another type."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -93,10 +108,12 @@ def read(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal and any(value == each and type(value) is type(each) for each in inner):
         return value
     if isinstance(origin, type) and issubclass(origin, Sequence):  # tuples are of any length, of one type
-        return tuple(read(inner[0], item, f"{where}[{i}]") for i, item in enumerate(read_list(value, where)))
+        return tuple(read_value(inner[0], item, f"{where}[{i}]") for i, item in enumerate(check_list(value, where)))
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
-        read_list(list(value), where)
-        return {read(str, name, where): read(inner[1], item, f"{where}.{name}") for name, item in value.items()}
+        check_list(list(value), where)
+        return {
+            read_value(str, name, where): read_value(inner[1], item, f"{where}.{name}") for name, item in value.items()
+        }
     if kind is type(None) and value is None:
         return None
     if kind is bool and isinstance(value, bool):
@@ -109,26 +126,26 @@ def read(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is float and isinstance(value, str) and value in INFINITE:
         return INFINITE[value]
-    raise InvalidPrior(f"{where}: expected {described(kind)}, got {shown(value)}")
+    raise InvalidPrior(f"{where}: expected {type_in_words(kind)}, got {excerpt(value)}")
 
 
 def read_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
-    """A value of the first of several type hints that it fits; of None and one other, with the error of the other."""
+    """A JSON value as the first of several type hints has it that it fits; where none does, the error is the last's."""
     others = [kind for kind in kinds if kind is not type(None)]
     if value is None and len(others) < len(kinds):
         return None
     for kind in others[:-1]:
         try:
-            return read(kind, value, where)
+            return read_value(kind, value, where)
         except InvalidPrior:
             continue
-    return read(others[-1], value, where)
+    return read_value(others[-1], value, where)
 
 
-def read_list(value: Any, where: str) -> list[Any]:
-    """A JSON list of bounded length; InvalidPrior for anything else."""
+def check_list(value: Any, where: str) -> list[Any]:
+    """The JSON value, if it is a list of bounded length; InvalidPrior for anything else."""
     if not isinstance(value, list):
-        raise InvalidPrior(f"{where}: expected a list, got {shown(value)}")
+        raise InvalidPrior(f"{where}: expected a list, got {excerpt(value)}")
     if len(value) > LONGEST_LIST:
         raise InvalidPrior(f"{where}: expected at most {LONGEST_LIST} entries, got {len(value)}")
     return value
@@ -154,12 +171,12 @@ def read_json_file(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidPrior(f"{path.name}: no JSON ({error or type(error).__name__})") from error
     if not isinstance(values, dict):
-        raise InvalidPrior(f"{path.name}: expected an object, got {shown(values)}")
+        raise InvalidPrior(f"{path.name}: expected an object, got {excerpt(values)}")
     return values
 
 
-def described(kind: Any) -> str:
-    """A type hint, for an error."""
+def type_in_words(kind: Any) -> str:
+    """A type hint as an error names it."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(repr(each) for each in get_args(kind))}"
     names = {
@@ -171,7 +188,7 @@ def described(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
-def shown(value: Any) -> str:
-    """A value, for an error: its beginning."""
+def excerpt(value: Any) -> str:
+    """The beginning of a value, as an error shows it."""
     text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}..."

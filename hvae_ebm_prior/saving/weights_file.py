@@ -21,14 +21,14 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors, of any device and layout, to a safetensors file."""
+    """Write tensors, of any device and layout, to a safetensors file; the metadata are texts in its header."""
     # Copies, as the format takes no tensors that share memory, and networks may.
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda scratch: save_file(plain, scratch, metadata=dict(metadata or {})))
 
 
 def read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Floating-point tensors of known names and shapes.
+    """Read floating-point tensors whose names and shapes are given.
 
     Args:
         path: the safetensors file.
@@ -46,20 +46,22 @@ def read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = set(file.keys())
-            for what, found in (("lacks", shapes.keys() - names), ("has an unexpected", names - shapes.keys())):
-                if found:
+            for problem, wrong in (("lacks", shapes.keys() - names), ("has an unexpected", names - shapes.keys())):
+                if wrong:
                     raise InvalidPrior(
-                        f"{path.name}: {what} tensor {sorted(found)[0][:100]!r}; expected {len(shapes)} tensors, got {len(names)}"
+                        f"{path.name}: {problem} tensor {sorted(wrong)[0][:100]!r}; "
+                        f"expected {len(shapes)} tensors, got {len(names)}"
                     )
             for name, shape in shapes.items():
-                part = file.get_slice(name)
-                if tuple(part.get_shape()) != shape:
+                header = file.get_slice(name)
+                if tuple(header.get_shape()) != shape:
                     raise InvalidPrior(
-                        f"{path.name}: {name}: expected the shape {shape}, got {tuple(part.get_shape())}"
+                        f"{path.name}: {name}: expected the shape {shape}, got {tuple(header.get_shape())}"
                     )
-                if part.get_dtype() not in FLOATS:
+                if header.get_dtype() not in FLOATS:
                     raise InvalidPrior(
-                        f"{path.name}: {name}: expected floating-point numbers ({', '.join(FLOATS)}), got {part.get_dtype()}"
+                        f"{path.name}: {name}: expected floating-point numbers ({', '.join(FLOATS)}), "
+                        f"got {header.get_dtype()}"
                     )
             # Copies: as mapped from the file they lie at any address, and sums over them differ in the last bit.
             tensors = {name: file.get_tensor(name).clone() for name in shapes}
@@ -78,5 +80,6 @@ def check_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, LARGEST_HEADER):
         raise InvalidPrior(
-            f"{path.name}: no safetensors file, or a truncated one: a header of {length} bytes in a file of {size} bytes"
+            f"{path.name}: no safetensors file, or a truncated one: "
+            f"a header of {length} bytes in a file of {size} bytes"
         )

@@ -1,4 +1,4 @@
-"""Learning the energies: the loss, one step, the loop, its guard and checkpoints, data and caches, and who watches.
+"""Learning the energies: the loss, one step, the loop, its guard and checkpoints, data and caches, callbacks.
 
 May import from backbone, energies, chains, density and saving.
 """

@@ -1,15 +1,15 @@
-"""Batches of images for ever, from a place in the data that can be told and found again.
+"""Batches of images without end, from a place in the data that can be saved and found again.
 
 A pass over the data is fixed by one seed, drawn when it begins: the order of a tensor's or dataset's images follows
 from it, and so does what the data themselves draw from torch's global CPU generator (a DataLoader its order, a dataset
-its augmentation), which is forked for them. The place is then the pass, the batches given of it, the seed, and the
-state that those draws have come to. Worker processes read a dataset ahead, each batch with a seed of its own, so that
-neither their number nor where they were interrupted shows.
+its augmentation), which is forked for them. The place is then the pass, the number of batches given of it, the seed,
+and the state of that generator. Worker processes read a dataset ahead, each batch with a seed of its own, so that
+results depend neither on their number nor on interruptions.
 """
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,16 @@ from ..density.latent_prior import LatentPrior
 from ..energies.coupling import Labels
 from .posterior_cache import PosteriorCache
 
-# Images (N, C, H, W), or numbers (N,) of rows of a posterior cache; their labels if any, and the number of the pass
-# over the data.
+# Images (N, C, H, W), or numbers (N,) of rows of a posterior cache; labels or None; and the pass over the data, from 0.
 Batch = tuple[Tensor, Tensor | Labels | None, int]
 END = object()
 
 
 class Batches:
-    """An endless iterator over batches: images (N, C, H, W), labels, and the pass from 0. Of a batch that is a tuple
-    the second entry is its labels.
+    """An endless iterator over batches: images (N, C, H, W), labels, and the pass over the data, from 0.
 
-    Of a posterior cache, numbers of rows come in the place of images; `noise` gives the posterior noise of either.
+    Of a batch that is a tuple the second entry is its labels. Of a posterior cache, numbers of rows come in the place
+    of images; `noise` gives the posterior noise of either.
 
     Args:
         data: images (N, C, H, W), a dataset, a posterior cache, or an iterable of batches that can be started again.
@@ -70,18 +69,25 @@ class Batches:
                 raise ValueError("data: the dataset is empty")
         elif not isinstance(data, Iterable):
             raise TypeError(
-                f"data: expected images (N, C, H, W), a dataset with a length, or an iterable of batches, got {type(data).__name__}"
+                "data: expected images (N, C, H, W), a dataset with a length, or an iterable of batches, "
+                f"got {type(data).__name__}"
             )
         self.data: Any = data
-        self.batch_size, self.generator, self.labels = batch_size, generator, labels
+        self.batch_size = batch_size
+        self.generator = generator
+        self.labels = labels
+        self.epoch = 0
+        self.index = 0
+        # Whether batches are picked here by index; of other data they come as they are.
+        self._indexed = isinstance(data, Tensor) or (isinstance(data, Dataset) and hasattr(data, "__len__"))
         self._loading: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "batch_size": None}
-        self._whole = isinstance(data, Tensor) or (isinstance(data, Dataset) and hasattr(data, "__len__"))
-        # No pass has begun.
-        self.epoch, self.index, self._seed = 0, 0, -1
+        # The pass: its seed, -1 before the first, what is left of it, and the state of torch's generator for its data.
+        self._seed = -1
         self._rest: Iterator[Any] = iter(())
         self._random = torch.Generator().get_state()
-        own = [getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None))]
-        self._own = [each for each in own if isinstance(each, torch.Generator) and each.device.type == "cpu"]
+        # Generators of a DataLoader and its sampler, and their states at the start of the pass.
+        owned = [getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None))]
+        self._own = [each for each in owned if isinstance(each, torch.Generator) and each.device.type == "cpu"]
         self._own_start = [generator.get_state() for generator in self._own]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -92,12 +98,14 @@ class Batches:
             self._begin(draw_key(self.generator))
         batch = self._read()
         if batch is END and self.index:
-            self.epoch, self.index = self.epoch + 1, 0
+            self.epoch += 1
+            self.index = 0
             self._begin(draw_key(self.generator))
             batch = self._read()
         if batch is END:
             raise ValueError(
-                f"data: the {type(self.data).__name__} gave no batch in pass {self.epoch + 1}; it must hold images and allow several passes"
+                f"data: the {type(self.data).__name__} gave no batch in pass {self.epoch + 1}; "
+                "it must hold images and allow several passes"
             )
         self.index += 1
         images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
@@ -122,8 +130,8 @@ class Batches:
             return self.data.noise(images, draw, generator).to(prior.device, prior.dtype)
         return prior.encode(images.to(prior.device, non_blocking=True), generator=generator)
 
-    def describe(self) -> dict[str, Any]:
-        """What the data are, as far as it shows without reading them."""
+    def summary(self) -> dict[str, Any]:
+        """Kind and size of the data, as JSON values, as far as they show without reading the data."""
         if isinstance(self.data, Tensor):
             labels = sorted(self.labels) if self.labels else None
             return {"kind": "tensor", "shape": list(self.data.shape), "dtype": str(self.data.dtype), "labels": labels}
@@ -133,10 +141,10 @@ class Batches:
             length = len(self.data)
         except TypeError:  # a loader of a stream has the method and no length
             length = None
-        return {"kind": "dataset" if self._whole else "batches", "length": length}
+        return {"kind": "dataset" if self._indexed else "batches", "length": length}
 
     def place(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Where the next batch stands: random states, and numbers."""
+        """Where the next batch is in the data: random states, and numbers, by name."""
         starts = {f"generator_{i}": state for i, state in enumerate(self._own_start)}
         return {"random": self._random, **starts}, {"epoch": self.epoch, "index": self.index, "seed": self._seed}
 
@@ -152,35 +160,42 @@ class Batches:
         """
         for i, generator in enumerate(self._own):
             generator.set_state(states[f"generator_{i}"])
-        self.epoch, self.index = numbers["epoch"], numbers["index"]
+        self.epoch = numbers["epoch"]
+        self.index = numbers["index"]
         self._begin(numbers["seed"], self.index)
         self._random = states["random"]
 
     def _begin(self, seed: int, given: int = 0) -> None:
-        """Begin a pass after as many batches."""
+        """Begin the pass of a seed, after the first `given` batches of it."""
         self._seed = seed
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._own_start = [generator.get_state() for generator in self._own]
-        if self._whole:
+        if self._indexed:
             order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
-            chosen = order.split(self.batch_size)[: max(1, len(order) // self.batch_size)][given:]
-        if isinstance(self.data, Tensor):
-            self._rest = (take(self.data, self.labels, part) for part in chosen)
+            # What is left over at the end is no batch, unless it is all there is.
+            self._begin_indexed(order.split(self.batch_size)[: max(1, len(order) // self.batch_size)], given)
             return
-        if isinstance(self.data, PosteriorCache):
-            self._rest = ((part, self.data.labels(part)) for part in chosen)
-            return
-        if self._whole:
-            seeds = sample_seeds(seed, range(given, given + len(chosen)))
-            parts = [(part.tolist(), own) for part, own in zip(chosen, seeds, strict=True)]
-        batches = DataLoader(SeededBatches(self.data), sampler=parts, **self._loading) if self._whole else self.data
         with self._own_randomness():
-            self._rest = iter(batches)
-        for done in range(0 if self._whole else given):
+            self._rest = iter(self.data)
+        for done in range(given):
             if self._read() is END:
                 raise ValueError(
-                    f"data: pass {self.epoch + 1} ended after {done} batches, where training was interrupted after {given}; give the same"
+                    f"data: pass {self.epoch + 1} ended after {done} batches, where training was interrupted after "
+                    f"{given}; give the same"
                 )
+
+    def _begin_indexed(self, chosen: Sequence[Tensor], given: int) -> None:
+        """Begin a pass over batches of the given indices, after the first `given` of them."""
+        rest = chosen[given:]
+        if isinstance(self.data, Tensor):
+            self._rest = (take(self.data, self.labels, part) for part in rest)
+        elif isinstance(self.data, PosteriorCache):
+            self._rest = ((part, self.data.labels(part)) for part in rest)
+        else:
+            seeds = sample_seeds(self._seed, range(given, len(chosen)))
+            parts = [(part.tolist(), seed) for part, seed in zip(rest, seeds, strict=True)]
+            with self._own_randomness():
+                self._rest = iter(DataLoader(SeededBatches(self.data), sampler=parts, **self._loading))
 
     def _read(self) -> Any:
         """The next batch of the pass, or `END`."""
@@ -191,7 +206,7 @@ class Batches:
 
     @contextlib.contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Inside, torch's global CPU generator is where the data left it; outside, it is as it was."""
+        """A context in which torch's global CPU generator is as the data left it; after it, it is as it was before."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random)
             yield
@@ -222,6 +237,5 @@ class SeededBatches(Dataset[Any]):
 
 def take(images: Tensor, labels: Labels | None, chosen: Tensor) -> tuple[Tensor, Labels | None]:
     """Images and labels of the given indices."""
-    return images[chosen.to(images.device)], labels and {
-        name: values[chosen.to(values.device)] for name, values in labels.items()
-    }
+    taken = labels and {name: values[chosen.to(values.device)] for name, values in labels.items()}
+    return images[chosen.to(images.device)], taken

@@ -1,5 +1,6 @@
-"""The files of a posterior cache: an index in JSON, and shards in safetensors that are mapped into memory. See
-`hvae_ebm_prior.training.posterior_cache`.
+"""The files of a posterior cache: an index in JSON, and shards in safetensors that are mapped into memory.
+
+See `hvae_ebm_prior.training.posterior_cache`.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ from ..saving.weights_file import check_header
 FORMAT = 1
 INDEX = "index.json"
 Floating = Literal["float64", "float32", "float16", "bfloat16"]
+
+
+# What to do about a damaged cache.
+BUILD_ANEW = "remove the folder and build the cache anew"
 
 
 class InvalidCache(ValueError):
@@ -96,10 +101,15 @@ def label_key(name: str) -> str:
     return f"labels.{name}" if name else "labels"
 
 
-def same_cache(folder: Path, before: CacheIndex, index: CacheIndex) -> CacheIndex:
-    """The index `before`; raise ValueError or BackboneMismatch unless it is of the same cache as `index`."""
-    if difference := check_backbone(before.fingerprint, index.fingerprint, f"the cache in {folder} was made with"):
+def check_cache_backbone(folder: Path, index: CacheIndex, backbone: Fingerprint) -> None:
+    """Raise BackboneMismatch unless the cache in `folder` was made with a backbone of this fingerprint."""
+    if difference := check_backbone(index.fingerprint, backbone, f"the cache in {folder} was made with"):
         raise BackboneMismatch(f"{difference}; build a cache for this backbone in another folder")
+
+
+def check_same_cache(folder: Path, saved: CacheIndex, index: CacheIndex) -> None:
+    """Raise ValueError or BackboneMismatch unless the index saved in `folder` is of the same cache as `index`."""
+    check_cache_backbone(folder, saved, index.fingerprint)
     names = {
         "images": "number of images",
         "draws": "draws",
@@ -109,13 +119,13 @@ def same_cache(folder: Path, before: CacheIndex, index: CacheIndex) -> CacheInde
         "data": "first images",
     }
     for name, words in names.items():
-        there, here = getattr(before, name), getattr(index, name)
+        there, here = getattr(saved, name), getattr(index, name)
         if there != here:
-            what = "" if name == "data" else f": {there} there and {here} here"
+            values = "" if name == "data" else f": {there} there and {here} here"
             raise ValueError(
-                f"{folder} holds a cache of something else, the {words} differ{what}; give the same to go on with it, or another folder"
+                f"{folder} holds a cache of something else, the {words} differ{values}; "
+                "give the same to go on with it, or another folder"
             )
-    return before
 
 
 def read_index(folder: Path) -> CacheIndex | None:
@@ -125,7 +135,7 @@ def read_index(folder: Path) -> CacheIndex | None:
     except FileNotFoundError:
         return None
     except InvalidPrior as error:
-        raise InvalidCache(f"{folder}: {error}; remove the folder and build the cache anew") from error
+        raise InvalidCache(f"{folder}: {error}; {BUILD_ANEW}") from error
 
 
 def shard_path(folder: Path, i: int) -> Path:
@@ -135,21 +145,19 @@ def shard_path(folder: Path, i: int) -> Path:
 
 def open_shard(folder: Path, index: CacheIndex, i: int, dim: int, verify: bool) -> dict[str, Tensor]:
     """Tensors of a shard, mapped into memory; raise InvalidCache unless they are what the index says."""
-    path, n, dtype = shard_path(folder, i), len(index.span(i)), getattr(torch, index.dtype)
+    path = shard_path(folder, i)
+    n = len(index.span(i))
+    dtype = getattr(torch, index.dtype)
     sizes = {"draws": (n, index.draws, dim)} if index.draws else {"mean": (n, dim), "std": (n, dim)}
     try:
         check_header(path)
         if verify and digest_file(path) != index.shards[i].sha256:
-            raise InvalidCache(
-                f"{path}: the file is damaged, its digest is not the one in {INDEX}; remove the folder and build the cache anew"
-            )
+            raise InvalidCache(f"{path}: the file is damaged, its digest is not the one in {INDEX}; {BUILD_ANEW}")
         tensors = load_file(path)
     except FileNotFoundError as error:
-        raise InvalidCache(f"{path}: the file is missing; remove the folder and build the cache anew") from error
+        raise InvalidCache(f"{path}: the file is missing; {BUILD_ANEW}") from error
     except (InvalidPrior, SafetensorError) as error:
-        raise InvalidCache(
-            f"{path}: this is no safetensors file ({error}); remove the folder and build the cache anew"
-        ) from error
+        raise InvalidCache(f"{path}: this is no safetensors file ({error}); {BUILD_ANEW}") from error
     labels = {label_key(name) for name in index.labels}
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name not in labels}
     if (

@@ -1,12 +1,11 @@
-"""What training shows while it runs: to TensorBoard, to Trackio, or to a function of yours.
+"""Callbacks of training: TensorBoard, Trackio, or a function of yours.
 
 `fit(callback=...)` takes a callback or a sequence of them, each called as callback(prior, record) after every step. One
-may have a method `close`, which is called when training ends in whatever way. One that raises ends training: the prior
+may have a method `close`, which is called when training ends, however it ends. One that raises ends training: the prior
 holds its moving average, and the last checkpoint stands.
 
-`TensorBoard` and `Trackio` show the numbers of `TrainingRecord` and, every so many steps, samples of the moving
-average, always of the same noise. They draw from random states of their own, so that training goes on with the same
-bits as without.
+`TensorBoard` and `Trackio` log the numbers of `TrainingRecord` and, every so many steps, samples of the moving average,
+always of the same noise. They draw from random states of their own, so that training does not change by a bit.
 """
 
 import contextlib
@@ -18,9 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import einops
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbone.validation import check_count
@@ -28,6 +25,7 @@ from ..chains.langevin import ChainDiverged
 from ..chains.streams import seeded
 from ..density.latent_prior import LatentPrior
 from ..extras import missing
+from ..saving.grid import tile
 from .record import Callback, TrainingRecord
 
 LOGS = "tensorboard:FOLDER or trackio:PROJECT"
@@ -50,7 +48,7 @@ def scalars(record: TrainingRecord) -> dict[str, float]:
 
 
 def sample_grid(prior: LatentPrior, count: int, seed: int) -> Tensor | None:
-    """A picture of samples that leaves all random states and the prior as they were.
+    """Samples as one picture; all random states and the prior stay as they were.
 
     Args:
         prior: the prior.
@@ -61,7 +59,7 @@ def sample_grid(prior: LatentPrior, count: int, seed: int) -> Tensor | None:
         Pixels (C, H, W) in [0, 1] on the CPU, with 1 or 3 channels (of other images the first is shown); None, with a
         warning, where chains diverged.
     """
-    training = prior.training
+    was_training = prior.training
     try:
         prior.eval()
         with seeded(seed, prior.device):
@@ -70,12 +68,10 @@ def sample_grid(prior: LatentPrior, count: int, seed: int) -> Tensor | None:
         warnings.warn(f"no samples are shown: {error}", RuntimeWarning, stacklevel=4)
         return None
     finally:
-        prior.train(training)
+        prior.train(was_training)
     images = images.float().cpu().clamp(0, 1)
     images = images if images.shape[1] == 3 else images[:, :1]
-    columns = math.ceil(math.sqrt(count))
-    filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -count % columns))
-    return einops.rearrange(filled, "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
+    return tile(images, math.ceil(math.sqrt(count)))
 
 
 class Logger:
@@ -93,10 +89,13 @@ class Logger:
         check_count(samples, "samples")
         if samples_every:
             check_count(samples_every, "samples_every")
-        self.every, self.samples_every, self.samples, self.seed = every, samples_every, samples, seed
+        self.every = every
+        self.samples_every = samples_every
+        self.samples = samples
+        self.seed = seed
 
     def __call__(self, prior: LatentPrior, record: TrainingRecord) -> None:
-        """Show a record, if it is due."""
+        """Log a record and a picture of samples, if they are due."""
         numbers = scalars(record) if record.iteration % self.every == 0 else {}
         due = self.samples_every and record.iteration % self.samples_every == 0
         picture = sample_grid(prior, self.samples, self.seed) if due else None
@@ -137,7 +136,8 @@ class TensorBoard(Logger):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise missing("the callback TensorBoard needs tensorboard", "tensorboard") from error
-        self.log_dir, self._open = Path(log_dir), SummaryWriter
+        self.log_dir = Path(log_dir)
+        self._open = SummaryWriter
         self._writer: Any = None
 
     def show(self, step: int, numbers: dict[str, float], picture: Tensor | None) -> None:
@@ -191,7 +191,9 @@ class Trackio(Logger):
             import trackio  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
             raise missing("the callback Trackio needs trackio", "trackio") from error
-        self.project, self.name, self.space_id = project, name, space_id
+        self.project = project
+        self.name = name
+        self.space_id = space_id
         self._trackio: Any = trackio
         self._run: Any = None
 
@@ -219,7 +221,7 @@ class Trackio(Logger):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, nothing is printed unless to a terminal."""
+    """A context in which nothing is printed unless to a terminal."""
     if sys.stdout.isatty():
         yield
     else:
@@ -227,7 +229,7 @@ def quiet() -> Iterator[None]:
             yield
 
 
-def open_log(place: str, samples_every: int, name: str) -> "Callback":
+def open_log(place: str, samples_every: int, name: str) -> Callback:
     """The callback that `hvae-ebm-prior train --log` names.
 
     Args:
@@ -245,8 +247,6 @@ def open_log(place: str, samples_every: int, name: str) -> "Callback":
     kind, _, where = place.partition(":")
     if kind not in ("tensorboard", "trackio") or not where:
         raise ValueError(f"log: expected {LOGS}, got {place!r}")
-    return (
-        TensorBoard(where, samples_every=samples_every)
-        if kind == "tensorboard"
-        else Trackio(where, name=name, samples_every=samples_every)
-    )
+    if kind == "tensorboard":
+        return TensorBoard(where, samples_every=samples_every)
+    return Trackio(where, name=name, samples_every=samples_every)

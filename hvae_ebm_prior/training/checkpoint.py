@@ -1,13 +1,12 @@
-"""Checkpoints of training: all that a run's next step depends on, so that it goes on as if it had never stopped, bit
-for bit.
+"""Checkpoints of training: all that a run's next step depends on, so that it goes on as if it had never stopped.
 
 A checkpoint of step n is two files, without pickles:
 
-    step_n.safetensors    weights of trainee and average, the guard's snapshots, Adam's moments, random states, the history
-    step_n.json           the loop's numbers, the place in the data, what the run is of, and the digest of the other file
+    step_n.safetensors    weights of trainee and average, the guard's snapshots, Adam's moments, random states, history
+    step_n.json           the loop's numbers, the place in the data, settings of the run, digest of the other file
 
-Each is written whole or not at all, and the JSON file last, so that a checkpoint is there when its JSON file is. The
-one before is kept: where the newest turns out to be broken, it takes its place.
+The run goes on bit for bit. Each file is written whole or not at all, and the JSON file last, so that a checkpoint is
+there when its JSON file is. The one before is kept: where the newest turns out to be broken, it takes its place.
 """
 
 import json
@@ -26,7 +25,7 @@ from torch import Tensor
 from ..saving.digest import digest_file
 from ..saving.files import write_json
 from ..saving.fingerprint import Fingerprint, check_backbone, fingerprint
-from ..saving.typed_json import from_json, to_json
+from ..saving.typed_json import from_json, to_json, without_former_settings
 from ..saving.weights_file import write_weights
 from .record import TrainingRecord
 from .run import Run
@@ -56,24 +55,26 @@ class BrokenCheckpoint(ValueError):
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The JSON files of a folder's checkpoints, newest first."""
-    found = {
+    by_step = {
         int(match[1]): path
         for path in folder.glob("step_*.json")
         if (match := re.fullmatch(r"step_(\d+)\.json", path.name))
     }
-    return [found[step] for step in sorted(found, reverse=True)]
+    return [by_step[step] for step in sorted(by_step, reverse=True)]
 
 
 def save_checkpoint(folder: Path, run: Run) -> None:
-    """Write a checkpoint into `folder`, then remove all but it and the last good one before."""
-    tensors, numbers = pack(run)
-    path = folder / f"step_{len(run.history):08}.json"
+    """Write a checkpoint into `folder`, then remove all but it and the last one before."""
+    tensors, numbers = state_of_run(run)
+    step = len(run.history)
+    path = folder / f"step_{step:08}.json"
     weights = path.with_suffix(".safetensors")
     write_weights(weights, tensors)
-    write_json(path, {"format": FORMAT, "sha256": digest_file(weights), "run": describe(run), "state": numbers})
-    kept = {f"step_{step:08}" for step in (len(run.history), run.saved)}
-    run.saved = len(run.history)
-    # A JSON file goes before its weights.
+    settings = settings_of_run(run)
+    write_json(path, {"format": FORMAT, "sha256": digest_file(weights), "run": settings, "state": numbers})
+    kept = {f"step_{each:08}" for each in (step, run.last_checkpoint)}
+    run.last_checkpoint = step
+    # In this order a JSON file goes before its weights.
     for old in sorted(folder.glob("step_*")):
         if old.stem not in kept:
             old.unlink(missing_ok=True)
@@ -93,7 +94,7 @@ def load_checkpoint(folder: Path, run: Run) -> None:
     paths = find_checkpoints(folder)
     for path in paths:
         try:
-            tensors, numbers = read(path, run)
+            tensors, numbers = read_checkpoint(path, run)
         except BrokenCheckpoint as error:
             if path == paths[-1]:
                 raise ValueError(
@@ -101,38 +102,29 @@ def load_checkpoint(folder: Path, run: Run) -> None:
                 ) from error
             warnings.warn(f"{error}; going on from the checkpoint before", RuntimeWarning, stacklevel=4)
         else:
-            unpack(run, tensors, numbers)
+            restore_run(run, tensors, numbers)
             return
 
 
-def read(path: Path, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and numbers of a checkpoint, as `pack` makes them, which fit `run`."""
-    try:
-        about = json.loads(path.read_text())
-        if about["format"] != FORMAT:
-            raise BrokenCheckpoint(
-                f"{path}: expected format {FORMAT}, got {about['format']!r}; read it with the version that wrote it"
-            )
-        there, here = about["run"], describe(run)
-        saved, found = (from_json(Fingerprint, each.pop("backbone"), "backbone") for each in (there, here))
-        differences = compare(there, here) or [line for line in [check_backbone(saved, found)] if line]
-        numbers = dict(about["state"])
-        recorded = about["sha256"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise (
-            error
-            if isinstance(error, BrokenCheckpoint)
-            else BrokenCheckpoint(f"{path}: this is no whole checkpoint ({error!r})")
-        ) from error
-    if differences:
-        differences[SHOWN:] = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
-        raise ValueError(
-            f"{path}: this checkpoint is of another run: {'; '.join(differences)}. Give what it was begun with (the learning rate depends on "
-            "iterations at every step), or another checkpoint_dir"
-        )
+def read_checkpoint(path: Path, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state in a checkpoint, checked.
+
+    Args:
+        path: the JSON file.
+        run: a fresh run that is to go on from there.
+
+    Returns:
+        Tensors and numbers, as of `state_of_run`.
+
+    Raises:
+        BrokenCheckpoint: a file is missing or damaged.
+        ValueError: the checkpoint is of another run.
+        OSError: a file cannot be read.
+    """
+    digest, numbers = read_numbers(path, run)
     weights = path.with_suffix(".safetensors")
     try:
-        if digest_file(weights) != recorded:
+        if digest_file(weights) != digest:
             raise BrokenCheckpoint(f"{weights}: the file is damaged, its digest is not the one in {path.name}")
         # Copies, as safetensors maps the file into memory.
         tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
@@ -140,55 +132,88 @@ def read(path: Path, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise BrokenCheckpoint(f"{weights}: the file is missing") from error
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise BrokenCheckpoint(f"{weights}: this is no safetensors file ({error})") from error
-    wrong = misfit(run, int(path.stem.removeprefix("step_")), tensors, numbers)
-    if wrong:
-        raise BrokenCheckpoint(f"{path}: the checkpoint is damaged: {wrong}")
+    if damage := find_damage(run, int(path.stem.removeprefix("step_")), tensors, numbers):
+        raise BrokenCheckpoint(f"{path}: the checkpoint is damaged: {damage}")
     return tensors, numbers
 
 
-def describe(run: Run) -> dict[str, Any]:
-    """What a run is of; two runs that can go on from each other's checkpoints have the same. How fast chains are
-    computed is no part of it.
+def read_numbers(path: Path, run: Run) -> tuple[str, dict[str, Any]]:
+    """The digest and the numbers in a checkpoint's JSON file; raises as of `read_checkpoint`."""
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise BrokenCheckpoint(
+                f"{path}: expected format {FORMAT}, got {content['format']!r}; read it with the version that wrote it"
+            )
+        saved, current = content["run"], settings_of_run(run)
+        saved_backbone, current_backbone = (
+            from_json(Fingerprint, settings.pop("backbone"), "backbone") for settings in (saved, current)
+        )
+        differences = list_differences(saved, current)
+        if not differences and (difference := check_backbone(saved_backbone, current_backbone)):
+            differences = [difference]
+        digest, numbers = content["sha256"], dict(content["state"])
+    except BrokenCheckpoint:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BrokenCheckpoint(f"{path}: this is no whole checkpoint ({error!r})") from error
+    if differences:
+        more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
+        raise ValueError(
+            f"{path}: this checkpoint is of another run: {'; '.join([*differences[:SHOWN], *more])}. Give what it was "
+            "begun with (the learning rate depends on iterations at every step), or another checkpoint_dir"
+        )
+    return digest, numbers
+
+
+def settings_of_run(run: Run) -> dict[str, Any]:
+    """The settings that a run's results depend on, as JSON values: runs that can go on from each other's checkpoints
+    have the same. How fast chains are computed is no part of them.
     """
     prior = run.prior
-    settings = {name: value for name, value in prior.settings().items() if name != "execution"}
-    weights = {name: f"{value.dtype} {tuple(value.shape)}" for name, value in prior.state_dict().items()}
-    random = {name: generator.device.type for name, generator in generators(run).items()}
-    about = {
-        "backbone": fingerprint(prior),
-        "prior": {
-            "class": type(prior).__name__,
-            "layers": prior.latent_shapes,
-            **settings,
-            "coupling": prior.coupling,
-            "weights": weights,
-        },
+    about_prior = {
+        "class": type(prior).__name__,
+        "layers": prior.latent_shapes,
+        **{name: value for name, value in prior.settings().items() if name != "execution"},
+        "coupling": prior.coupling,
+        "weights": {name: f"{value.dtype} {tuple(value.shape)}" for name, value in prior.state_dict().items()},
     }
-    training = {name: value for name, value in vars(run.config).items() if name not in SPEED}
-    return to_json({**about, "training": training, "data": run.batches.describe(), "random": random})
+    return to_json(
+        {
+            "backbone": fingerprint(prior),
+            "prior": about_prior,
+            "training": {name: value for name, value in vars(run.config).items() if name not in SPEED},
+            "data": run.batches.summary(),
+            "random": {name: generator.device.type for name, generator in generators(run).items()},
+        }
+    )
 
 
-def compare(there: Any, here: Any, name: str = "") -> list[str]:
-    """How two descriptions differ, by dotted name."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        names = [*here, *(each for each in there if each not in here)]
+def list_differences(saved: Any, current: Any, name: str = "") -> list[str]:
+    """How the settings of two runs differ, one line for each, by dotted name."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        saved = without_former_settings(saved, current)
+        names = [*current, *(each for each in saved if each not in current)]
         return [
-            line for each in names for line in compare(there.get(each), here.get(each), f"{name}.{each}".lstrip("."))
+            line
+            for each in names
+            for line in list_differences(saved.get(each), current.get(each), f"{name}.{each}".lstrip("."))
         ]
-    return [] if there == here else [f"{name} is {there} there and {here} here"]
+    return [] if saved == current else [f"{name} is {saved} there and {current} here"]
 
 
 def generators(run: Run) -> dict[str, torch.Generator]:
     """All generators that a step draws from: networks may use torch's global ones even where one is given."""
-    found, device = {"global": torch.default_generator}, run.prior.device
+    named = {"global": torch.default_generator}
+    device = run.prior.device
     if device.type in ("cuda", "xpu"):
         module = torch.get_device_module(device)
-        found["device"] = module.default_generators[module.current_device() if device.index is None else device.index]
-    return found if run.generator is None else {**found, "given": run.generator}
+        named["device"] = module.default_generators[module.current_device() if device.index is None else device.index]
+    return named if run.generator is None else {**named, "given": run.generator}
 
 
-def pack(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A run as named tensors and numbers."""
+def state_of_run(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that changes in a run from step to step, as named tensors and numbers; `restore_run` is the inverse."""
     states, place = run.batches.place()
     parts: dict[str, Mapping[str, Tensor]] = {
         "prior": run.prior.state_dict(),
@@ -208,83 +233,101 @@ def pack(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ]
     tensors["history"] = torch.tensor(rows, dtype=torch.float64)
     numbers = {
-        "first": run.first,
+        "first": run.warmup_from,
         "lr_scale": run.lr_scale,
         "smoothed": run.guard.smoothed,
         "restarts_left": run.guard.restarts_left,
+        **place,
     }
-    return tensors, {**numbers, **place}
+    return tensors, numbers
 
 
-def unpack(run: Run, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Put a run where `tensors` and `numbers` of `pack` say."""
+def restore_run(run: Run, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Put a run into a state as of `state_of_run`."""
 
     def part(name: str) -> dict[str, Tensor]:
         return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
+    device = run.prior.device
     # Reading on to the place may draw from the generators, whose states are put back last.
     run.batches.go_to(part("data"), numbers)
     run.prior.load_state_dict(part("prior"))
     run.trainee.load_state_dict(part("trainee"))
     for name, value in part("kept").items():
-        setattr(run.trainee, name, value.to(run.prior.device))
-    run.guard.good, run.guard.candidate = (
-        {key: value.to(run.prior.device) for key, value in part(name).items()} for name in ("good", "candidate")
-    )
-    run.guard.smoothed, run.guard.restarts_left = numbers["smoothed"], numbers["restarts_left"]
-    run.first, run.lr_scale = numbers["first"], numbers["lr_scale"]
+        setattr(run.trainee, name, value.to(device))
+    run.guard.good = {name: value.to(device) for name, value in part("good").items()}
+    run.guard.candidate = {name: value.to(device) for name, value in part("candidate").items()}
+    run.guard.smoothed = numbers["smoothed"]
+    run.guard.restarts_left = numbers["restarts_left"]
+    run.warmup_from = numbers["first"]
+    run.lr_scale = numbers["lr_scale"]
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in part("adam").items():
         i, _, name = key.partition(".")
         moments.setdefault(int(i), {})[name] = value
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": moments})
+    levels = run.prior.schedule.steps
     run.history = []
     for step, row in enumerate(tensors["history"].tolist(), 1):
-        columns, rest = dict(zip(COLUMNS, row, strict=False)), row[len(COLUMNS) :]
-        levels = run.prior.schedule.steps
+        columns = dict(zip(COLUMNS, row, strict=False))
+        rest = row[len(COLUMNS) :]
         run.history.append(
             TrainingRecord(iteration=step, gaps=tuple(rest[:levels]), gradient_norms=tuple(rest[levels:]), **columns)
         )
-    run.saved = len(run.history)
+    run.last_checkpoint = len(run.history)
     for name, generator in generators(run).items():
         generator.set_state(tensors[f"random.{name}"])
 
 
-def misfit(run: Run, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> str:
-    """What of a checkpoint of `step` does not fit a run, or an empty string."""
-    expected, known = pack(run)
-    sizes = {
+def find_damage(run: Run, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> str:
+    """What of the state in a checkpoint cannot be that of a run.
+
+    Args:
+        run: a fresh run with the same settings.
+        step: number of the checkpoint's step.
+        tensors: of the checkpoint.
+        numbers: of the checkpoint.
+
+    Returns:
+        The first thing that is wrong, in words; empty where nothing is.
+    """
+    own_tensors, own_numbers = state_of_run(run)
+    # Type and shape by name of what must be there: as in the fresh run, but for what grows with the steps.
+    expected = {
         name: (value.dtype, tuple(value.shape))
-        for name, value in expected.items()
+        for name, value in own_tensors.items()
         if not name.startswith(("adam.", "kept."))
     }
-    sizes["history"] = torch.float64, (step, len(COLUMNS) + run.prior.schedule.steps + len(run.prior.energies))
+    columns = len(COLUMNS) + run.prior.schedule.steps + len(run.prior.energies)
+    expected["history"] = torch.float64, (step, columns)
     parameters = list(run.trainee.parameters())
     for i in {name.split(".")[1] for name in tensors if name.startswith("adam.")}:
         if not i.isdecimal() or int(i) >= len(parameters):
             return f"there is no parameter {i}"
-        shape = tuple(parameters[int(i)].shape)
-        sizes |= {
-            f"adam.{i}.{name}": (torch.float32, ()) if name == "step" else (parameters[int(i)].dtype, shape)
-            for name in ADAM
-        }
+        parameter = parameters[int(i)]
+        for name in ADAM:
+            size = (torch.float32, ()) if name == "step" else (parameter.dtype, tuple(parameter.shape))
+            expected[f"adam.{i}.{name}"] = size
     for name, held in vars(run.trainee).items():
-        if (value := tensors.get(f"kept.{name}")) is not None and (held is None or isinstance(held, Tensor)):
-            sizes[f"kept.{name}"] = value.dtype, tuple(value.shape)
-    for name in sorted(sizes.keys() ^ tensors.keys()):
-        return f"{name} is {'missing' if name in sizes else 'unknown'}"
-    for name, size in sizes.items():
-        if size != (tensors[name].dtype, tuple(tensors[name].shape)):
-            return f"{name}: expected {size[0]} {size[1]}, got {tensors[name].dtype} {tuple(tensors[name].shape)}"
-    for name, value in known.items():
-        got: Any = numbers.get(name)
-        if type(got) is not type(value) or math.isnan(got) or (isinstance(value, int) and got < 0):
-            return f"{name}: expected {'a number' if isinstance(value, float) else 'an integer from 0'}, got {got!r}"
-    try:
-        for name, generator in generators(run).items():
-            torch.Generator(generator.device).set_state(tensors[f"random.{name}"])
-        for name in (name for name in tensors if name.startswith("data.")):
-            torch.Generator().set_state(tensors[name])
-    except RuntimeError as error:
-        return f"{name} is no state of a generator ({error})"
+        value = tensors.get(f"kept.{name}")
+        if value is not None and (held is None or isinstance(held, Tensor)):
+            expected[f"kept.{name}"] = value.dtype, tuple(value.shape)
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        return f"{name} is {'missing' if name in expected else 'unknown'}"
+    for name, (dtype, shape) in expected.items():
+        tensor = tensors[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            return f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+    for name, own in own_numbers.items():
+        number: Any = numbers.get(name)
+        if type(number) is not type(own) or math.isnan(number) or (isinstance(own, int) and number < 0):
+            wanted = "a number" if isinstance(own, float) else "an integer from 0"
+            return f"{name}: expected {wanted}, got {number!r}"
+    states = {f"random.{name}": generator.device for name, generator in generators(run).items()}
+    states |= {name: torch.device("cpu") for name in tensors if name.startswith("data.")}
+    for name, device in states.items():
+        try:
+            torch.Generator(device).set_state(tensors[name])
+        except RuntimeError as error:
+            return f"{name} is no state of a generator ({error})"
     return ""

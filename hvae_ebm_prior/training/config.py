@@ -15,7 +15,7 @@ class TrainingConfig:
         learning_rate: largest learning rate of Adam.
         betas: Adam's decay rates.
         weight_decay: L2 penalty, added to the gradient.
-        warmup: steps over which the learning rate rises linearly from 0, at the start and after each return to a good
+        warmup: steps over which the learning rate rises linearly from 0, at the start and after a return to a good
             state.
         final_learning_rate: fraction of the learning rate that a cosine decay reaches at the last step; 1 for none.
         epoch_decay: factor on the learning rate after each pass over the data.

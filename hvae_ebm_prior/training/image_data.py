@@ -1,6 +1,4 @@
-"""Images to train on: a folder's files or a data set of the Hugging Face Hub, decoded as they are needed, or an array
-of NumPy's.
-"""
+"""Images to train on: files of a folder or a data set of the Hugging Face Hub, decoded when needed, or NumPy arrays."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,10 @@ from ..backbone.validation import check_images
 from ..density.latent_prior import LatentPrior
 from ..extras import missing
 
-DATA = "a folder of PNG, JPEG or WebP files, hf:NAME[:SPLIT[:COLUMN]] of the Hugging Face Hub, or file.npy or file.npz:name of images"
+DATA = (
+    "a folder of PNG, JPEG or WebP files, hf:NAME[:SPLIT[:COLUMN]] of the Hugging Face Hub, "
+    "or file.npy or file.npz:name of images"
+)
 IMAGES = "file.npy or file.npz:name of images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 MODES = {1: "L", 3: "RGB"}
@@ -59,7 +60,8 @@ def open_images(
     check_images(images)
     if images.shape[1:] != shape:
         raise ValueError(
-            f"{source}: expected images {shape} (channels, height, width), as the backbone draws, got {tuple(images.shape[1:])}"
+            f"{source}: expected images {shape} (channels, height, width), as the backbone draws, "
+            f"got {tuple(images.shape[1:])}"
         )
     return images
 
@@ -86,10 +88,14 @@ class DecodedImages(Dataset[Tensor]):
     ) -> None:
         if shape[0] not in MODES:
             raise ValueError(
-                f"data: expected a backbone of grey or RGB images, this one's have {shape[0]} channels; give an array of NumPy's"
+                f"data: expected a backbone of grey or RGB images, this one's have {shape[0]} channels; "
+                "give an array of NumPy's"
             )
-        self.count, self.read, self.shape, self.size = count, read, shape, size
-        self[0]  # what is wrong with all of them is said at once
+        self.count = count
+        self.read = read
+        self.shape = shape
+        self.size = size
+        self[0]  # so that what is wrong with all of them is an error now
 
     def __len__(self) -> int:
         return self.count
@@ -100,7 +106,8 @@ class DecodedImages(Dataset[Tensor]):
         name, image = self.read(index)
         if not isinstance(image, Image.Image):
             raise ValueError(
-                f"{name}: expected an image, got {type(image).__name__}; name the column of images, as hf:NAME:SPLIT:COLUMN"
+                f"{name}: expected an image, got {type(image).__name__}; "
+                "name the column of images, as hf:NAME:SPLIT:COLUMN"
             )
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"{name}: expected 8 bits per channel, got an image of mode {image.mode}; convert it")
@@ -109,8 +116,8 @@ class DecodedImages(Dataset[Tensor]):
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
         if (image.height, image.width) != self.shape[1:]:
             raise ValueError(
-                f"{name}: expected {self.shape[2]}x{self.shape[1]} pixels, as the backbone draws, got {image.width}x{image.height}; "
-                f"--size {self.shape[1]} resizes and crops"
+                f"{name}: expected {self.shape[2]}x{self.shape[1]} pixels, as the backbone draws, "
+                f"got {image.width}x{image.height}; --size {self.shape[1]} resizes and crops"
             )
         pixels = torch.from_numpy(np.array(image)).reshape(*self.shape[1:], self.shape[0])
         return pixels.permute(2, 0, 1).float() / 255
@@ -149,11 +156,15 @@ def hub_images(source: str, shape: tuple[int, int, int], size: int | None, limit
     count = len(rows) if limit is None else min(limit, len(rows))
     if count == 0:
         raise ValueError(f"data: {source} is empty")
-    return DecodedImages(count, lambda index: (f"{source}, image {index}", rows[index][columns[0]]), shape, size)
+
+    def read(index: int) -> tuple[str, Any]:
+        return f"{source}, image {index}", rows[index][columns[0]]
+
+    return DecodedImages(count, read, shape, size)
 
 
 def import_pillow() -> Any:
-    """Pillow's Image; ImportError that names the extra where there is none."""
+    """Pillow's module Image; ImportError that names the extra where Pillow is not installed."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -182,7 +193,8 @@ def load_images(path: str) -> Tensor:
         array = array[name]
     if array.ndim not in (3, 4) or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
         raise ValueError(
-            f"{path}: expected uint8 or floating-point images (N, C, H, W) or (N, H, W[, C]), got {array.dtype} {array.shape}"
+            f"{path}: expected uint8 or floating-point images (N, C, H, W) or (N, H, W[, C]), "
+            f"got {array.dtype} {array.shape}"
         )
     if array.ndim == 3:
         array = array[:, None]

@@ -1,12 +1,16 @@
-"""A prior that is learned, saved and shared: what `fit`, `save_pretrained` and `from_pretrained` are of every such
-class.
+"""A prior that is learned, saved and shared.
+
+fit(data)                          Alg. 1 over batches of images (loop.py, step.py)
+loss(images)                       the same loss, for training loops of one's own (recovery.py)
+save_pretrained, push_to_hub       to a folder, and to the Hugging Face Hub
+from_pretrained                    and back
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +20,7 @@ from ..backbone.transform import BackboneAdapter
 from ..chains.execution import ExecutionConfig
 from ..energies.coupling import Labels
 from ..saving.card import Card
-from ..saving.config import Measured
+from ..saving.config import Metric
 from ..saving.folder import load, save
 from ..saving.hub import fetch, upload
 from .config import TrainingConfig
@@ -32,18 +36,16 @@ class LearnedPrior(TrainablePrior):
     def loss(
         self, images: Tensor, *, labels: Tensor | Labels | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Recovery-likelihood loss of every image at a random level (Alg. 1, Eq. 11-12); its gradient is the learning
-        gradient.
+        """Recovery-likelihood loss of every image at a random level (Alg. 1, Eq. 11-12).
 
         Args:
             images: (N, C, H, W) in [0, 1].
             labels: of a coupled prior, as in `fit`; adds the weighted cross-entropy.
-            generator: source of the posterior draw, the levels and the chains' noise; None takes torch's global
-                generators.
+            generator: source of the posterior draw, the levels and the chains' noise; None takes torch's global ones.
 
         Returns:
-            F(T(u_t^-), t) - F(T(u_t), t) in nats, (N,). Its value is no measure of quality; near 0 is where data and
-            chain agree.
+            F(T(u_t^-), t) - F(T(u_t), t) in nats, (N,), whose gradient is the learning gradient. Its value is no
+            measure of quality: it is near 0 where data and chain agree.
 
         Raises:
             TypeError, ValueError: images of a wrong type, shape or range, or wrong labels.
@@ -52,8 +54,16 @@ class LearnedPrior(TrainablePrior):
         return self.batch_loss(self.encode(images, generator=generator), labels, generator).total
 
     def estimate(self, batch_size: int) -> MemoryEstimate:
-        """Memory that `fit` will take with so many images at a time (in a step, or as `micro_batch`), measured on one
-        and on two.
+        """Memory that `fit` takes, measured on one image and on two.
+
+        Args:
+            batch_size: images at a time: those of a step, or `TrainingConfig.micro_batch`.
+
+        Returns:
+            The estimate, in bytes.
+
+        Raises:
+            TypeError, ValueError: no positive integer.
         """
         return estimate(self, batch_size)
 
@@ -76,21 +86,18 @@ class LearnedPrior(TrainablePrior):
         """Learn the energies from images; the prior holds their moving average at every moment, also after Ctrl-C.
 
         Args:
-            data: images (N, C, H, W) in [0, 1], a dataset, posterior cache or loader of batches; of tuples the first
-                entry, the second as labels.
-            labels: of the images of a tensor, by label set (or those of the only one): (N,) indices, -1 or NaN where
-                unknown.
+            data: images (N, C, H, W) in [0, 1], a dataset, a posterior cache, or a loader of batches; of tuples the
+                first entry is taken as images and the second as labels.
+            labels: of the images of a tensor, by label set (or of the only one): (N,) indices, -1 or NaN for none.
             iterations: optimiser steps; None as in `training`.
             batch_size: images per step; None as in `training`; not to be given with a loader, which has its own.
             learning_rate: largest learning rate; None as in `training`.
             training: all other settings; None takes the defaults of `TrainingConfig`.
             callback: called as callback(prior, record) after every step; or several; see `hvae_ebm_prior.callbacks`.
             progress: show a progress bar; None shows one on a terminal only.
-            checkpoint_dir: a folder for checkpoints, each the whole state of the run, also one of the last step; None
-                for none.
-            checkpoint_every: steps between checkpoints.
-            resume: go on from the newest checkpoint there, if any, as if never interrupted; see "Long runs" in the
-                guide.
+            checkpoint_dir: a folder for checkpoints, each the whole state of the run; None for none.
+            checkpoint_every: steps between checkpoints; one more is made at the last step.
+            resume: go on from the newest checkpoint there, if any, as if never interrupted (guide, "Long runs").
             generator: source of all randomness; None takes torch's global generators.
 
         Returns:
@@ -107,12 +114,12 @@ class LearnedPrior(TrainablePrior):
             raise ValueError(
                 f"labels: they go with a tensor of images; a {type(data).__name__} gives (images, labels) itself"
             )
-        given = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
-        given = {name: value for name, value in given.items() if value is not None}
+        settings = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
+        changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
         return fit(
             self,
             data,
-            replace(training or TrainingConfig(), **given),  # type: ignore[arg-type]
+            replace(training or TrainingConfig(), **changes),
             labels=labels,
             callbacks=list_callbacks(callback),
             checkpoints=Checkpoints(checkpoint_dir, checkpoint_every, resume),
@@ -124,20 +131,19 @@ class LearnedPrior(TrainablePrior):
         self,
         save_directory: str | Path,
         *,
-        metrics: Sequence[Measured] = (),
+        metrics: Sequence[Metric] = (),
         card: Card | None = None,
         samples: int = 0,
         seed: int = 0,
     ) -> None:
-        """Write `config.json`, `model.safetensors` and the model card, `README.md`, to a folder; each file whole or not
-        at all.
+        """Write `config.json`, `model.safetensors` and the model card, `README.md`, to a folder.
 
         Args:
-            save_directory: the folder; it is made where there is none, and files of these names are replaced.
+            save_directory: the folder, made if need be; files of these names are replaced, each whole or not at all.
             metrics: figures of quality, for the card.
-            card: what only you know, for the card.
-            samples: how many samples of the Gaussian prior and of this one the card shows, `samples.png`; 0 for none.
-                Needs matplotlib.
+            card: title, data sets, licence and the like, for the card.
+            samples: how many samples of the Gaussian prior and of this one the card shows, as `samples.png`; 0 for
+                none. Needs matplotlib.
             seed: of the samples.
 
         Raises:
@@ -156,7 +162,7 @@ class LearnedPrior(TrainablePrior):
         create_pr: bool = False,
         revision: str | None = None,
         subfolder: str = "",
-        metrics: Sequence[Measured] = (),
+        metrics: Sequence[Metric] = (),
         card: Card | None = None,
         samples: int = 24,
         seed: int = 0,
@@ -165,7 +171,7 @@ class LearnedPrior(TrainablePrior):
 
         Args:
             repo_id: the repository, as owner/name or name.
-            private: whether a repository that is made is private; None for what your account does by default.
+            private: whether a repository that is made is private; None for your account's default.
             commit_message: the commit's first line.
             token: a token that may write; None takes the one that `hf auth login` kept.
             create_pr: open a pull request instead of committing.
@@ -222,7 +228,7 @@ class LearnedPrior(TrainablePrior):
         energy: Sequence[nn.Module] | None = None,
         execution: ExecutionConfig | None = None,
     ) -> Self:
-        """A saved prior over the backbone that it was learned for. Nothing in its files is executed.
+        """Load a saved prior onto the backbone that it was learned for. Nothing in its files is executed.
 
         Args:
             repo_or_dir: a folder that `save_pretrained` wrote, or a repository of the Hub.
@@ -234,9 +240,9 @@ class LearnedPrior(TrainablePrior):
             subfolder: folder within the repository or folder.
             device: where to put the prior; None for the backbone's device.
             dtype: of its networks; None for that of the file.
-            strict: raise where the backbone is another one than the prior was learned for; False warns, if its shapes
+            strict: raise where the backbone is another one than the prior was learned for; False warns where shapes
                 agree.
-            energy: your own networks, one per layer, of a prior that was saved with such.
+            energy: your own networks, one per layer, where the prior was saved with such.
             execution: how chains are computed; None for the defaults.
 
         Returns:
@@ -264,8 +270,10 @@ class LearnedPrior(TrainablePrior):
 
 
 def list_callbacks(callback: Callback | Sequence[Callback] | None) -> list[Callback]:
-    """The callbacks of a run, of one, a sequence of them, or None; TypeError for what cannot be called."""
-    callbacks = list(callback) if isinstance(callback, Sequence) else [] if callback is None else [callback]
+    """A callback, a sequence of them or None as a list; TypeError for what cannot be called."""
+    if callback is None:
+        return []
+    callbacks = list(callback) if isinstance(callback, Sequence) else [callback]
     for each in callbacks:
         if not callable(each):
             raise TypeError(

@@ -1,10 +1,14 @@
-"""Training: Alg. 1 as a loop over steps, with checkpoints, callbacks and a guard against divergence.
+"""Training (Alg. 1): one step after the other, with checkpoints, callbacks and a guard against divergence.
+
+    fit           makes the run, or goes on with an interrupted one
+    take_steps    training_step, then record, callbacks and checkpoint, until the run has all its steps
 
 Whatever ends the loop leaves the prior in a good state: it holds the moving average of weights that were healthy.
 """
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,10 +57,10 @@ class Checkpoints:
     resume: bool = False
 
     def open(self) -> Path | None:
-        """The folder, made if need be; None for none.
+        """Make the folder if need be.
 
         Returns:
-            The folder.
+            The folder; None for none.
 
         Raises:
             TypeError, ValueError: bad settings.
@@ -71,7 +75,8 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         if not self.resume and find_checkpoints(folder):
             raise FileExistsError(
-                f"{folder} holds checkpoints of a run: resume=True goes on with it; to begin anew, give another checkpoint_dir"
+                f"{folder} holds checkpoints of a run: resume=True goes on with it; "
+                "to begin anew, give another checkpoint_dir"
             )
         return folder
 
@@ -114,38 +119,37 @@ def fit(
         data.check(prior)
     generator = agree_on_generator(generator)
     folder = collect(checkpoints.open)[rank()]
-    begun = agree(folder is not None and bool(find_checkpoints(folder)))
-    if not begun:
+    resumed = agree(folder is not None and bool(find_checkpoints(folder)))
+    if not resumed:
         measure_activity(prior, Batches(data, config.batch_size, generator), config.activity_images, generator)
     broadcast(prior.state_dict().values())
-    trainee = copy.deepcopy(prior).train()
-    try:
-        batches = Batches(data, config.batch_size, generator, labels, config.workers, pin=prior.device.type == "cuda")
-        guard, optimizer = Guard(prior, trainee, config), make_optimizer(trainee, config)
-        run = Run(prior, trainee, config, batches, guard, optimizer, generator, micro_batch=config.micro_batch)
-        if folder is not None and begun:
+    with contextlib.ExitStack() as at_the_end:
+        trainee = copy.deepcopy(prior).train()
+        at_the_end.callback(trainee.release)
+        run = Run(
+            prior=prior,
+            trainee=trainee,
+            config=config,
+            batches=Batches(
+                data, config.batch_size, generator, labels, config.workers, pin=prior.device.type == "cuda"
+            ),
+            guard=Guard(prior, trainee, config),
+            optimizer=make_optimizer(trainee, config),
+            generator=generator,
+            micro_batch=config.micro_batch,
+        )
+        if folder is not None and resumed:
             load_checkpoint(folder, run)
-            if len(set(steps := collect(lambda: len(run.history)))) > 1:
-                raise ValueError(
-                    f"{folder}: the processes read checkpoints of different steps, {steps}; they need one folder that all of them see"
-                )
-        try:
-            with contextlib.ExitStack() as closing:
-                for close in (getattr(each, "close", None) for each in callbacks):
-                    if close is not None:
-                        closing.callback(close)
-                loop(run, callbacks, progress, folder, checkpoints.every)
-        finally:
-            if run.history:
-                # Settings of None are those that were not set.
-                settings = {name: value for name, value in to_json(config).items() if value is not None}
-                prior.trained = TrainingSummary(len(run.history), run.history[-1].seconds, settings)
-        return run.history
-    finally:
-        trainee.release()
+            check_same_step(folder, collect(lambda: len(run.history)))
+        at_the_end.callback(summarize, run)
+        for callback in callbacks:
+            if close := getattr(callback, "close", None):
+                at_the_end.callback(close)
+        take_steps(run, callbacks, progress, folder, checkpoints.every)
+    return run.history
 
 
-def loop(run: Run, callbacks: Sequence[Callback], progress: bool | None, folder: Path | None, every: int) -> None:
+def take_steps(run: Run, callbacks: Sequence[Callback], progress: bool | None, folder: Path | None, every: int) -> None:
     """Steps until the run has all of them; a checkpoint goes to `folder` every so many steps and at the end."""
     config, history = run.config, run.history
     began = time.monotonic() - (history[-1].seconds if history else 0.0)
@@ -158,27 +162,22 @@ def loop(run: Run, callbacks: Sequence[Callback], progress: bool | None, folder:
                 go_back(run, str(error))
                 continue
             history.append(record)
-            bar.set_postfix_str(in_short(record), refresh=False)
+            bar.set_postfix_str(progress_text(record), refresh=False)
             bar.update()
             due = folder is not None and (len(history) % every == 0 or len(history) == config.iterations)
             if callbacks or due:
-                collect(partial(report, run, callbacks, folder if due else None))
+                collect(partial(finish_step, run, callbacks, folder if due else None))
 
 
 def go_back(run: Run, trouble: str) -> None:
     """Return to the last good state, at half the learning rate; TrainingDiverged if that happened too often."""
-    run.lr_scale, run.first = run.lr_scale / 2, len(run.history)
+    run.lr_scale /= 2
+    run.warmup_from = len(run.history)
     run.guard.restore(trouble, run.history, run.lr_scale * run.config.learning_rate)
     run.optimizer = make_optimizer(run.trainee, run.config)
 
 
-def in_short(record: TrainingRecord) -> str:
-    """A record for the progress bar."""
-    labels = "" if record.cross_entropy != record.cross_entropy else f", labels {record.cross_entropy:.2f}"
-    return f"loss {record.loss:.2f}, gap per t {' '.join(f'{gap:.1f}' for gap in record.gaps)}{labels}"
-
-
-def report(run: Run, callbacks: Sequence[Callback], folder: Path | None) -> None:
+def finish_step(run: Run, callbacks: Sequence[Callback], folder: Path | None) -> None:
     """The first process, by itself, calls the callbacks, and writes a checkpoint to a folder if there is one."""
     if rank() == 0:
         with alone():
@@ -186,3 +185,27 @@ def report(run: Run, callbacks: Sequence[Callback], folder: Path | None) -> None
                 callback(run.prior, run.history[-1])
             if folder is not None:
                 save_checkpoint(folder, run)
+
+
+def progress_text(record: TrainingRecord) -> str:
+    """A record as the progress bar shows it."""
+    gaps = " ".join(f"{gap:.1f}" for gap in record.gaps)
+    labels = "" if math.isnan(record.cross_entropy) else f", labels {record.cross_entropy:.2f}"
+    return f"loss {record.loss:.2f}, gap per t {gaps}{labels}"
+
+
+def check_same_step(folder: Path, steps: Sequence[int]) -> None:
+    """Raise ValueError unless all processes go on from the same step."""
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"{folder}: the processes read checkpoints of different steps, {steps}; "
+            "they need one folder that all of them see"
+        )
+
+
+def summarize(run: Run) -> None:
+    """Note in the prior how it was trained."""
+    if run.history:
+        # Settings of None are those that were not set.
+        settings = {name: value for name, value in to_json(run.config).items() if value is not None}
+        run.prior.trained = TrainingSummary(len(run.history), run.history[-1].seconds, settings)

@@ -1,4 +1,4 @@
-"""Adam, its learning rate, and the moving average of what it learns."""
+"""Adam, its learning rate, and the moving average of the weights that it moves."""
 
 import math
 
@@ -10,23 +10,24 @@ from .config import TrainingConfig
 
 def make_optimizer(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """A fresh Adam; its learning rate is set at every step."""
-    rate, decay = config.learning_rate, config.weight_decay
-    return torch.optim.Adam(trainee.parameters(), lr=rate, betas=config.betas, weight_decay=decay)
+    return torch.optim.Adam(
+        trainee.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
 
 
-def learning_rate(config: TrainingConfig, step: int, epoch: int, first: int = 0) -> float:
+def learning_rate(config: TrainingConfig, step: int, epoch: int, warmup_from: int = 0) -> float:
     """Learning rate of a step: warm-up, cosine decay and decay per pass over the data, multiplied.
 
     Args:
         config: the settings.
         step: number of the step, from 0.
         epoch: number of the pass over the data, from 0.
-        first: step since which the rate warms up.
+        warmup_from: step from which the rate warms up.
 
     Returns:
         The learning rate.
     """
-    warmup = min(1.0, (step - first + 1) / (config.warmup + 1))
+    warmup = min(1.0, (step - warmup_from + 1) / (config.warmup + 1))
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.iterations)
     decay = config.final_learning_rate + (1 - config.final_learning_rate) * cosine
     return config.learning_rate * warmup * decay * config.epoch_decay**epoch
@@ -36,5 +37,5 @@ def learning_rate(config: TrainingConfig, step: int, epoch: int, first: int = 0)
 def update_average(average: nn.Module, current: nn.Module, decay: float) -> None:
     """Move the parameters of `average` towards those of `current` by 1 - decay, and copy the buffers."""
     torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
-    for mine, theirs in zip(average.buffers(), current.buffers(), strict=True):
-        mine.copy_(theirs)
+    for buffer, value in zip(average.buffers(), current.buffers(), strict=True):
+        buffer.copy_(value)

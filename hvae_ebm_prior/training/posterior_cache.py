@@ -7,10 +7,12 @@ the latents drawn above it,
 
 so that q(u|x) is no Gaussian, and the mean and std of u say too little. There are thus two kinds of cache:
 
-    draws     M draws of q(u|x) per image, for every backbone. Pass e over the data takes draw e mod M of every image: up to M passes, training is the
-              same in distribution as with the encoder; beyond, it sees N M fixed points in the place of N densities.
-    Gaussian  mean and std of u, drawn anew at every step, where they are all there is to know: for adapters with a method `posterior`, which is the
-              case where the model has one latent, or layers whose posteriors do not depend on each other.
+    draws     M draws of q(u|x) per image, for every backbone. Pass e over the data takes draw e mod M of every image:
+              up to M passes, training is the same in distribution as with the encoder; beyond, it has N M fixed points
+              in the place of N densities.
+    Gaussian  mean and std of u, from which every step draws anew, where q(u|x) is a Gaussian: for adapters with a
+              method `posterior`, of models with one latent, or with layers whose posteriors do not depend on each
+              other.
 
 A folder holds `index.json` and shards of bounded size, `shard_00000.safetensors` and so on, each written whole or not
 at all, then the index. Shards are mapped into memory: a batch reads its own rows.
@@ -33,7 +35,7 @@ from ..chains.streams import draw_key, sample_seeds, seeded
 from ..density.latent_prior import LatentPrior
 from ..saving.digest import digest_file, digest_images
 from ..saving.files import write_json
-from ..saving.fingerprint import BackboneMismatch, check_backbone, fingerprint
+from ..saving.fingerprint import fingerprint
 from ..saving.typed_json import to_json
 from ..saving.weights_file import write_weights
 from .cache_files import (
@@ -41,14 +43,15 @@ from .cache_files import (
     CacheIndex,
     InvalidCache,
     Shard,
+    check_cache_backbone,
+    check_same_cache,
     label_key,
     open_shard,
     read_index,
-    same_cache,
     shard_path,
 )
 
-# Draws per image where nobody says and the posterior is no Gaussian of u.
+# Draws per image by default, where the posterior of u is no Gaussian.
 DRAWS = 8
 # Standard deviations by which statistics of posterior draws may be off.
 DEVIATIONS = 6
@@ -56,17 +59,21 @@ DEVIATIONS = 6
 
 @runtime_checkable
 class GaussianPosterior(Protocol):
-    """An adapter that knows the posterior of u in closed form, where it has one."""
+    """An adapter whose posterior of u is a Gaussian in closed form."""
 
     def posterior(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]] | None:
-        """Mean and std, each (N, *latent_shapes[i]), of every layer's noise given images (N, C, H, W), if q(u|x) is
-        their product; or None.
+        """The Gaussian q(u|x).
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+
+        Returns:
+            Mean and std, each (N, *latent_shapes[i]), of every layer; None where q(u|x) is not their product.
         """
 
 
 class PosteriorCache(Dataset[Tensor]):
-    """A cache of posterior noise in a folder, to be given to `fit` in the place of images; `PosteriorCache.build` makes
-    one.
+    """A cache of posterior noise in a folder, which `fit` takes instead of images; `PosteriorCache.build` makes one.
 
     Args:
         folder: where it lies.
@@ -89,7 +96,8 @@ class PosteriorCache(Dataset[Tensor]):
             )
         if len(index.shards) < index.shard_count:
             raise InvalidCache(
-                f"{self.folder}: unfinished, with {len(index.shards)} of {index.shard_count} shards; PosteriorCache.build goes on with it"
+                f"{self.folder}: unfinished, with {len(index.shards)} of {index.shard_count} shards; "
+                "PosteriorCache.build goes on with it"
             )
         self.index = index
         dim = sum(math.prod(shape) for shape in index.fingerprint.latent_shapes)
@@ -100,15 +108,12 @@ class PosteriorCache(Dataset[Tensor]):
 
     @property
     def digest(self) -> str:
-        """Of all that the cache holds."""
+        """SHA-256 of all that the cache holds."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.index.shards).encode()).hexdigest()
 
     def check(self, prior: LatentPrior) -> None:
         """Raise BackboneMismatch unless the cache was made with the backbone of `prior`."""
-        if difference := check_backbone(
-            self.index.fingerprint, fingerprint(prior), f"the cache in {self.folder} was made with"
-        ):
-            raise BackboneMismatch(f"{difference}; build a cache for this backbone in another folder")
+        check_cache_backbone(self.folder, self.index, fingerprint(prior))
 
     def noise(self, rows: Tensor, draw: int, generator: torch.Generator | None = None) -> Tensor:
         """Posterior noise of images.
@@ -133,7 +138,7 @@ class PosteriorCache(Dataset[Tensor]):
         return named.get("", named or None)
 
     def _read(self, rows: Tensor, name: str, draw: int | None = None) -> Tensor:
-        """Rows of a tensor of the shards, of the draws (n, M, D) those of one number."""
+        """Rows of a tensor of the shards; of draws (n, M, D) those of one number."""
         rows = rows.cpu()
         shard, place = rows // self.index.rows, rows % self.index.rows
         parts = []
@@ -158,8 +163,7 @@ class PosteriorCache(Dataset[Tensor]):
         progress: bool | None = None,
         generator: torch.Generator | None = None,
     ) -> Self:
-        """Run the encoder over all images. Interrupted, it goes on when it is called again; finished, it opens what is
-        there.
+        """Run the encoder over all images, or go on with a cache that was interrupted, or open one that is finished.
 
         Args:
             prior: any prior over the backbone.
@@ -167,8 +171,8 @@ class PosteriorCache(Dataset[Tensor]):
                 as labels. Random augmentation is frozen: every image is read once.
             folder: where to write; made if need be.
             labels: of the images of a tensor, as of `fit`.
-            draws: draws per image M; None takes mean and std where the adapter knows them (`GaussianPosterior`), and 8
-                draws elsewhere.
+            draws: draws per image M; None takes mean and std where the adapter gives them (`GaussianPosterior`), and
+                8 draws elsewhere.
             dtype: of the numbers kept; None for the prior's. Half precision halves the size.
             batch_size: images encoded at a time.
             shard_size: largest size of a file, in bytes.
@@ -185,51 +189,61 @@ class PosteriorCache(Dataset[Tensor]):
             BackboneMismatch: a cache of another backbone is there.
         """
         images = check_data(data, labels)
-        for name, value in (
-            ("batch_size", batch_size),
-            ("shard_size", shard_size),
-            ("draws", 1 if draws is None else draws),
-        ):
-            check_count(value, name)
+        check_count(batch_size, "batch_size")
+        check_count(shard_size, "shard_size")
+        check_count(1 if draws is None else draws, "draws")
         folder = Path(folder)
-        before, key = read_index(folder), draw_key(generator)
-        if before is not None:
-            key = int(before.key, 16)
-        first, kept = next(read_data(data, labels, range(min(batch_size, images)), batch_size, key, 0))
+        saved = read_index(folder)
+        key = draw_key(generator)
+        if saved is not None:
+            key = int(saved.key, 16)
+        first, first_labels = next(read_data(data, labels, range(min(batch_size, images)), batch_size, key, 0))
         if draws is None:
-            draws = 0 if knows_posterior(prior, first, key) else DRAWS
+            draws = 0 if has_gaussian_posterior(prior, first, key) else DRAWS
         dtype = dtype or prior.dtype
         rows = max(1, shard_size // (prior.dim * (draws or 2) * dtype.itemsize))
-        about = {
-            "images": images,
-            "draws": draws,
-            "dtype": str(dtype).removeprefix("torch."),
-            "rows": rows,
-            "labels": tuple(sorted(kept)),
-        }
-        index = CacheIndex(**about, key=f"{key:x}", data=digest_images(first), fingerprint=fingerprint(prior))  # type: ignore[arg-type]
-        if before is not None:
-            index = replace(index, shards=same_cache(folder, before, index).shards)
+        index = CacheIndex(
+            images=images,
+            draws=draws,
+            dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            rows=rows,
+            labels=tuple(sorted(first_labels)),
+            key=f"{key:x}",
+            data=digest_images(first),
+            fingerprint=fingerprint(prior),
+        )
+        if saved is not None:
+            check_same_cache(folder, saved, index)
+            index = replace(index, shards=saved.shards)
         folder.mkdir(parents=True, exist_ok=True)
         done = sum(shard.rows for shard in index.shards)
-        with tqdm(
-            total=images, initial=done, desc="posteriors", disable=None if progress is None else not progress
-        ) as bar:
+        hidden = None if progress is None else not progress
+        with tqdm(total=images, initial=done, desc="posteriors", disable=hidden) as bar:
             for i in range(len(index.shards), index.shard_count):
                 parts = []
-                for tensors in encode_span(prior, read_data(data, labels, index.span(i), batch_size, key, i), index, i):
+                batches = read_data(data, labels, index.span(i), batch_size, key, i)
+                for tensors in encode_shard(prior, batches, index, i):
                     parts.append(tensors)
                     bar.update(len(next(iter(tensors.values()))))
                 path = shard_path(folder, i)
                 write_weights(path, {name: torch.cat([tensors[name] for tensors in parts]) for name in parts[0]})
                 index = replace(index, shards=(*index.shards, Shard(len(index.span(i)), digest_file(path))))
                 write_json(folder / INDEX, to_json(index))
-        return cls(folder, verify=before is not None)
+        return cls(folder, verify=saved is not None)
 
 
 def check_data(data: Tensor | Dataset[Any], labels: Tensor | Mapping[str, Tensor] | None) -> int:
-    """How many images there are; raise TypeError or ValueError for what has no order, and for labels that do not belong
-    to them.
+    """Check data for a cache.
+
+    Args:
+        data: images (N, C, H, W), or a dataset of them.
+        labels: of the images of a tensor.
+
+    Returns:
+        The number of images N.
+
+    Raises:
+        TypeError, ValueError: data without an order or a length, no images, or labels that do not go with them.
     """
     if isinstance(data, Tensor):
         check_images(data)
@@ -239,8 +253,8 @@ def check_data(data: Tensor | Dataset[Any], labels: Tensor | Mapping[str, Tensor
         or not hasattr(data, "__len__")
     ):
         raise TypeError(
-            f"data: expected images (N, C, H, W) or a dataset with a length, got {type(data).__name__}; of a DataLoader give its dataset, as a cache "
-            "keeps one order"
+            f"data: expected images (N, C, H, W) or a dataset with a length, got {type(data).__name__}; "
+            "of a DataLoader give its dataset, as a cache keeps one order"
         )
     n = len(data)
     if n == 0:
@@ -256,7 +270,7 @@ def check_data(data: Tensor | Dataset[Any], labels: Tensor | Mapping[str, Tensor
 
 
 def by_name(labels: Any) -> dict[str, Tensor]:
-    """The tensors of labels; those that are no tensors are not kept."""
+    """Labels by name, a single tensor under the empty name; what is no tensor is left out."""
     named = labels if isinstance(labels, Mapping) else {"": labels}
     return {name: values for name, values in named.items() if isinstance(values, Tensor)}
 
@@ -269,8 +283,18 @@ def read_data(
     key: int,
     shard: int,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Images and labels of a span, in batches; what a dataset draws from torch's global generator follows from the key
-    and the shard.
+    """Images of one shard and their labels, in batches.
+
+    Args:
+        data: of the whole cache.
+        labels: of the images of a tensor.
+        span: the images of the shard.
+        batch_size: images per batch.
+        key: of the cache; what a dataset draws from torch's global generator follows from it and the shard.
+        shard: number of the shard.
+
+    Yields:
+        Images (N, C, H, W), and labels by name.
     """
     if isinstance(data, Tensor):
         for rows in (slice(a, min(a + batch_size, span.stop)) for a in span[::batch_size]):
@@ -291,58 +315,83 @@ def read_data(
         yield images, by_name(rest[0]) if rest else {}
 
 
-def encode_span(
+def encode_shard(
     prior: LatentPrior, batches: Iterator[tuple[Tensor, dict[str, Tensor]]], index: CacheIndex, shard: int
 ) -> Iterator[dict[str, Tensor]]:
-    """What the index promises of every batch of a shard, by the names of its tensors."""
-    dtype, noise = (
-        getattr(torch, index.dtype),
-        torch.Generator().manual_seed(sample_seeds(int(index.key, 16), range(2 * shard, 2 * shard + 1))[0]),
-    )
+    """Posterior noise and labels of a shard, by the names of its tensors, batch by batch.
+
+    Args:
+        prior: any prior over the backbone.
+        batches: images and labels of the shard.
+        index: of the cache.
+        shard: number of the shard.
+
+    Yields:
+        Tensors (N, ...) by name.
+
+    Raises:
+        ValueError: the adapter gives mean and std of some images, and not of others.
+    """
+    dtype = getattr(torch, index.dtype)
+    # Even numbers seed the encoder, odd ones the dataset (`read_data`).
+    noise = torch.Generator().manual_seed(sample_seeds(int(index.key, 16), range(2 * shard, 2 * shard + 1))[0])
     for images, labels in batches:
         kept = {label_key(name): values for name, values in labels.items()}
         if index.draws:
             u = [prior.encode(images.to(prior.device), generator=noise).cpu().to(dtype) for _ in range(index.draws)]
             yield {"draws": torch.stack(u, dim=1), **kept}
-        elif (found := gaussian_noise(prior, images)) is not None:
-            yield {name: part.cpu().to(dtype) for name, part in zip(("mean", "std"), found, strict=True)} | kept
+        elif (gaussian := gaussian_noise(prior, images)) is not None:
+            mean, std = gaussian
+            yield {"mean": mean.cpu().to(dtype), "std": std.cpu().to(dtype), **kept}
         else:
             raise ValueError("the adapter's `posterior` gave mean and std of some images and None of others; set draws")
 
 
 @torch.no_grad()
 def gaussian_noise(prior: LatentPrior, images: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and std (N, D) of the posterior noise of images, where the adapter knows them and they are all there is to
-    know.
-    """
-    found = prior.backbone.posterior(images.to(prior.device)) if isinstance(prior.backbone, GaussianPosterior) else None
-    if found is None:
+    """Mean and std (N, D) of the posterior noise of images, or None where the adapter does not give them."""
+    if not isinstance(prior.backbone, GaussianPosterior):
         return None
-    mean, std = (prior.join(list(part)) for part in zip(*found, strict=True))
+    layers = prior.backbone.posterior(images.to(prior.device))
+    if layers is None:
+        return None
+    mean = prior.join([mean for mean, _ in layers])
+    std = prior.join([std for _, std in layers])
     if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std > 0).all()):
         raise ValueError(
-            f"{type(prior.backbone).__name__}.posterior: expected finite means and positive, finite stds of u, got others"
+            f"{type(prior.backbone).__name__}.posterior: expected finite means and positive, finite stds of u, "
+            "got others"
         )
     return mean, std
 
 
-def knows_posterior(prior: LatentPrior, images: Tensor, key: int) -> bool:
-    """Whether the adapter knows mean and std of u given images; raise ValueError where its own posterior draws are
-    others.
+def has_gaussian_posterior(prior: LatentPrior, images: Tensor, key: int) -> bool:
+    """Whether the adapter gives mean and std of u.
+
+    Args:
+        prior: any prior over the backbone.
+        images: some to try it on, (N, C, H, W).
+        key: seed of posterior draws, which are compared with the mean and std.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        ValueError: its posterior draws have another mean or std.
     """
-    if (found := gaussian_noise(prior, images)) is None:
+    if (gaussian := gaussian_noise(prior, images)) is None:
         return False
-    mean, std = found
+    mean, std = gaussian
     residual = (prior.encode(images.to(prior.device), generator=torch.Generator().manual_seed(key)) - mean) / std
-    # Of n standard normal numbers the mean is N(0, 1/n), and that of the squares nearly N(1, 2/n); half precision adds
-    # a little.
+    # Of n standard normal numbers the mean is N(0, 1/n), and that of the squares nearly N(1, 2/n), but for the error of
+    # half precision.
     n = residual.numel()
-    off = max(
-        abs(residual.mean().item()) / (1 / n) ** 0.5, abs(residual.square().mean().item() - 1) / ((2 / n) ** 0.5 + 0.01)
-    )
-    if off > DEVIATIONS:
+    of_mean = abs(residual.mean().item()) / (1 / n) ** 0.5
+    of_square = abs(residual.square().mean().item() - 1) / ((2 / n) ** 0.5 + 0.01)
+    if max(of_mean, of_square) > DEVIATIONS:
         raise ValueError(
-            f"{type(prior.backbone).__name__}.posterior: expected mean and std of the u that `infer` draws, got others: {off:.3g} standard "
-            "deviations apart over the first images; return None where the layers' posteriors depend on each other"
+            f"{type(prior.backbone).__name__}.posterior: expected mean and std of the u that `infer` draws, got "
+            f"others: {max(of_mean, of_square):.3g} standard deviations apart over the first images; return None "
+            "where the layers' posteriors depend on each other"
         )
     return True

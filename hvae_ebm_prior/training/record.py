@@ -1,4 +1,4 @@
-"""What is known of a training step, and who is told."""
+"""What is recorded of a training step, and the callbacks that are given it."""
 
 import math
 from collections.abc import Callable
@@ -17,13 +17,10 @@ class TrainingRecord:
         gradient_norm: norm of the gradient before clipping.
         learning_rate: learning rate of the step.
         seconds: time since the start.
-        cross_entropy: mean of -log p(y | u_t) in nats over the labels that were known; NaN where none was.
-        gradient_norms: of every layer's networks, before clipping; the root of the sum of their squares is
-            `gradient_norm`.
-        displacement: mean over chains of |end - start| / sqrt(D), dimensionless, the start being u_{t+1}; NaN without
-            chains.
-        acceptance: mean acceptance probability of the Metropolis steps; NaN where `LangevinConfig.corrector_steps` is
-            0.
+        cross_entropy: mean of -log p(y | u_t) in nats over labels; NaN where no image of the batch has one.
+        gradient_norms: of every layer's networks, before clipping; their squares add up to that of `gradient_norm`.
+        displacement: mean of |end - start| / sqrt(D) over chains, the start being u_{t+1}; NaN without chains.
+        acceptance: mean acceptance probability of the Metropolis steps; NaN without `LangevinConfig.corrector_steps`.
         gradients_per_second: gradients of single images' energies per second of this step, those of the chain included.
     """
 
@@ -40,5 +37,5 @@ class TrainingRecord:
     gradients_per_second: float = math.nan
 
 
-# Called as callback(prior, record) after every step; `close` of those that have it, when training ends in whatever way.
+# Called as callback(prior, record) after every step; its method `close`, if any, when training ends, however it ends.
 Callback = Callable[[Any, TrainingRecord], object]

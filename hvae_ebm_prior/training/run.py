@@ -1,4 +1,4 @@
-"""A training run between two steps: all that the next one depends on."""
+"""The state of a training run."""
 
 from dataclasses import dataclass, field
 
@@ -13,11 +13,11 @@ from .trainable import TrainablePrior
 
 @dataclass
 class Run:
-    """A training run between two steps.
+    """A training run between two steps: all that the next one depends on.
 
     Attributes:
         prior: holds the moving average.
-        trainee: what the optimiser moves.
+        trainee: a copy of the prior, which the optimiser moves.
         config: the settings.
         batches: the data.
         guard: holds the snapshots to go back to.
@@ -25,9 +25,9 @@ class Run:
         generator: source of randomness; None for torch's global generators.
         history: one record per step.
         lr_scale: factor on the learning rate, halved by every return to a good state.
-        first: step of the last such return, after which the learning rate warms up.
-        saved: step of the last good checkpoint, 0 for none.
-        micro_batch: images that are computed at a time; None for all of a batch.
+        warmup_from: step of the last such return, from which the learning rate warms up; 0 without one.
+        last_checkpoint: step of the last checkpoint, 0 for none.
+        micro_batch: images whose gradient is computed at a time; None for all of a batch.
     """
 
     prior: TrainablePrior
@@ -39,6 +39,6 @@ class Run:
     generator: torch.Generator | None
     history: list[TrainingRecord] = field(default_factory=list)
     lr_scale: float = 1.0
-    first: int = 0
-    saved: int = 0
+    warmup_from: int = 0
+    last_checkpoint: int = 0
     micro_batch: int | None = None

@@ -23,12 +23,10 @@ from ..processes import add_gradients, collect, share, world
 from .optimizer import learning_rate, update_average
 from .posterior_cache import PosteriorCache
 from .record import TrainingRecord
-from .recovery import RecoveryLoss
+from .recovery import RecoveryLoss, detach_loss, join_losses
 from .run import Run
-from .trainable import TrainablePrior
+from .trainable import TrainablePrior, networks_by_layer
 
-# Sums of a part's figures, beside those by level.
-SUMS = 5
 # Relative difference of batches' means at which processes read different images.
 DIFFERENT = 1e-3
 MEMORY_ERRORS = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
@@ -54,86 +52,79 @@ def training_step(run: Run, began: float) -> TrainingRecord:
         ValueError: the processes read different images, or bad labels.
         torch.OutOfMemoryError: one image at a time is too much.
     """
-    prior, trainee, config, step = run.prior, run.trainee, run.config, len(run.history)
     start = time.monotonic()
+    prior, trainee, config = run.prior, run.trainee, run.config
+    step = len(run.history)
     images, labels, epoch = next(run.batches)
 
     run.optimizer.zero_grad()
-    sums = add_batch_gradient(run, images, labels)
+    losses = add_batch_gradient(run, images, labels)
     layer_norms = gradient_norms(parameters_by_layer(trainee))
     norm = nn.utils.clip_grad_norm_(list(trainee.parameters()), config.clip_norm).item()
-
-    loss, entropy, labelled, moved, accepted, *levels = sums.tolist()
-    if trouble := run.guard.trouble(loss / len(images), norm):
+    if trouble := run.guard.trouble(mean(losses.recovery), norm):
         raise Unhealthy(trouble)
+
+    # The batch has just shown the weights before this update to be healthy, so these enter the average.
     update_average(prior, trainee, min(config.ema_decay, (1 + step) / (10 + step)))
     run.guard.keep(step)
-    rate = run.lr_scale * learning_rate(config, step, epoch, run.first)
+    rate = run.lr_scale * learning_rate(config, step, epoch, run.warmup_from)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
 
-    now, n, steps = time.monotonic(), len(images), prior.schedule.steps
-    gaps = (-gap / count if count else math.nan for gap, count in zip(levels[:steps], levels[steps:], strict=True))
+    now = time.monotonic()
     return TrainingRecord(
         iteration=step + 1,
-        loss=loss / n,
-        gaps=tuple(gaps),
+        loss=mean(losses.recovery),
+        gaps=tuple(-mean(losses.recovery[losses.levels == t]) for t in range(prior.schedule.steps)),
         gradient_norm=norm,
         learning_rate=rate,
         seconds=now - began,
-        cross_entropy=entropy / labelled if labelled else math.nan,
+        cross_entropy=(losses.cross_entropy.double().sum() / losses.labelled.sum()).item(),
         gradient_norms=layer_norms,
-        displacement=moved / n,
-        acceptance=accepted / n,
-        gradients_per_second=n * prior.gradients_per_step / max(now - start, 1e-9),
+        displacement=mean(losses.displacement),
+        acceptance=mean(losses.acceptance),
+        gradients_per_second=len(images) * prior.gradients_per_step / max(now - start, 1e-9),
     )
 
 
-def add_batch_gradient(run: Run, images: Tensor, labels: Tensor | Labels | None) -> Tensor:
-    """Put the gradient of a batch into the trainee's parameters, the same in all processes, which all have the whole
-    batch.
+def add_batch_gradient(run: Run, images: Tensor, labels: Tensor | Labels | None) -> RecoveryLoss:
+    """Put the gradient of a batch into the trainee's parameters: every process computes its share, and all get the sum.
 
     Args:
         run: the run; `run.micro_batch` is halved when memory runs out.
-        images: (N, C, H, W) in [0, 1], or rows (N,) of a posterior cache.
+        images: (N, C, H, W) in [0, 1], or rows (N,) of a posterior cache; the whole batch, in every process.
         labels: of the images.
 
     Returns:
-        Sums over the batch, (SUMS + 2 T,): losses, cross-entropies, labels that were there, displacements and
-        acceptances; losses by level, and samples by level.
+        The loss of every sample of the batch, on the CPU, without a graph.
     """
-    prior, n, rows = run.prior, len(images), share(len(images))
-    checked = (
-        None if labels is None or prior.coupling is None else check_labels(labels, prior.coupling, n, prior.device)
-    )
-    mine = checked and {name: values[rows.start : rows.stop] for name, values in checked.items()}
+    prior, n = run.prior, len(images)
+    rows = share(n)
+    own_labels = None
+    if labels is not None and prior.coupling is not None:
+        own_labels = pick_rows(check_labels(labels, prior.coupling, n, prior.device), rows)
 
-    def work() -> tuple[int, float, Tensor]:
-        mean = images.float().mean().item() if world() > 1 else 0.0
-        return n, mean, add_gradient_of_rows(run, encode_rows(run, images, rows), mine, rows, n)
+    def compute_share() -> tuple[int, float, list[RecoveryLoss]]:
+        brightness = images.float().mean().item() if world() > 1 else 0.0
+        u = posterior_noise(run, images, rows)
+        return n, brightness, add_gradient_of_rows(run, u, own_labels, rows, n)
 
-    found = collect(work)
-    if world() > 1 and any(
-        size != n or not math.isclose(mean, found[0][1], rel_tol=DIFFERENT) for size, mean, _ in found
-    ):
-        sizes = ", ".join(str(size) for size, _, _ in found)
-        raise ValueError(
-            f"data: the processes read different batches, of {sizes} images; give all of them the same data in the same order "
-            "(no DistributedSampler, no accelerator.prepare), as fit divides every batch itself"
-        )
+    shares = collect(compute_share)
+    check_batches([size for size, _, _ in shares], [brightness for _, brightness, _ in shares])
     add_gradients(list(run.trainee.parameters()))
-    return torch.stack([sums for _, _, sums in found]).sum(0)
+    return join_losses([part for _, _, parts in shares for part in parts])
 
 
-def encode_rows(run: Run, images: Tensor, rows: range) -> Tensor:
+def posterior_noise(run: Run, images: Tensor, rows: range) -> Tensor:
     """Posterior noise (n, D) of some rows of a batch; all processes draw the same from the run's generator."""
     prior, size = run.prior, run.config.encode_batch
     try:
         if size is None or isinstance(run.batches.data, PosteriorCache):
             return run.batches.noise(prior, images, run.batches.epoch, run.generator)[rows.start : rows.stop]
-        first, last = rows.start // size, math.ceil(rows.stop / size)
+        # Blocks of `size` images have seeds of their own: only those that the rows lie in need be encoded.
         seeds = sample_seeds(draw_key(run.generator), range(math.ceil(len(images) / size)))
+        first, last = rows.start // size, math.ceil(rows.stop / size)
         parts = [images.new_empty(0, prior.dim, device=prior.device, dtype=prior.dtype)]
         for block in range(first, last) if rows else ():
             some = images[block * size : (block + 1) * size].to(prior.device, non_blocking=True)
@@ -141,13 +132,14 @@ def encode_rows(run: Run, images: Tensor, rows: range) -> Tensor:
         return torch.cat(parts)[rows.start - first * size :][: len(rows)]
     except Exception as error:
         if out_of_memory(error):
+            images_at_a_time = size or len(images)
             error.add_note(
-                f"This was the encoder on {size or len(images)} images: set a smaller TrainingConfig(encode_batch=...)."
+                f"This was the encoder on {images_at_a_time} images: set a smaller TrainingConfig(encode_batch=...)."
             )
         raise
 
 
-def add_gradient_of_rows(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) -> Tensor:
+def add_gradient_of_rows(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) -> list[RecoveryLoss]:
     """Add the gradients of rows of a batch of `n`, in parts of `run.micro_batch`, or of half as many until they fit.
 
     Args:
@@ -158,73 +150,80 @@ def add_gradient_of_rows(run: Run, u: Tensor, labels: Labels | None, rows: range
         n: size of the batch.
 
     Returns:
-        The rows' sums, as of `add_batch_gradient`.
+        The loss of every part.
     """
-    trainee, source = run.trainee, run.generator or torch.default_generator
+    trainee = run.trainee
+    source = run.generator or torch.default_generator
     # Every part begins here: with the batch's key to come, and with weights under spectral normalisation as they were.
-    begin, buffers = source.get_state(), [buffer.clone() for buffer in trainee.buffers()]
+    random_state = source.get_state()
+    buffers = [buffer.clone() for buffer in trainee.buffers()]
     while True:
         size = min(run.micro_batch or n, max(1, len(u)))
+        parts = []
         try:
-            sums = torch.zeros(SUMS + 2 * run.prior.schedule.steps, dtype=torch.float64)
             for start in range(0, max(1, len(u)), size):
-                source.set_state(begin)
+                stop = min(start + size, len(u))
+                source.set_state(random_state)
                 with torch.no_grad():
                     for buffer, value in zip(trainee.buffers(), buffers, strict=True):
                         buffer.copy_(value)
-                sums += add_gradient_of_part(run, u, labels, range(len(u))[start : start + size], rows, n)
-            return sums
+                part_labels = labels and pick_rows(labels, range(start, stop))
+                parts += add_gradient_of_part(run, u[start:stop], part_labels, rows[start:stop], n)
+            return parts
         except Exception as error:
             if not out_of_memory(error) or size == 1:
                 raise
             trouble = f"{type(error).__name__}: {error}".splitlines()[0]
+        # Out of the handler, so that the error and the tensors in its frames are gone before memory is asked for again.
         run.micro_batch = math.ceil(size / 2)
         trainee.zero_grad()
         if u.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(
-            f"out of memory with {size} images at a time, going on with micro_batch={run.micro_batch} ({trouble[:200]})",
+            f"out of memory with {size} images at a time, going on with micro_batch={run.micro_batch} "
+            f"({trouble[:200]})",
             RuntimeWarning,
-            stacklevel=8,
+            stacklevel=9,
         )
 
 
-def add_gradient_of_part(run: Run, u: Tensor, labels: Labels | None, part: range, rows: range, n: int) -> Tensor:
-    """Add the gradient of a part of a process's rows, and return its sums."""
-    prior, config, here = run.prior, run.config, slice(part.start, part.stop)
-    mine = labels and {name: values[here] for name, values in labels.items()}
-    if len(part) == n:
-        losses = run.trainee.batch_loss(u, mine, run.generator)
-    elif part:
-        losses = run.trainee.batch_loss(u[here], mine, run.generator, rows=rows[here])
-    else:  # more processes than images; the key is drawn as elsewhere
+def add_gradient_of_part(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) -> list[RecoveryLoss]:
+    """Add the gradient of the given rows of a batch of `n`; their loss, or none where there are no rows."""
+    if not rows:  # more processes than images; the generator moves on as in the others
         draw_key(run.generator)
-        return torch.zeros(SUMS + 2 * prior.schedule.steps, dtype=torch.float64)
-    penalty = config.energy_penalty / math.sqrt(prior.dim)
+        return []
+    losses = run.trainee.batch_loss(u, labels, run.generator, None if len(rows) == n else rows)
+    penalty = run.config.energy_penalty / math.sqrt(run.prior.dim)
     ((losses.total + penalty * losses.squares).sum() / n).backward()
-    return sum_figures(losses, prior.schedule.steps)
+    return [detach_loss(losses)]
 
 
-@torch.no_grad()
-def sum_figures(losses: RecoveryLoss, steps: int) -> Tensor:
-    """Sums of a part's losses, as of `add_batch_gradient`."""
-    recovery = losses.recovery.double().cpu()
-    by_level = torch.nn.functional.one_hot(losses.levels.cpu(), steps).double()
-    # 0 times infinity would be NaN at every level.
-    gaps = torch.where(by_level > 0, recovery[:, None], 0.0).sum(0)
-    of_chains = [torch.full((1,), math.nan) if x is None else x for x in (losses.displacement, losses.acceptance)]
-    plain = (recovery, losses.cross_entropy, torch.tensor([float(losses.labelled)]), *of_chains)
-    return torch.cat((torch.stack([x.double().sum().cpu() for x in plain]), gaps, by_level.sum(0)))
+def check_batches(sizes: Sequence[int], means: Sequence[float]) -> None:
+    """Raise ValueError unless batches of these sizes and means, one per process, can be the same images."""
+    alike = (math.isclose(value, means[0], rel_tol=DIFFERENT) for value in means)
+    if len(set(sizes)) > 1 or not all(alike):
+        raise ValueError(
+            f"data: the processes read different batches, of {', '.join(map(str, sizes))} images; give all of them the "
+            "same data in the same order (no DistributedSampler, no accelerator.prepare), as fit divides every batch "
+            "itself"
+        )
+
+
+def pick_rows(labels: Labels, rows: range) -> dict[str, Tensor]:
+    """Labels of consecutive rows, by label set."""
+    return {name: values[rows.start : rows.stop] for name, values in labels.items()}
+
+
+def mean(values: Tensor | None) -> float:
+    """The mean, summed in double precision; NaN of nothing."""
+    return math.nan if values is None else values.double().mean().item()
 
 
 def parameters_by_layer(prior: TrainablePrior) -> list[list[nn.Parameter]]:
     """Parameters of every layer's energy and label networks, top to bottom."""
-    heads = [networks for networks in prior.heads.values() if isinstance(networks, nn.ModuleDict)]
-    layers = []
-    for i, energy in enumerate(prior.energies):
-        own = (networks[str(i)].parameters() for networks in heads if str(i) in networks)
-        layers.append([*energy.parameters(), *(parameter for each in own for parameter in each)])
-    return layers
+    return [
+        [parameter for network in layer for parameter in network.parameters()] for layer in networks_by_layer(prior)
+    ]
 
 
 def gradient_norms(layers: Sequence[Sequence[nn.Parameter]]) -> tuple[float, ...]:

@@ -1,11 +1,9 @@
-"""A prior that can be trained: energies, and a loss of a batch of posterior noise whose gradient is the learning
-gradient.
-"""
+"""A prior that can be trained: energies, and a loss of posterior noise whose gradient is the learning gradient."""
 
 from abc import abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..density.energy_model import EnergyModel
 from ..energies.coupling import Labels
@@ -42,3 +40,12 @@ class TrainablePrior(EnergyModel):
     @abstractmethod
     def gradients_per_step(self) -> int:
         """Gradients of the networks for a batch in one training step."""
+
+
+def networks_by_layer(prior: EnergyModel) -> list[list[nn.Module]]:
+    """Every layer's energy and the label networks that are bound to it, top to bottom."""
+    heads = [networks for networks in prior.heads.values() if isinstance(networks, nn.ModuleDict)]
+    return [
+        [energy, *(networks[str(i)] for networks in heads if str(i) in networks)]
+        for i, energy in enumerate(prior.energies)
+    ]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import seed
 from hvae_ebm_prior_adapters.logistic_mixture import mixture_log_likelihood
 from stand_ins import VDVAE, AutoEncoder, DeepVAE, perturb
 from torch import nn
@@ -18,10 +19,6 @@ from hvae_ebm_prior.backbone.elbo import DensityAdapter
 from hvae_ebm_prior.backbone.transform import drive
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def total(log_prob):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import seed
 from stand_ins import VDVAE, AutoEncoder, DeepVAE, NormedConv, perturb
 from torch import nn
 
@@ -39,10 +40,6 @@ OTHERS = {
     "biva": (lambda: DeepVAE(biva=True), LadderAdapter, (1, 2, 2)),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def build(name):

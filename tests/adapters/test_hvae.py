@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import seed
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig
@@ -32,17 +33,17 @@ def test_shapes_follow_the_image_size():
 def test_one_layer():
     prior = DiffusionEBMPrior(HVAEAdapter(HVAE(HVAEConfig(image_size=8, widths=(8,), latent_channels=(2,)))))
     assert prior.latent_shapes == ((2, 4, 4),)
-    assert prior.sample(2, generator=torch.Generator().manual_seed(0)).shape == (2, 1, 8, 8)
+    assert prior.sample(2, generator=seed(0)).shape == (2, 1, 8, 8)
 
 
 def test_divergence_and_likelihood_against_torch_distributions(model):
     """The same latents, pushed through torch's own normals: KL by Monte Carlo, -log p(x|z) exactly."""
-    images = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(1, 1, 28, 28, generator=seed(0))
     draws = 4000
     with torch.no_grad():
-        nll, divergences = model(images.expand(draws, -1, -1, -1), generator=torch.Generator().manual_seed(1))
+        nll, divergences = model(images.expand(draws, -1, -1, -1), generator=seed(1))
         # Replay with the same noise.
-        g = torch.Generator().manual_seed(1)
+        g = seed(1)
         h, ratios = model.start.expand(draws, -1, -1, -1), []
         for block, features in zip(model.blocks, model.bottom_up(images.expand(draws, -1, -1, -1)), strict=True):
             mean, std = block.prior(h)
@@ -77,7 +78,7 @@ def test_adapter_draws_what_the_model_draws(model):
 
 def test_samples_of_a_batch_are_independent(model):
     prior = DiffusionEBMPrior(HVAEAdapter(model))
-    u = torch.randn(4, prior.dim, generator=torch.Generator().manual_seed(0))
+    u = torch.randn(4, prior.dim, generator=seed(0))
     torch.testing.assert_close(prior.decode(u)[1:2], prior.decode(u[1:2]), atol=1e-5, rtol=1e-4)
 
 
@@ -107,7 +108,7 @@ def test_wrong_config_is_refused():
 
 
 def test_densities_of_the_adapter_against_torch_distributions(model):
-    adapter, images = HVAEAdapter(model), torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    adapter, images = HVAEAdapter(model), torch.rand(3, 1, 28, 28, generator=seed(0))
     assert isinstance(adapter, DensityAdapter)
     with torch.no_grad():
         torch.manual_seed(1)

@@ -4,6 +4,7 @@ and VDVAE's own.
 
 import pytest
 import torch
+from helpers import seed
 from hvae_ebm_prior_adapters.logistic_mixture import image_noise, mixture_mean, mixture_sample
 
 
@@ -44,7 +45,7 @@ def test_mean_weighs_components():
 
 def test_samples_have_the_logistics_moments_and_the_mixtures_frequencies():
     """Std pi s / sqrt 3 for one narrow component; components as often as their softmax says."""
-    g = torch.Generator().manual_seed(0)
+    g = seed(0)
     n, log_scale = 20_000, -3.0
     narrow = mixture_sample(
         one([0.0, 0.0, 0.0], log_scale).expand(n, -1, -1, -1),
@@ -65,9 +66,9 @@ def test_noise_is_the_same_at_any_chunking():
     def draw(n, g):
         return image_noise(torch.rand, n, (3, 2, 2), g, torch.zeros(1))
 
-    g = torch.Generator().manual_seed(0)
+    g = seed(0)
     parts = torch.cat((draw(2, g), draw(3, g)))
-    assert torch.equal(parts, draw(5, torch.Generator().manual_seed(0)))
+    assert torch.equal(parts, draw(5, seed(0)))
 
 
 def test_number_of_channels_is_checked():

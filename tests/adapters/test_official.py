@@ -17,6 +17,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from helpers import seed
 from hvae_ebm_prior_adapters.checkpoint import without_cuda
 from stand_ins import perturb
 
@@ -53,10 +54,6 @@ def modules_of(variable, *names):
         sys.path.remove(folder)
         for name in stubs:
             del sys.modules[name]
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def density(transform, u):

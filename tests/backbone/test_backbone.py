@@ -3,7 +3,8 @@ import gc
 import pytest
 import torch
 from backbones import IdentityBackbone, RandomBackbone
-from hypothesis import given, settings
+from helpers import seed
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvae_ebm_prior import DiffusionEBMPrior
@@ -16,12 +17,11 @@ SHAPES = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(SHAPES, min_size=1, max_size=8), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_noise_and_latents_are_inverse(shapes, n, seed):
-    transform = NoiseTransform(RandomBackbone(shapes, seed))
+def test_noise_and_latents_are_inverse(shapes, n, value):
+    transform = NoiseTransform(RandomBackbone(shapes, value))
     assert transform.latent_shapes == tuple(shapes)
-    u = torch.randn(n, transform.dim, generator=torch.Generator().manual_seed(seed))
+    u = torch.randn(n, transform.dim, generator=seed(value))
     with torch.no_grad():
         z = transform.to_latents(u)
         assert [tuple(z_i.shape) for z_i in z] == [(n, *shape) for shape in shapes]
@@ -33,7 +33,7 @@ def test_noise_and_latents_are_inverse(shapes, n, seed):
 @pytest.mark.parametrize("shapes", [[(3,)], [(2,), (2, 2, 2)], [(2, 1, 1), (3,), (1, 2, 3), (2,)]])
 def test_log_det_is_that_of_autograds_jacobian(shapes):
     transform = NoiseTransform(RandomBackbone(shapes, seed=3, dtype=torch.float64))
-    u = torch.randn(2, transform.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u = torch.randn(2, transform.dim, dtype=torch.float64, generator=seed(1))
     for row, log_det in zip(u, transform.log_abs_det(u), strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda x: transform.join(transform.to_latents(x[None]))[0], row)
         torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian).logabsdet, atol=1e-12, rtol=1e-10)
@@ -41,7 +41,7 @@ def test_log_det_is_that_of_autograds_jacobian(shapes):
 
 def test_eighty_layers():
     transform = NoiseTransform(RandomBackbone([(2,)] * 80))
-    u = torch.randn(3, transform.dim, generator=torch.Generator().manual_seed(0))
+    u = torch.randn(3, transform.dim, generator=seed(0))
     torch.testing.assert_close(transform.to_noise(transform.to_latents(u)), u, atol=1e-4, rtol=0)
 
 
@@ -111,7 +111,7 @@ def test_an_adapter_without_attributes_of_its_own_works():
         __slots__ = ()
         top_down, infer, decode = map(staticmethod, (inner.top_down, inner.infer, inner.decode))
 
-    assert DiffusionEBMPrior(Slotted()).sample(2, generator=torch.Generator().manual_seed(0)).shape == (2, 1, 1, 2)
+    assert DiffusionEBMPrior(Slotted()).sample(2, generator=seed(0)).shape == (2, 1, 1, 2)
 
 
 def test_a_refused_backbone_is_left_as_it_was():
@@ -138,7 +138,7 @@ def test_prior_owns_the_energies_alone():
 
 def test_global_generator_is_not_touched():
     prior = DiffusionEBMPrior(RandomBackbone([(2,), (1, 2, 2)]))
-    g = torch.Generator().manual_seed(0)
+    g = seed(0)
     before = torch.get_rng_state()
     u = prior.encode(torch.zeros(3, 1, 2, 2), generator=g)
     prior.decode(u), prior.energy(u, 0), prior.score(u, 0), prior.to_latents(u), prior.log_abs_det(u)
@@ -150,7 +150,7 @@ def test_global_generator_is_not_touched():
 def test_encode_follows_its_generator():
     prior = DiffusionEBMPrior(RandomBackbone([(2,)]))
     images = torch.zeros(3, 1, 2, 2)
-    draws = [prior.encode(images, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    draws = [prior.encode(images, generator=seed(value)) for value in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from backbones import TRUTH, IdentityBackbone, Pair, Quadratic, RandomBackbone, minimize_batch_loss
+from helpers import seed
 from scipy import stats
 from torch import nn
 
@@ -18,10 +19,6 @@ from hvae_ebm_prior.chains.langevin import gaussian_part, langevin_coefficients
 SHAPES = [(2,), (1, 2, 2)]
 SMALL = EnergyConfig(width=8, vector_width=16)
 SHORT = LangevinConfig(steps=2)
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def images_of(u):
@@ -91,6 +88,7 @@ def test_tempered_gaussian():
         GaussianPrior(RandomBackbone([(4,)]), temperature=0)
 
 
+@pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("covariance", ["diag", "full"])
 def test_mixture_recovers_a_mixture(covariance):
     g = seed(0)
@@ -183,6 +181,7 @@ def test_joint_target_against_autograd(target):
     assert gaussian_part(torch.zeros(1, dtype=torch.long), prior.schedule, prior.langevin, torch.float64)[0].item() == 0
 
 
+@pytest.mark.usefixtures("counters")
 def test_published_chains_draw_from_the_density_without_the_jacobian():
     """z_2 = e^{a u_1} u_2: without the Jacobian, a factor e^{-a u_1} shifts u_1 by -a; with it, nothing moves."""
 
@@ -239,6 +238,7 @@ def test_persistent_chains_persist_and_are_renewed():
     assert some.states is None
 
 
+@pytest.mark.usefixtures("counters")
 def test_persistent_chains_go_on_where_they_were():
     """Short chains that persist reach the stationary mean w of F = w z; chains from noise stop on their way."""
     settings = {"energy": [Quadratic(1, w=2.0)], "langevin": LangevinConfig(steps=1, step_size=0.1)}
@@ -309,6 +309,7 @@ def pair_data(n):
     return torch.cat((z_1, a * z_1 + b + r * noise[:, 1:]), dim=1)
 
 
+@pytest.mark.usefixtures("counters")
 def test_nce_recovers_a_known_density_ratio():
     prior = NCPPrior(Pair((1,), (1,)), energy=[Polynomial(), Polynomial()])
     z = pair_data(10_000)
@@ -337,6 +338,7 @@ def log_ratios(z):
     return normal(one, m, s) - normal(one, 0, 1), normal(two, a * one + b, r) - normal(two, one, 0.5)
 
 
+@pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("sampler", ["sir", "langevin"])
 def test_ncp_samples_with_the_exact_ratio(sampler):
     prior = NCPPrior(
@@ -355,6 +357,7 @@ def test_ncp_samples_with_the_exact_ratio(sampler):
     torch.testing.assert_close(z.T.cov(), cov, atol=0.04, rtol=0.05)
 
 
+@pytest.mark.usefixtures("counters")
 def test_sir_takes_many_proposals_in_parts(monkeypatch):
     """Exact ratio again, with parts of three proposals; held layers are exact, at any temperature."""
     monkeypatch.setattr("hvae_ebm_prior.baselines.layerwise.PROPOSED", 3)
@@ -420,6 +423,7 @@ def test_z_space_target_against_autograd():
     torch.testing.assert_close(images, direct.decode(direct.to_noise(prior.split(z))))
 
 
+@pytest.mark.usefixtures("counters")
 def test_z_space_chain_of_a_linear_gaussian():
     """With F = 0 and one level, p(z) is the backbone's own prior: a Pair's covariance comes out."""
     settings = {

@@ -6,10 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbones import TRUTH, Pair, RandomBackbone, minimize_batch_loss
+from helpers import seed
 from torch import nn
 
-from hvae_ebm_prior import Coupling, DiffusionSchedule, EnergyConfig, LabelSet
+from hvae_ebm_prior import Coupling, DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LabelSet
 from hvae_ebm_prior.baselines.layerwise import LayerwisePrior, pick
+from hvae_ebm_prior.baselines.ncp import NCPPrior
+from hvae_ebm_prior.density.composition import Expert
+from hvae_ebm_prior.evaluation.likelihood import log_likelihood_bound, log_normalizer
+from hvae_ebm_prior.evaluation.outliers import (
+    density_scores,
+    diffusion_scores,
+    inference_scores,
+    restoration_scores,
+    typicality_scores,
+)
+from hvae_ebm_prior.evaluation.transitions import langevin_transitions
 
 SCHEDULE = DiffusionSchedule.from_snr((20, 2, 0))
 # Of the data of a Pair in noise: u_1 = z_1 and u_2 = (z_2 - z_1) / .5, linear in u_1.
@@ -17,10 +29,6 @@ SCHEDULE = DiffusionSchedule.from_snr((20, 2, 0))
 SLOPE, STD = (A - 1) / 0.5, (S, R / 0.5)
 MEAN_U = torch.tensor([M, SLOPE * M + B / 0.5])
 COV_U = torch.tensor([[STD[0] ** 2, SLOPE * STD[0] ** 2], [SLOPE * STD[0] ** 2, SLOPE**2 * STD[0] ** 2 + STD[1] ** 2]])
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 class Polynomial(nn.Module):
@@ -66,6 +74,7 @@ def draw_noise(n):
     return MEAN_U + torch.randn(n, 2, generator=seed(0)) @ torch.linalg.cholesky(COV_U).T
 
 
+@pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("negatives", [1, 4])
 def test_ranking_recovers_the_conditionals_of_a_gaussian(negatives):
     prior, u = make_prior(negatives=negatives), draw_noise(8_000)
@@ -77,6 +86,7 @@ def test_ranking_recovers_the_conditionals_of_a_gaussian(negatives):
     assert prior.batch_loss(u, None, seed(2)).total.mean() < -0.05
 
 
+@pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("parts", [2**14, 50])
 def test_samples_with_the_exact_conditionals(parts, monkeypatch):
     """Also where proposals are looked at in parts. What is left of level 0's noise is known."""
@@ -97,6 +107,7 @@ def test_samples_with_the_exact_conditionals(parts, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("counters")
 def test_untrained_it_is_the_backbones_prior_at_a_temperature():
     prior = LayerwisePrior(
         RandomBackbone([(3,), (1, 2, 2)]), energy=EnergyConfig(width=8, vector_width=16), proposals=4
@@ -152,3 +163,30 @@ def test_sir_weights():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(RandomBackbone([(2,), (1, 2, 2)]))
+
+
+IMAGES = torch.rand(2, 1, 2, 2, generator=seed(0))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda prior: inference_scores(prior, IMAGES),
+        lambda prior: density_scores(prior, IMAGES),
+        lambda prior: diffusion_scores(prior, IMAGES),
+        lambda prior: restoration_scores(prior, IMAGES),
+        lambda prior: typicality_scores(prior, IMAGES, reference=IMAGES),
+        lambda prior: log_likelihood_bound(prior, IMAGES),
+        lambda prior: log_normalizer(prior, torch.zeros(1, prior.dim), 0),
+        lambda prior: langevin_transitions(prior, 1, steps=1),
+        lambda prior: DiffusionEBMPrior(prior.backbone, schedule=prior.schedule).sample_noise(1, labels=Expert(prior)),
+    ],
+)
+def test_its_energies_are_not_compared(use):
+    """They are found up to offsets of the layers above, of which a classifier's logits have none."""
+    backbone = RandomBackbone([(2,), (1, 2, 2)])
+    with pytest.raises(
+        TypeError, match="energies of different samples.* of a LayerwisePrior .*take a DiffusionEBMPrior"
+    ):
+        use(LayerwisePrior(backbone))
+    NCPPrior(backbone).check_comparable("a score")

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from backbones import RandomBackbone
+from helpers import seed
 from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, ExecutionConfig, LangevinConfig
@@ -23,10 +24,6 @@ from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.energies.networks import build_energies
 
 CPU = torch.device("cpu")
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def loud(energies):

@@ -12,16 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import seed
 from scipy import stats
 
 from hvae_ebm_prior.chains.kernels import choose_backend, langevin_update
 from hvae_ebm_prior.chains.kernels.noise import cos_sin, log, philox, philox_levels, philox_normal
 
 TRITON = pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def step(value=0):
@@ -140,7 +137,7 @@ def test_update_is_the_affine_map():
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_held_elements_guard_and_statistics(given):
+def test_held_elements_and_a_gradient_that_is_not_finite(given):
     u, u_next, gradient, coefficients = inputs(4, 50)
     gradient[1, 7], gradient[2, 3] = float("nan"), float("inf")
     held = torch.zeros(50, dtype=torch.bool)
@@ -149,23 +146,14 @@ def test_held_elements_guard_and_statistics(given):
         {"noise": torch.randn(4, 50, generator=seed(1))} if given else {"key": torch.tensor([3, 0]), "backend": "naive"}
     )
     clean = langevin_update(u, u_next, gradient.nan_to_num(0, 0), coefficients, **arguments)
-    statistics = torch.empty(4, 4)
-    new = langevin_update(u, u_next, gradient, coefficients, held=held, guard=True, statistics=statistics, **arguments)
+    new = langevin_update(u, u_next, gradient, coefficients, held=held, **arguments)
     assert torch.equal(new[:, 10:20], u[:, 10:20])
-    assert new[1, 7] == u[1, 7]
-    assert new[2, 3] == u[2, 3]
+    # What is not finite stays where it is.
+    assert not torch.isfinite(new[1, 7])
+    assert not torch.isfinite(new[2, 3])
     untouched = torch.ones_like(u, dtype=torch.bool)
     untouched[:, 10:20], untouched[1, 7], untouched[2, 3] = False, False, False
     assert torch.equal(new[untouched], clean[untouched])
-    expected = torch.stack(
-        (gradient.square().sum(1), new.square().sum(1), (new * u_next).sum(1), torch.tensor([0.0, 1.0, 1.0, 0.0])),
-        dim=1,
-    )
-    torch.testing.assert_close(statistics, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    # Without a guard the sample is lost, and no other.
-    lost = langevin_update(u, u_next, gradient, coefficients, **arguments)
-    assert lost[1].isnan().any()
-    assert torch.equal(lost[[0, 3]], clean[[0, 3]])
 
 
 def test_wrong_arguments_are_explained():
@@ -213,7 +201,7 @@ def test_compile_sees_one_operator():
 
     compiled = torch.compile(update, backend="eager", fullgraph=True)
     assert torch.equal(compiled(u), update(u))
-    arguments = (u, u_next, gradient, coefficients, key, torch.tensor([4]), 0, False, None, False, None, "naive")
+    arguments = (u, u_next, gradient, coefficients, key, torch.tensor([4]), 0, False, None, "naive")
     torch.library.opcheck(torch.ops.hvae_ebm_prior.drawn_update.default, arguments)
 
 
@@ -231,21 +219,28 @@ def test_fused_kernel_is_its_twin_bit_for_bit():
     assert "cases are equal" in done.stdout
 
 
+# Every variant for one of the targets, which take turns.
+CHECK_SOME = """
+import itertools
+from hvae_ebm_prior.chains.kernels.aot_check import VARIANTS, check, linkable
+for target, variant in zip(itertools.cycle(linkable()), VARIANTS):
+    report = check(target, variant)
+    print("| ok |" if not report.faults else report)
+"""
+
+
 @TRITON
-def test_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_kernel_compiles_for_gpus_that_are_not_here(every, tmp_path):
     """Registers, spills, widths of memory accesses, no fused multiply-adds: for sm_80, sm_90 and gfx942."""
     environment = {
         **{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         "TRITON_CACHE_DIR": str(tmp_path),
     }
-    command = [sys.executable, "-m", "hvae_ebm_prior.chains.kernels.aot_check"]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    code = ["-m", "hvae_ebm_prior.chains.kernels.aot_check"] if every else ["-c", CHECK_SOME]
+    done = subprocess.run([sys.executable, *code], env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     # Before Triton 3.3 AMD's linker is ROCm's, which is not here.
-    assert done.stdout.count("| ok |") == (12 if "no AMD target" in done.stderr else 18)
-    assert ("no AMD target" not in done.stderr) or importlib.metadata.version("triton") < "3.3"
-
-
-def test_triton_is_imported_only_where_it_is_used():
-    code = "import sys, hvae_ebm_prior.chains.kernels, hvae_ebm_prior; sys.exit('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    targets = 2 if "no AMD target" in done.stderr else 3
+    assert done.stdout.count("| ok |") == (5 * targets if every else 5), done.stdout
+    assert targets == 3 or importlib.metadata.version("triton") < "3.3"

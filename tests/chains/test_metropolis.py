@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from backbones import Quadratic, RandomBackbone
+from helpers import check_moments, seed
 from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig, langevin_update
@@ -17,10 +18,10 @@ CPU = torch.device("cpu")
 
 
 class OneGenerator:
-    """Noise of all samples from one generator, for moments of many samples: fast, and of the interface that chains use."""
+    """Noise of all samples from one generator, for moments of many samples: fast, with the interface of streams."""
 
-    def __init__(self, n, seed=0):
-        self.n, self.generator = n, torch.Generator().manual_seed(seed)
+    def __init__(self, n, value=0):
+        self.n, self.generator = n, seed(value)
 
     def normal(self, dim):
         return torch.randn(self.n, dim, generator=self.generator)
@@ -44,12 +45,6 @@ def bayes(t, u_next):
     return alpha * u_next / sigma**2 / precision, precision
 
 
-def check_moments(draws, mean, variance):
-    n = draws.numel()
-    assert abs(draws.mean().item() - mean) < 5 * math.sqrt(variance / n)
-    assert abs(draws.var().item() - variance) < 5 * variance * math.sqrt(2 / n)
-
-
 @pytest.mark.parametrize("drift_limit", [math.inf, 0.3])
 @pytest.mark.parametrize("integrator", ["exponential", "strang", "euler"])
 def test_acceptance_is_the_ratio_of_densities(integrator, drift_limit):
@@ -62,7 +57,7 @@ def test_acceptance_is_the_ratio_of_densities(integrator, drift_limit):
         energy=[Quadratic(2, 0.9, -0.8), Quadratic(4, -1.5, 0.4)],
     ).double()
     config = LangevinConfig(step_size=0.6, integrator=integrator, drift_limit=drift_limit)
-    g = torch.Generator().manual_seed(0)
+    g = seed(0)
     u, u_next = (torch.randn(6, 6, dtype=torch.float64, generator=g) for _ in range(2))
     other = u + 0.7 * torch.randn(6, 6, dtype=torch.float64, generator=g)
     t = torch.arange(3).repeat(2)

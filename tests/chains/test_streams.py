@@ -1,4 +1,5 @@
 import torch
+from helpers import seed
 
 from hvae_ebm_prior.chains.streams import SampleStreams, draw_seeds, seeded
 
@@ -6,7 +7,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_samples_noise_does_not_depend_on_its_batch():
-    seeds = draw_seeds(5, torch.Generator().manual_seed(0))
+    seeds = draw_seeds(5, seed(0))
     whole, part = SampleStreams(seeds, CPU, torch.float32), SampleStreams(seeds[2:4], CPU, torch.float32)
     for dim in (3, 40):
         assert torch.equal(whole.normal(dim)[2:4], part.normal(dim))
@@ -14,13 +15,13 @@ def test_a_samples_noise_does_not_depend_on_its_batch():
 
 
 def test_first_seeds_do_not_depend_on_the_count():
-    few, many = (draw_seeds(n, torch.Generator().manual_seed(3)) for n in (2, 9))
+    few, many = (draw_seeds(n, seed(3)) for n in (2, 9))
     assert many[:2] == few
     assert len(set(many)) == 9
 
 
 def test_noise_is_standard_normal_and_levels_uniform():
-    streams = SampleStreams(draw_seeds(2000, torch.Generator().manual_seed(0)), CPU, torch.float64)
+    streams = SampleStreams(draw_seeds(2000, seed(0)), CPU, torch.float64)
     noise = torch.cat([streams.normal(10), streams.normal(10)], dim=1)
     assert abs(noise.mean().item()) < 5 / 200
     assert abs(noise.var().item() - 1) < 5 * (2 / 40_000) ** 0.5

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvae_ebm_prior.cli.main import load_images, main
+from hvae_ebm_prior.cli.main import main
+from hvae_ebm_prior.training.image_data import load_images
 
 LOADER = """
 import torch

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import seed
 
 from hvae_ebm_prior import Coupling, DiffusionEBMPrior, EnergyConfig, LabelSet, LangevinConfig, LayerwisePrior
 from hvae_ebm_prior.adapters import HVAE, HVAEConfig
 from hvae_ebm_prior.cli import demo as page
-from hvae_ebm_prior.cli.demo import Settings, build_demo, draw_both, fit_image, read_settings, tile, vary, watch
+from hvae_ebm_prior.cli.demo import Settings, build_demo, draw_both, fit_image, read_settings, screen_grid, vary, watch
 from hvae_ebm_prior.cli.main import main
 from hvae_ebm_prior.extras import install_command, where
 
@@ -53,9 +54,9 @@ def test_same_settings_give_the_same_pictures_and_samples_keep_their_number(prio
     assert torch.equal(ours, again[1])
     torch.testing.assert_close(draw_both(prior, Settings(4, seed=3))[1], ours[:4])
     assert not torch.equal(draw_both(prior, Settings(6, seed=4))[1], ours)
-    torch.testing.assert_close(ours, prior.sample(6, generator=torch.Generator().manual_seed(3)))
+    torch.testing.assert_close(ours, prior.sample(6, generator=seed(3)))
     # The two differ, and the Gaussian one is the backbone's.
-    u = torch.randn(6, prior.dim, generator=torch.Generator().manual_seed(3))
+    u = torch.randn(6, prior.dim, generator=seed(3))
     torch.testing.assert_close(gaussian, prior.decode(u).detach())
     assert not torch.allclose(gaussian, ours)
 
@@ -64,14 +65,12 @@ def test_labels_guidance_and_temperature_reach_the_prior(prior):
     plain = draw_both(prior, Settings(4))
     under = draw_both(prior, Settings(4, labels={"class": "hat", "smile": 2}, guidance=3.0))
     assert torch.equal(plain[0], under[0])
-    expected = prior.sample(
-        4, labels={"class": "hat", "smile": 2}, guidance=3.0, generator=torch.Generator().manual_seed(0)
-    )
+    expected = prior.sample(4, labels={"class": "hat", "smile": 2}, guidance=3.0, generator=seed(0))
     torch.testing.assert_close(under[1], expected)
     assert not torch.allclose(plain[1], under[1])
     cold = draw_both(prior, Settings(4, temperature=0.5))
     assert not torch.allclose(plain[0], cold[0])
-    torch.testing.assert_close(cold[1], prior.sample(4, temperature=0.5, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(cold[1], prior.sample(4, temperature=0.5, generator=seed(0)))
 
 
 def test_held_layers_are_those_of_the_sample_and_the_others_are_new(prior):
@@ -152,8 +151,8 @@ def test_controls_are_read_in_order(prior):
 
 def test_tiles_are_crisp():
     images = torch.rand(5, 1, 28, 28)
-    grid = tile(images, 3)
-    factor = page.SHOWN // 28
+    grid = screen_grid(images, 3)
+    factor = page.DISPLAY_SIZE // 28
     gap = max(1, round(page.GAP * 28 * factor))
     assert grid.shape == (2 * 28 * factor + gap, 3 * 28 * factor + 2 * gap, 4)
     # Every pixel is a square of one colour, the second image begins after a transparent gap, and the last place is
@@ -164,8 +163,8 @@ def test_tiles_are_crisp():
     assert np.array_equal(grid[0, 28 * factor + gap, :3], [round(images[1, 0, 0, 0].item() * 255)] * 3)
     assert not grid[:, 28 * factor, 3].any()
     assert not grid[-1, -1, 3]
-    assert tile(torch.rand(2, 3, 256, 256), 2).shape[0] == 256
-    assert tile(images, 5, wide=[2]).shape[1] == tile(images, 5).shape[1] + 4 * gap
+    assert screen_grid(torch.rand(2, 3, 256, 256), 2).shape[0] == 256
+    assert screen_grid(images, 5, breaks=[2]).shape[1] == screen_grid(images, 5).shape[1] + 4 * gap
 
 
 def test_a_missing_gradio_is_named(prior, monkeypatch, tmp_path, capsys):
@@ -211,7 +210,7 @@ class TestApp:
         pictures = client.predict(*controls, api_name="/sample")
         expected = draw_both(prior, Settings(6, 1, labels={"class": "hat"}, guidance=2.0))
         for path, images in zip(pictures, expected, strict=True):
-            assert np.array_equal(np.asarray(Image.open(path)), tile(images, 4))
+            assert np.array_equal(np.asarray(Image.open(path)), screen_grid(images, 4))
         held, rest = client.predict(2, None, page.layer_names(prior)[:1], *controls, api_name="/hold")
         assert Image.open(held).size == (112, 112)
         assert Image.open(rest).size[0] > 600
@@ -257,7 +256,10 @@ class TestApp:
         from quickstart import make_prior as example
 
         example().save_pretrained(tmp_path / "prior")
-        code = f"import runpy; app = runpy.run_path({str(ROOT / 'examples/space/app.py')!r}); print(type(app['demo']).__name__, app['demo'].title)"
+        code = (
+            f"import runpy; demo = runpy.run_path({str(ROOT / 'examples/space/app.py')!r})['demo']; "
+            "print(type(demo).__name__, demo.title)"
+        )
         environment = {**os.environ, "PRIOR": str(tmp_path / "prior")}
         done = subprocess.run(
             [sys.executable, "-c", code], check=False, capture_output=True, text=True, env=environment, cwd=tmp_path

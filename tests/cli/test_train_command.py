@@ -2,15 +2,18 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL, same, seed
 from safetensors.torch import load_file
 
-from hvae_ebm_prior import DiffusionEBMPrior, LayerwisePrior, training
+from hvae_ebm_prior import DiffusionEBMPrior, LayerwisePrior
 from hvae_ebm_prior.cli.main import main
 from hvae_ebm_prior.presets import PRESETS
+from hvae_ebm_prior.training import loop
 from hvae_ebm_prior.training.image_data import open_images
 
 LOADER = """
@@ -66,10 +69,6 @@ def weights(out):
     return load_file(out / "model.safetensors")
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
-
-
 def test_a_prior_is_trained_from_an_array_as_fit_does_it(files, capsys):
     from mine_loaded import load
 
@@ -83,7 +82,7 @@ def test_a_prior_is_trained_from_an_array_as_fit_does_it(files, capsys):
     )
     images = torch.from_numpy(PIXELS)[:, None].float() / 255
     arguments = {"iterations": 6, "batch_size": 4, "learning_rate": 0.002, "training": preset.training}
-    prior.fit(images, generator=torch.Generator().manual_seed(3), progress=False, **arguments)
+    prior.fit(images, generator=seed(3), progress=False, **arguments)
     assert same(weights(files / "run"), prior.state_dict())
     assert "6 steps" in capsys.readouterr().err
     loaded = DiffusionEBMPrior.from_pretrained(files / "run", backbone=backbone_then_energies)
@@ -98,6 +97,15 @@ def test_what_was_trained_can_be_sampled_and_described(files, capsys):
     assert (files / "samples.png").exists()
     assert main(["info", "run"]) == 0
     assert "2 iterations" in capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def _small_presets(monkeypatch):
+    for name in ("fast", "layerwise"):
+        preset = PRESETS[name]
+        langevin = replace(preset.langevin, steps=2, top_steps=2)
+        training = replace(preset.training, activity_images=8)
+        monkeypatch.setitem(PRESETS, name, replace(preset, energy=SMALL, langevin=langevin, training=training))
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +137,7 @@ def test_a_folder_gives_the_same_prior_as_its_array(folder, files):
 
 def test_the_same_command_goes_on(files, monkeypatch, capsys):
     assert main(command("images.npz:train", out="whole")) == 0
-    save, steps = training.save_checkpoint, []
+    save, steps = loop.save_checkpoint, []
 
     def interrupted(where, run):
         save(where, run)
@@ -138,7 +146,7 @@ def test_the_same_command_goes_on(files, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", interrupted)
+        patch.setattr(loop, "save_checkpoint", interrupted)
         with pytest.raises(SystemExit, match="130"):
             main(command("images.npz:train", "--checkpoint-every", "2"))
     assert steps == [2, 4]
@@ -189,7 +197,8 @@ def test_the_models_file_is_handed_on(files):
         (["images.npz:test"], "a name out of train, wide"),
         (
             ["images.npz:wide"],
-            r"images.npz:wide: expected images (1, 8, 8) (channels, height, width), as the backbone draws, got (1, 8, 9)",
+            r"images.npz:wide: expected images (1, 8, 8) (channels, height, width), as the backbone draws, "
+            "got (1, 8, 9)",
         ),
         (["images.npz:train", "--size", "8"], "are taken as they are"),
         (["images.npz:train", "--size", "9"], "size: expected 8, as the backbone draws 8x8 pixels, got 9"),

@@ -9,7 +9,7 @@ from backbones import RandomBackbone
 
 from hvae_ebm_prior.cli.main import main
 from hvae_ebm_prior.density.latent_prior import LatentPrior
-from hvae_ebm_prior.evaluation.contenders import ablations, contenders
+from hvae_ebm_prior.evaluation.candidates import ablations, candidates
 from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.prior import DiffusionEBMPrior
 
@@ -82,15 +82,15 @@ def test_what_cannot_be_compared_is_refused(files, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_every_contender_is_a_prior_over_any_backbone():
-    for contender in (*contenders().values(), *ablations().values()):
-        prior = contender.make(RandomBackbone([(2,), (3,)]))
+def test_every_candidate_is_a_prior_over_any_backbone():
+    for candidate in (*candidates().values(), *ablations().values()):
+        prior = candidate.make(RandomBackbone([(2,), (3,)]))
         assert isinstance(prior, LatentPrior)
         assert callable(prior.fit)
 
 
 def test_ablations_change_one_thing():
-    made = {name: contender.make(RandomBackbone([(2,)])) for name, contender in ablations().items()}
+    made = {name: candidate.make(RandomBackbone([(2,)])) for name, candidate in ablations().items()}
     ours = made.pop("ours")
 
     def settings(prior: DiffusionEBMPrior) -> tuple:

@@ -5,16 +5,13 @@ import pickle
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from helpers import SMALL, seed
 from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.chains.langevin import ChainDiverged
 from hvae_ebm_prior.chains.streams import SampleStreams, draw_seeds
 from hvae_ebm_prior.training.recovery import recovery_loss
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +69,11 @@ def test_trajectory_holds_every_level(prior):
     assert torch.equal(states[0], prior.sample_noise(5, generator=seed(0)))
 
 
+@pytest.mark.usefixtures("counters")
 def test_held_layers_are_exact_and_diffuse_with_the_others():
     schedule = DiffusionSchedule.ddpm(3)
-    prior = DiffusionEBMPrior(RandomBackbone([(2,), (1, 2, 2)]), schedule=schedule)
+    langevin = LangevinConfig(steps=3)
+    prior = DiffusionEBMPrior(RandomBackbone([(2,), (1, 2, 2)]), schedule=schedule, langevin=langevin, energy=SMALL)
     top = torch.randn(4000, 2, generator=seed(1))
     states = prior.sample_noise(4000, fixed={0: top}, trajectory=True, generator=seed(0))
     assert torch.equal(prior.split(states[0])[0], top)
@@ -92,6 +91,7 @@ def test_held_layers_are_exact_and_diffuse_with_the_others():
     assert images.shape == (5, 1, 2, 2)
 
 
+@pytest.mark.usefixtures("counters")
 def test_holding_a_layer_conditions_the_others():
     """Two correlated unknowns with a known joint density: the conditional mean given the held one must come out."""
 

@@ -9,7 +9,15 @@ import torch
 from backbones import IdentityBackbone, Quadratic
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig, TrainingConfig
-from hvae_ebm_prior.evaluation.comparison import Budget, Contender, Yardstick, affordable, compare, run, table
+from hvae_ebm_prior.evaluation.comparison import (
+    Budget,
+    Candidate,
+    FrechetMetric,
+    affordable,
+    compare,
+    comparison_table,
+    run,
+)
 from hvae_ebm_prior.evaluation.protocol import frechet_distance
 
 DIM = 2
@@ -35,8 +43,8 @@ def make_prior(backbone) -> DiffusionEBMPrior:
 
 
 @pytest.fixture(scope="module")
-def yardstick():
-    return Yardstick(
+def metric():
+    return FrechetMetric(
         make_images(500, 1), make_images(1000, 2), {"latents": to_features, "first": lambda x: to_features(x)[:, :1]}
     )
 
@@ -47,10 +55,10 @@ def test_a_budget_is_one_positive_number(wrong):
         Budget(**wrong)
 
 
-def test_a_run_takes_the_gradients_it_was_given(yardstick):
-    backbone, contender, images = IdentityBackbone((DIM,)), Contender(make_prior, TRAINING), make_images(640, 0)
-    iterations = affordable(backbone, contender, images, Budget(gradients=83))
-    result = run(backbone, contender, images, yardstick, iterations, seed=0)
+def test_a_run_takes_the_gradients_it_was_given(metric):
+    backbone, candidate, images = IdentityBackbone((DIM,)), Candidate(make_prior, TRAINING), make_images(640, 0)
+    iterations = affordable(backbone, candidate, images, Budget(gradients=83))
+    result = run(backbone, candidate, images, metric, iterations, seed=0)
     # Three steps of a chain and one to learn from: 20 iterations take 80 gradients.
     assert (result.iterations, result.gradients) == (20, 80)
     seconds = [point[0] for point in result.curve]
@@ -60,24 +68,24 @@ def test_a_run_takes_the_gradients_it_was_given(yardstick):
 
 
 def test_seconds_buy_iterations_in_proportion():
-    backbone, contender, images = IdentityBackbone((DIM,)), Contender(make_prior, TRAINING), make_images(640, 0)
-    few, many = (affordable(backbone, contender, images, Budget(seconds=seconds)) for seconds in (10.0, 1000.0))
+    backbone, candidate, images = IdentityBackbone((DIM,)), Candidate(make_prior, TRAINING), make_images(640, 0)
+    few, many = (affordable(backbone, candidate, images, Budget(seconds=seconds)) for seconds in (10.0, 1000.0))
     # A wide margin: the machine may be busy with other things at one time and not at another.
     assert 20 < many / few < 500
 
 
-def test_a_longer_run_closes_the_hole_that_distances_show(yardstick):
+def test_a_longer_run_closes_the_hole_that_distances_show(metric):
     """The Gaussian prior is N(0, 1): a distance of 1 + 0.2^2 per dimension. The quadratic energy can learn N(1, 0.8^2)
     exactly.
     """
-    backbone, contender = IdentityBackbone((DIM,)), Contender(make_prior, TRAINING)
-    short, long = (run(backbone, contender, make_images(640, 0), yardstick, n, seed=0) for n in (1, 150))
+    backbone, candidate = IdentityBackbone((DIM,)), Candidate(make_prior, TRAINING)
+    short, long = (run(backbone, candidate, make_images(640, 0), metric, n, seed=0) for n in (1, 150))
     assert short.distances["latents"] == pytest.approx(2 * 1.04, rel=0.15)
     assert long.distances["latents"] < 0.3
     assert long.distances["first"] < long.distances["latents"]
 
 
-def test_interrupted_comparisons_go_on(tmp_path, yardstick):
+def test_interrupted_comparisons_go_on(tmp_path, metric):
     made = []
 
     def make(backbone):
@@ -89,8 +97,8 @@ def test_interrupted_comparisons_go_on(tmp_path, yardstick):
             return []
 
     path, lines = tmp_path / "compare.json", []
-    contenders = {"ours": Contender(make, TRAINING), "at once": Contender(AtOnce)}
-    arguments = (IdentityBackbone((DIM,)), contenders, make_images(640, 0), yardstick)
+    candidates = {"ours": Candidate(make, TRAINING), "at once": Candidate(AtOnce)}
+    arguments = (IdentityBackbone((DIM,)), candidates, make_images(640, 0), metric)
     budget = Budget(iterations=5)
     runs = compare(*arguments, budgets=[budget], seeds=[0], path=path, report=lines.append)
     assert json.loads(path.read_text())["runs"] == json.loads(json.dumps(runs))
@@ -115,19 +123,19 @@ def test_interrupted_comparisons_go_on(tmp_path, yardstick):
     assert again["ours | 5 iterations | seed 0"]["distances"] == runs["ours | 5 iterations | seed 0"]["distances"]
 
 
-def test_the_table_has_means_and_standard_errors(tmp_path, yardstick):
-    contenders = {"ours": Contender(make_prior, TRAINING)}
+def test_the_table_has_means_and_standard_errors(tmp_path, metric):
+    candidates = {"ours": Candidate(make_prior, TRAINING)}
     results = compare(
         IdentityBackbone((DIM,)),
-        contenders,
+        candidates,
         make_images(640, 0),
-        yardstick,
+        metric,
         budgets=[Budget(iterations=5)],
         seeds=[0, 1, 2],
         path=tmp_path / "compare.json",
         report=lambda line: None,
     )
-    lines = table(results, contenders, "5 iterations", [0, 1, 2]).splitlines()
+    lines = comparison_table(results, candidates, "5 iterations", [0, 1, 2]).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines] == [
         "prior",
         "---",
@@ -148,29 +156,29 @@ def test_the_table_has_means_and_standard_errors(tmp_path, yardstick):
     assert f"{statistics.mean(closed):.3f}" in lines[-1]
 
 
-def test_training_that_gives_up_counts_by_its_last_good_state(yardstick):
+def test_training_that_gives_up_counts_by_its_last_good_state(metric):
     hopeless = TrainingConfig(
         iterations=1, batch_size=64, learning_rate=1e6, warmup=0, activity_images=0, restarts=0, clip_norm=math.inf
     )
-    result = run(IdentityBackbone((DIM,)), Contender(make_prior, hopeless), make_images(640, 0), yardstick, 50, seed=0)
+    result = run(IdentityBackbone((DIM,)), Candidate(make_prior, hopeless), make_images(640, 0), metric, 50, seed=0)
     assert result.diverged
     assert result.iterations < 50
     assert math.isfinite(result.distances["latents"])
 
 
-def test_the_yardstick_is_the_frechet_distance(yardstick):
+def test_the_metric_is_the_frechet_distance(metric):
     images = make_images(300, 5)
     expected = frechet_distance(to_features(images), to_features(make_images(1000, 2)))
-    assert yardstick.distances(images)["latents"] == pytest.approx(expected, rel=1e-9)
+    assert metric.distances(images)["latents"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_nothing_to_compare_is_an_error(tmp_path, yardstick):
+def test_nothing_to_compare_is_an_error(tmp_path, metric):
     with pytest.raises(ValueError, match="budgets: expected at least one"):
         compare(
             IdentityBackbone((DIM,)),
-            {"ours": Contender(make_prior, TRAINING)},
+            {"ours": Candidate(make_prior, TRAINING)},
             make_images(9, 0),
-            yardstick,
+            metric,
             budgets=[],
             path=tmp_path / "none.json",
         )

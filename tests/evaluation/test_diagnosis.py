@@ -5,12 +5,15 @@ import math
 import pytest
 import torch
 from backbones import IdentityBackbone
+from helpers import seed
 
-from hvae_ebm_prior.evaluation.diagnosis import describe_layer, describe_layers, posterior_divergence, table, tell_apart
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
+from hvae_ebm_prior.evaluation.diagnosis import (
+    classifier_accuracy,
+    describe_layer,
+    describe_layers,
+    layer_table,
+    posterior_divergence,
+)
 
 
 def draws_of(mean, std, k, g):
@@ -43,6 +46,7 @@ def test_layer_report_of_known_noise():
     assert not report.has_hole
 
 
+@pytest.mark.usefixtures("counters")
 def test_holes_of_mean_variance_and_correlation_are_told_apart():
     """By less than the likelihood-ratio test could, and by more than chance."""
     g = seed(0)
@@ -50,12 +54,13 @@ def test_holes_of_mean_variance_and_correlation_are_told_apart():
     shifted, narrow = normal + 0.7, 0.5 * normal
     rotated = torch.cat((normal[..., :3], normal[..., :3] + 0.1 * normal[..., 3:]), dim=2)
     best = 0.5 * (1 + math.erf(0.7 * math.sqrt(6) / 2 / math.sqrt(2)))
-    assert tell_apart(shifted, seed(1)) == pytest.approx(best, abs=0.05)
-    assert tell_apart(narrow, seed(1)) > 0.8
-    assert tell_apart(rotated, seed(1)) > 0.6
-    assert abs(tell_apart(normal, seed(1)) - 0.5) < 0.05
+    assert classifier_accuracy(shifted, seed(1)) == pytest.approx(best, abs=0.05)
+    assert classifier_accuracy(narrow, seed(1)) > 0.8
+    assert classifier_accuracy(rotated, seed(1)) > 0.6
+    assert abs(classifier_accuracy(normal, seed(1)) - 0.5) < 0.05
 
 
+@pytest.mark.usefixtures("counters")
 def test_a_backbone_without_a_hole_and_one_with():
     """Layers of standard normals whose images are their latents: a perfect prior, then one that is off in its second
     layer.
@@ -68,9 +73,9 @@ def test_a_backbone_without_a_hole_and_one_with():
     noise[:, 3:] = 0.3 * noise[:, 3:] + 1
     bad = describe_layers(backbone, ((noise + 10) / 20)[:, None, None], generator=seed(1))
     assert [report.has_hole for report in bad] == [False, True]
-    text = table(bad)
+    text = layer_table(bad)
     assert "Prior hole in layer 1." in text
-    assert "No prior hole" in table(good)
+    assert "No prior hole" in layer_table(good)
     assert bad == describe_layers(backbone, ((noise + 10) / 20)[:, None, None], generator=seed(1))
 
 

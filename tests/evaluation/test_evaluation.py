@@ -3,14 +3,11 @@ import math
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic
+from helpers import seed
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig
 from hvae_ebm_prior.evaluation.protocol import closure, evaluate
 from hvae_ebm_prior.evaluation.reference import Reference, make_reference
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def test_closure():
@@ -21,6 +18,7 @@ def test_closure():
         closure(1.0, 2.0, 3.0)
 
 
+@pytest.mark.usefixtures("counters")
 def test_evaluate_rows_have_the_distances_of_known_gaussians():
     """z = u in one dimension, features = z; data N(1, 0.8^2); a prior exactly right is N(1, 0.8^2) too."""
     # exp(w z + v z^2) N(z; 0, 1) has precision 1 - 2v and mean w / (1 - 2v).
@@ -80,6 +78,7 @@ def data(n, value, mean=2.0):
     return ((mean + torch.randn(n, 1, 1, 2, generator=seed(value)) + 10) / 20).clamp(0, 1)
 
 
+@pytest.mark.usefixtures("counters")
 def test_any_prior_with_the_same_methods_is_evaluated(torch_fidelity):
     rows = evaluate(
         Posterior(mean=2.0),

@@ -6,6 +6,7 @@ import urllib.error
 
 import pytest
 import torch
+from helpers import seed
 from torch import nn
 
 import hvae_ebm_prior.evaluation.features as features_module
@@ -26,7 +27,7 @@ def weights(tmp_path_factory):
                 patch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: {})
                 patch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: None)
                 shapes = inception.FeatureExtractorInceptionV3("any", ["2048"]).state_dict()
-            generator = torch.Generator().manual_seed(0)
+            generator = seed(0)
             made = {}
             for name, value in shapes.items():
                 if value.ndim > 1:
@@ -51,7 +52,7 @@ def inception(torch_fidelity):
 def test_inception_is_torch_fidelitys(inception, weights, monkeypatch):
     path = weights(inception)
     extractor = inception_extractor(path)
-    images = torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 1, 20, 20, generator=seed(0))
     found, logits = extract(extractor, images, CPU)
     network = inception.FeatureExtractorInceptionV3(
         "any", ["2048", "logits_unbiased"], feature_extractor_weights_path=path

@@ -6,6 +6,7 @@ import operator
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from helpers import seed
 from torch import nn
 from torch.distributions import Normal
 
@@ -52,10 +53,6 @@ class LinearGaussian(IdentityBackbone):
         """log p(x) under the prior z ~ N(mean, variance)."""
         std = (self.gain**2 * variance + self.noise**2) ** 0.5
         return Normal(0.5 + self.gain * mean, std).log_prob(images.flatten(1)).sum(1)
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def levels(schedule, t):
@@ -205,7 +202,7 @@ def test_bound_is_exact_for_a_linear_gaussian_model_without_energies():
 
 
 def test_bound_is_below_the_truth_for_a_posterior_that_is_too_wide():
-    """By the divergence of q from the posterior, (s^2 - 1)/2 - log s per dimension for a std that is s times too wide."""
+    """By the divergence of q from the posterior, (s^2 - 1)/2 - log s per dimension for a std s times too wide."""
     backbone, images = LinearGaussian(4, wider=1.4), torch.full((500, 1, 1, 4), 0.6)
     prior = DiffusionEBMPrior(backbone, energy=[Quadratic(4)])
     bound = log_likelihood_bound(prior, images, annealing=AnnealingConfig(1, 1), generator=seed(0)).lower
@@ -311,10 +308,10 @@ def test_adapters_without_densities_are_refused():
 
     images = torch.rand(2, 1, 1, 3)
     with pytest.raises(
-        TypeError, match="IdentityBackbone knows no densities.*no method infer_with_density, log_likelihood; see"
+        TypeError, match="IdentityBackbone gives no densities.*no method infer_with_density, log_likelihood; see"
     ):
         log_likelihood_bound(quadratic_prior(3), images)
-    with pytest.raises(TypeError, match="Half knows no densities.*no method log_likelihood; see"):
+    with pytest.raises(TypeError, match="Half gives no densities.*no method log_likelihood; see"):
         log_likelihood_bound(DiffusionEBMPrior(Half(3), energy=[Quadratic(3)]), images)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from helpers import seed
 
 from hvae_ebm_prior.evaluation.metrics import (
     fidelity,
@@ -16,10 +17,6 @@ from hvae_ebm_prior.evaluation.metrics import (
     moments,
     precision_recall,
 )
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 @pytest.mark.parametrize("n", [4, 200])

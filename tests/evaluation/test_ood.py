@@ -5,25 +5,22 @@ import numpy as np
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from helpers import seed
 from torch import nn
 from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
+from hvae_ebm_prior.evaluation.detection import detection
 from hvae_ebm_prior.evaluation.outliers import (
     SCHEMES,
     bound_scores,
     density_scores,
-    detection,
     diffusion_scores,
     inference_scores,
     ratio_scores,
     restoration_scores,
     typicality_scores,
 )
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def to_images(z):
@@ -53,6 +50,7 @@ def test_inference_and_density_scores_in_closed_form(known):
     )
 
 
+@pytest.mark.usefixtures("counters")
 def test_diffusion_scores_between_their_limits():
     """From a level without noise they are the inference scores; from pure noise nothing of the image is left, and they
     are those of samples.
@@ -143,11 +141,12 @@ class LinearGaussian(IdentityBackbone):
         return ((features + 10) / 20).clamp(0, 1)[:, None, None]
 
 
+@pytest.mark.usefixtures("counters")
 def test_the_backbones_bounds_of_a_linear_gaussian_model():
     prior = DiffusionEBMPrior(LinearGaussian())
     x = torch.tensor([0.3, -2.0, 4.0])
     images = ((x + 10) / 20)[:, None, None, None]
-    scores = bound_scores(prior, images.repeat(1500, 1, 1, 1), draws=1, generator=seed(0)).unflatten(0, (-1, 3)).mean(0)
+    scores = bound_scores(prior, images.repeat(600, 1, 1, 1), draws=1, generator=seed(0)).unflatten(0, (-1, 3)).mean(0)
     evidence = Normal(0, math.sqrt(2 + 0.25)).log_prob(x)
     torch.testing.assert_close(scores[:, 0], -evidence, atol=1e-3, rtol=1e-3)
     # L^{>1}: z_1 from its posterior N(m, v), z_2 ~ N(z_1, 1), so E (x - z_2)^2 = (x - m)^2 + v + 1, and the KL
@@ -162,6 +161,7 @@ def test_the_backbones_bounds_of_a_linear_gaussian_model():
     torch.testing.assert_close(ratio[:, 1], again[:, 1] - again[:, 0])
 
 
+@pytest.mark.usefixtures("counters")
 def test_density_scores_are_means_over_the_posterior():
     """Without energies: u_1 = z_1 and u_2 = z_2 - z_1 share x alike, so each is N(m, v) given x, and E u^2 / 2 = (m^2 +
     v) / 2.
@@ -174,15 +174,16 @@ def test_density_scores_are_means_over_the_posterior():
     torch.testing.assert_close(scores, torch.stack((2 * half, half), dim=1), rtol=0.03, atol=0.02)
 
 
+@pytest.mark.usefixtures("counters")
 def test_restoration_scores_in_closed_form():
-    """A sharp level moves no layer above the cut. Without energies z_2 below it is N(z_1, 1) instead of its posterior."""
+    """A sharp level moves no layer above the cut. Without energies z_2 below it is N(z_1, 1), not its posterior."""
     schedule = DiffusionSchedule.from_snr([1e9, 1e8, 0])
     prior = DiffusionEBMPrior(LinearGaussian(), schedule=schedule, langevin=LangevinConfig(steps=2, start="gaussian"))
     x = torch.tensor([0.3, -2.0, 4.0])
-    images = ((x + 10) / 20).repeat_interleave(800)[:, None, None, None]
+    images = ((x + 10) / 20).repeat_interleave(400)[:, None, None, None]
     scores = restoration_scores(prior, images, draws=2, generator=seed(0))
     assert scores[:, 0].abs().max() < 0.02
-    scores = scores.unflatten(0, (3, 800)).mean(1)
+    scores = scores.unflatten(0, (3, 400)).mean(1)
     m, v, v_2 = x / 2.25, 1 - 1 / 2.25, 1 / (1 / 2 + 4)
     expected = ((x - m) ** 2 + v + 1 - (x - 4 * v_2 * x) ** 2 - v_2) / (2 * 0.25)
     torch.testing.assert_close(scores[:, 1], expected, rtol=0.1, atol=0.1)
@@ -241,9 +242,9 @@ def test_detection_of_a_small_example():
         (
             lambda p: bound_scores(p, to_images(Z)),
             TypeError,
-            "IdentityBackbone knows no densities.*infer_with_density, log_likelihood",
+            "IdentityBackbone gives no densities.*infer_with_density, log_likelihood",
         ),
-        (lambda p: restoration_scores(p, to_images(Z)), TypeError, "knows no densities"),
+        (lambda p: restoration_scores(p, to_images(Z)), TypeError, "gives no densities"),
         (lambda p: restoration_scores(p, to_images(Z), level=0), ValueError, r"1\.\.3, got 0"),
         (lambda p: density_scores(p, to_images(Z), draws=0), ValueError, "draws"),
         (lambda p: diffusion_scores(p, to_images(Z), level=4), ValueError, r"1\.\.3, got 4"),

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from helpers import seed
 
 from hvae_ebm_prior.evaluation.features import Extractor
 from hvae_ebm_prior.evaluation.metrics import frechet_distance, moments
 from hvae_ebm_prior.evaluation.reference import load_reference, make_reference, save_reference
 
 FLAT = Extractor(lambda x: x.flatten(1), "mine:flat", "abc")
-IMAGES = torch.rand(30, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(30, 1, 2, 2, generator=seed(0))
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from helpers import seed
 from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
@@ -21,10 +22,6 @@ from hvae_ebm_prior.evaluation.transitions import (
 INTEGRATORS = ["exponential", "strang", "euler", "leimkuhler-matthews"]
 
 
-def seed(value):
-    return torch.Generator().manual_seed(value)
-
-
 def make(**langevin):
     return DiffusionEBMPrior(
         RandomBackbone([(2,), (1, 2, 2)]),
@@ -34,9 +31,7 @@ def make(**langevin):
 
 
 @pytest.mark.parametrize("integrator", INTEGRATORS)
-@pytest.mark.parametrize(
-    "settings", [{"start": "gaussian", "top_steps": 3}, {"curvature_limit": 0.05, "drift_limit": 0.2}]
-)
+@pytest.mark.parametrize("settings", [{"start": "gaussian", "top_steps": 3}, {"drift_limit": 0.2}])
 def test_the_run_is_the_chain_of_sampling(integrator, settings):
     """Same generator: its samples are sample_noise's, and the states kept at the end of each level are that
     trajectory's.

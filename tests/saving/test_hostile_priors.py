@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from backbones import RandomBackbone
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from test_saving import COUPLING, SHAPES, make_prior
@@ -91,14 +91,8 @@ hostile_values = st.sampled_from([*NUMBERS, *OTHERS]) | st.recursive(
 )
 
 
-@settings(
-    max_examples=250,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(data=st.data())
-def test_mutated_configs(saved, room, data):
+def mutated_config(saved, data):
+    """The files with one or two changes of the configuration's values."""
     config = json.loads(saved["config.json"])
     for _ in range(data.draw(st.integers(1, 2))):
         path = data.draw(st.sampled_from(places(config)))
@@ -112,17 +106,11 @@ def test_mutated_configs(saved, room, data):
                 parent[data.draw(st.sampled_from(NAMES))] = data.draw(hostile_values)
             case "repeat" if isinstance(parent, list):
                 parent.extend([parent[path[-1]]] * data.draw(st.sampled_from([1, 1000, 50_000])))
-    attempt(room, saved | {"config.json": json.dumps(config).encode()})
+    return saved | {"config.json": json.dumps(config).encode()}
 
 
-@settings(
-    max_examples=250,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(data=st.data())
-def test_mutated_bytes(saved, room, data):
+def mutated_bytes(saved, data):
+    """The files with a change of the bytes of one of them."""
     name = data.draw(st.sampled_from(["config.json", "model.safetensors", "model.safetensors"]))
     content = bytearray(saved[name])
     match data.draw(st.sampled_from(["cut", "flip", "length", "insert", "append"])):
@@ -141,7 +129,21 @@ def test_mutated_bytes(saved, room, data):
             content[place:place] = data.draw(st.binary(min_size=1, max_size=40))
         case "append":
             content += data.draw(st.binary(min_size=1, max_size=40))
-    attempt(room, saved | {name: bytes(content)})
+    return saved | {name: bytes(content)}
+
+
+@pytest.mark.parametrize("mutated", [mutated_config, mutated_bytes])
+@given(data=st.data())
+def test_mutated_files(saved, room, mutated, data):
+    attempt(room, mutated(saved, data))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutated", [mutated_config, mutated_bytes])
+@settings(settings.get_profile("slow"))
+@given(data=st.data())
+def test_many_mutated_files(saved, room, mutated, data):
+    attempt(room, mutated(saved, data))
 
 
 def with_tensors(saved, change):
@@ -220,6 +222,11 @@ def changed(**changes):
         (changed(kind="os.system"), "kind: expected one of"),
         (changed(kind="LayerwisePrior"), "missing or unknown"),
         (changed(extra=1), "unknown field 'extra'"),
+        (
+            changed(settings__langevin__curvature_limit=0.5),
+            "does what None meant, got 0.5; load it with the version that",
+        ),
+        (changed(energy__vector_size=64), "energy.vector_size: this version has no such setting"),
         (lambda config: config.pop("energy"), "'energy' is missing"),
         (changed(backbone__latent_shapes=[[1]] * 9000), "projections"),
         (changed(energy__blocks=10**6), "residual blocks"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import Pair, RandomBackbone
+from helpers import seed
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import (
@@ -29,7 +30,7 @@ from two_processes import free_port
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.cli.main import main
 from hvae_ebm_prior.saving.card import Card
-from hvae_ebm_prior.saving.config import Measured
+from hvae_ebm_prior.saving.config import Metric
 
 # The client's own, of the library under it.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -46,7 +47,7 @@ def make_prior() -> DiffusionEBMPrior:
 
 
 def draw(prior: DiffusionEBMPrior) -> torch.Tensor:
-    return prior.sample(3, generator=torch.Generator().manual_seed(1))
+    return prior.sample(3, generator=seed(1))
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_pushed_and_loaded_it_draws_the_same(hub):
 
 def test_the_card_is_valid_and_says_where_the_prior_is(hub):
     card = Card(base_model="me/vae", datasets=["digits"], license="mit", description="A prior of digits.")
-    make_prior().push_to_hub("me/prior", samples=4, card=card, metrics=[Measured("FD", 3.5, "classifier", "digits")])
+    make_prior().push_to_hub("me/prior", samples=4, card=card, metrics=[Metric("FD", 3.5, "classifier", "digits")])
     files = hub.repositories["me/prior"].commits[hub.repositories["me/prior"].heads["main"]]
     text = files["README.md"].decode()
     read = ModelCard(text)
@@ -190,7 +191,7 @@ def test_only_the_files_of_a_prior_are_downloaded(hub, tmp_path):
 
 
 def test_the_commands(hub, tmp_path, capsys):
-    make_prior().save_pretrained(tmp_path / "saved", metrics=[Measured("FD", 3.5, "classifier", "digits")])
+    make_prior().save_pretrained(tmp_path / "saved", metrics=[Metric("FD", 3.5, "classifier", "digits")])
     (tmp_path / "saved" / "notes.txt").write_text("mine")
     assert main(["push", str(tmp_path / "saved"), "me/prior", "--message", "by hand"]) == 0
     assert f"{hub.address}/me/prior/commit/" in capsys.readouterr().out
@@ -213,11 +214,16 @@ def test_a_fresh_process_with_nothing_but_the_environment(hub, tmp_path):
     prior = make_prior()
     prior.push_to_hub("me/prior", samples=0)
     code = """
-        import json, sys, torch
-        from backbones import Pair, RandomBackbone
+        import json, torch
+        from backbones import Pair
+        from huggingface_hub import constants
         from hvae_ebm_prior import DiffusionEBMPrior
-        prior = DiffusionEBMPrior.from_pretrained("me/prior", backbone=Pair((1,), (1,)))
-        print(json.dumps(prior.sample(3, generator=torch.Generator().manual_seed(1)).flatten().tolist()))
+        for constants.HF_HUB_OFFLINE in (False, True):
+            prior = DiffusionEBMPrior.from_pretrained("me/prior", backbone=Pair((1,), (1,)))
+            images = prior.sample(3, generator=torch.Generator().manual_seed(1))
+            print(json.dumps(images.flatten().tolist()), flush=True)
+            if not constants.HF_HUB_OFFLINE:
+                input()
     """
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
@@ -227,20 +233,22 @@ def test_a_fresh_process_with_nothing_but_the_environment(hub, tmp_path):
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    for offline in ("0", "1"):
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
         hub.requests.clear()
-        command = [sys.executable, "-c", textwrap.dedent(code)]
-        done = subprocess.run(
-            command, env=environment | {"HF_HUB_OFFLINE": offline}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout) == draw(prior).flatten().tolist()
-        assert bool(hub.requests) == (offline == "0")
+        online = process.stdout.readline()
+        assert hub.requests
+        hub.requests.clear()
+        offline, _ = process.communicate("\n")
+    assert not hub.requests
+    assert process.returncode == 0
+    assert json.loads(online) == json.loads(offline) == draw(prior).flatten().tolist()
 
 
 @pytest.fixture
 def olah(tmp_path):
-    """Olah, a Hub-compatible download server that others wrote, over a git repository that holds the fixture's prior."""
+    """Olah, a Hub-compatible download server that others wrote, over a git repository with the fixture's prior."""
     program = os.environ.get("OLAH_CLI") or shutil.which("olah-cli")
     if not program or not shutil.which("git"):
         pytest.skip("olah-cli (PyPI: olah, in an environment of its own; OLAH_CLI names it) or git is not installed")
@@ -251,7 +259,8 @@ def olah(tmp_path):
         subprocess.run(["git", *arguments], cwd=repository, check=True)
     port = free_port()
     (tmp_path / "olah.toml").write_text(
-        f'[basic]\nhost = "127.0.0.1"\nport = {port}\nrepos-path = "{tmp_path}/repos"\nmirrors-path = ["{tmp_path}/mirror"]\n'
+        f'[basic]\nhost = "127.0.0.1"\nport = {port}\n'
+        f'repos-path = "{tmp_path}/repos"\nmirrors-path = ["{tmp_path}/mirror"]\n'
         f'log-path = "{tmp_path}/logs"\n[accessibility]\noffline = true\n'
     )
     with subprocess.Popen(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import Pair, Quadratic, RandomBackbone
+from helpers import seed
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,10 +33,6 @@ SHAPES = ((2, 5, 5), (3,))
 SMALL = EnergyConfig(width=4, vector_width=4, blocks=1)
 # Written by the first version of the format, with the numbers of its samples; never to be written again.
 FIXTURE = Path(__file__).parents[1] / "data" / "prior_schema_1"
-
-
-def seed(value: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(value)
 
 
 def randomised(prior):

@@ -1,4 +1,4 @@
-"""What training shows: numbers against independent ones, event files read back, and the same weights with and without."""
+"""What training shows: independent numbers, event files read back, and the same weights without any of it."""
 
 import copy
 import math
@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from helpers import IMAGES, SMALL, same, seed, state
 
 from hvae_ebm_prior import (
     ChainDiverged,
     Coupling,
     DiffusionEBMPrior,
     DiffusionSchedule,
-    EnergyConfig,
     LabelSet,
     LangevinConfig,
     TrainingConfig,
@@ -28,13 +28,7 @@ from hvae_ebm_prior.training.callbacks import TensorBoard, Trackio, open_log, sa
 from hvae_ebm_prior.training.checkpoint import find_checkpoints
 from hvae_ebm_prior.training.recovery import recovery_loss
 
-IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-SMALL = EnergyConfig(width=8, vector_width=8)
 SETTINGS = TrainingConfig(iterations=6, batch_size=8, activity_images=0)
-
-
-def seed(value=0):
-    return torch.Generator().manual_seed(value)
 
 
 class Noisy(RandomBackbone):
@@ -52,14 +46,6 @@ def make_prior(**settings):
         for parameter in prior.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=seed(1)))
     return prior
-
-
-def state(prior):
-    return {name: value.clone() for name, value in prior.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 def test_gradient_norms_are_those_of_autograd_by_layer():
@@ -89,7 +75,7 @@ def test_gradient_norms_are_those_of_autograd_by_layer():
 
 
 def test_displacement_of_chains_without_energies_is_known():
-    """Where F = 0, K exponential steps from u_{t+1} end at (A^K + (1 - A^K) w) u_{t+1} + sqrt((1 - A^2K)/lambda) noise."""
+    """Where F = 0, K exponential steps end at (A^K + (1 - A^K) w) u_{t+1} + sqrt((1 - A^2K)/lambda) noise."""
     dim, h, steps, schedule = 4000, 0.3, 3, DiffusionSchedule.cosine(3)
     prior = DiffusionEBMPrior(
         IdentityBackbone((dim,)),
@@ -177,7 +163,7 @@ def test_numbers_that_were_not_measured_are_not_shown():
 
 
 class Stub:
-    """Stands in for the package trackio, as version 0.43 behaves: it prints, and a run logs numbers and images by step."""
+    """Stands in for trackio, as version 0.43 behaves: it prints, and a run logs numbers and images by step."""
 
     def __init__(self):
         self.calls = []
@@ -295,7 +281,7 @@ def test_a_run_that_goes_on_hides_what_it_repeats(tmp_path):
 
 @pytest.mark.parametrize("generator", [lambda: seed(3), lambda: None], ids=["given", "global"])
 def test_training_is_the_same_with_and_without(generator, trackio):
-    """Networks whose buffers change in training, a backbone that draws from the global generator, and every step shown."""
+    """Networks whose buffers change, a backbone that draws from the global generator, and every step shown."""
     ends = []
     for callback in (None, [Trackio("p", samples_every=1, samples=2)]):
         prior = make_prior(energy=replace(SMALL, spectral_norm=True))

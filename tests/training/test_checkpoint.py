@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from helpers import seed
 from stand_ins import AutoEncoder, perturb
 
 from hvae_ebm_prior.adapters import NVAEAdapter, load_nvae, read_nvae_checkpoint
@@ -15,7 +16,7 @@ ARGUMENTS = {"dataset": "cifar10", "num_groups_per_scale": 2, "num_latent_scales
 
 
 def build(args, writer, architecture):
-    """As `AutoEncoder` of NVAE is called; needs the arguments that old checkpoints lack, and moves a tensor to the GPU."""
+    """As `AutoEncoder` of NVAE is called; needs the arguments that old checkpoints lack, and uses the GPU."""
     assert writer is None
     assert architecture == {"normal_dec": ["res_elu"]}
     assert (args.ada_groups, args.min_groups_per_scale, args.num_mixture_dec) == (False, 1, 10)
@@ -47,7 +48,7 @@ def test_models_are_loaded_without_cuda_and_ready(model, tmp_path, prefix):
     loaded = load_nvae(tmp_path / "checkpoint.pt", build)
     assert not loaded.training
     ours, theirs = NoiseTransform(NVAEAdapter(loaded)), NoiseTransform(NVAEAdapter(model))
-    u = torch.randn(2, ours.dim, generator=torch.Generator().manual_seed(0))
+    u = torch.randn(2, ours.dim, generator=seed(0))
     with torch.no_grad():
         assert torch.equal(ours.decode(u), theirs.decode(u))
     if not torch.cuda.is_available():

@@ -8,25 +8,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from backbones import Seeing
+from helpers import IMAGES, SMALL, same, seed, state
 from test_processes import (
-    IMAGES,
     LABELS,
     SETTINGS,
-    SMALL,
-    Seeing,
     alike,
     close,
     coupled,
     diffusion,
-    equal,
     first_gradient,
     joint,
     labels_of,
     layerwise,
     moved,
-    seed,
     spectral,
-    state,
     train,
 )
 from torch.utils.data import Dataset
@@ -177,7 +173,7 @@ def test_memory_of_activations_is_that_of_another_batch(kind):
     )
     before = state(prior)
     found = prior.estimate(12)
-    assert equal(before, state(prior))
+    assert same(before, state(prior))
     apart = {value.untyped_storage().data_ptr() for value in prior.state_dict().values()}
     apart |= {value.untyped_storage().data_ptr() for value in prior.backbone.model.state_dict().values()}
     u = torch.randn(12, prior.dim, generator=seed(0))

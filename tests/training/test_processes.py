@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from backbones import IdentityBackbone, Quadratic, Seeing
+from helpers import IMAGES, SMALL, same, seed, state
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 from two_processes import free_port, run
 
@@ -19,13 +20,11 @@ from hvae_ebm_prior import (
     ChainDiverged,
     Coupling,
     DiffusionEBMPrior,
-    EnergyConfig,
     LabelSet,
     LangevinConfig,
     LayerwisePrior,
     TrainingConfig,
     processes,
-    training,
 )
 from hvae_ebm_prior.baselines import GaussianPrior, JointEBMPrior
 from hvae_ebm_prior.evaluation.protocol import evaluate
@@ -35,22 +34,9 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 3 - 1
-SMALL = EnergyConfig(width=8, vector_width=8)
 # Nine images a step do not divide by two.
 SETTINGS = TrainingConfig(iterations=6, batch_size=9, activity_images=16, learning_rate=1e-2)
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
-
-
-class Seeing(RandomBackbone):
-    """Posteriors that depend on the images and on the batch's noise."""
-
-    def infer(self, images):
-        return [noise + 4 * images.flatten(1)[:, : noise.shape[1]] - 2 for noise in super().infer(images)]
 
 
 def backbone():
@@ -81,10 +67,6 @@ def joint():
     return JointEBMPrior(backbone(), energy=SMALL, langevin=LangevinConfig(steps=2)).double()
 
 
-def state(prior):
-    return {name: value.clone() for name, value in prior.state_dict().items()}
-
-
 def figures(history):
     return [(record.loss, *record.gaps, record.gradient_norm, record.cross_entropy) for record in history]
 
@@ -97,11 +79,9 @@ def first_gradient(prior, images=IMAGES, settings=SETTINGS, **arguments):
         found.append([None if each.grad is None else each.grad.clone() for each in parameters])
         return torch.tensor(1.0)
 
-    before, training.nn.utils.clip_grad_norm_ = training.nn.utils.clip_grad_norm_, clip
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
         prior.fit(images, training=replace(settings, iterations=1), generator=seed(1), progress=False, **arguments)
-    finally:
-        training.nn.utils.clip_grad_norm_ = before
     return found[0]
 
 
@@ -120,10 +100,6 @@ def close(a, b, tolerance=1e-7):
 def alike(history, other):
     a, b = (torch.tensor(rows, dtype=torch.float64) for rows in (history, other))
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-9, equal_nan=True)
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 def moved(a, b):
@@ -155,7 +131,7 @@ def test_gradient_and_weights_are_those_of_one_process(make):
             equal_nan=True,
         )
         assert close(their_weights, weights)
-    assert equal(found[0][2], found[1][2])
+    assert same(found[0][2], found[1][2])
     assert moved(weights, state(make())) > 0.01
 
 
@@ -209,9 +185,9 @@ def test_the_first_process_counts():
     with torch.random.fork_rng():
         alone = work(0, True)
     first, second = run(work, True)
-    assert equal(first, second)
+    assert same(first, second)
     assert close(first, alone)
-    assert equal(*run(work, False))
+    assert same(*run(work, False))
 
 
 def test_posterior_draws_in_parts_do_not_depend_on_the_processes():
@@ -232,7 +208,7 @@ def test_posterior_draws_in_parts_do_not_depend_on_the_processes():
     found = run(work)
     assert [theirs[2] for theirs in found] == [[2, 2] * 6, [2, 2, 1] * 6]
     assert close(found[0][1], weights)
-    assert equal(found[0][1], found[1][1])
+    assert same(found[0][1], found[1][1])
 
 
 def test_trouble_in_one_process_is_trouble_in_all():
@@ -268,7 +244,7 @@ def test_trouble_in_one_process_is_trouble_in_all():
         found = run(work, sick)
         assert [theirs[2] for theirs in found] == [told, told]
         assert "step 3: a chain ran away; back to the last good state" in told[0]
-        assert equal(found[0][0], found[1][0])
+        assert same(found[0][0], found[1][0])
         assert close(found[0][0], weights)
         assert len(found[0][1]) == len(history) == 6
 
@@ -355,10 +331,10 @@ def test_a_run_goes_on_from_a_checkpoint(processes_before, tmp_path):
     assert begin(0) == 0 if processes_before == 1 else run(begin) == [0, 1]
     (whole, weights), _ = run(lambda rank: train(diffusion, replace(SETTINGS, iterations=8)))
     found = run(go_on)
-    assert equal(found[0][1], found[1][1])
+    assert same(found[0][1], found[1][1])
     assert close(found[0][1], weights)
     if processes_before == 2:
-        assert equal(found[0][1], weights)
+        assert same(found[0][1], weights)
         assert [row[0] for row in found[0][0]] == [row[0] for row in whole]
 
 
@@ -376,7 +352,7 @@ def test_datasets_and_loaders():
     for data in (Augmented(), [IMAGES[:9], IMAGES[9:16]]):
         _, weights = train(diffusion, data=data)
         first, second = run(lambda rank, data=data: train(diffusion, data=data))
-        assert equal(first[1], second[1])
+        assert same(first[1], second[1])
         assert close(first[1], weights)
 
 
@@ -499,14 +475,15 @@ if {accelerate}:
     from accelerate import Accelerator
     Accelerator(cpu=True)
 from test_processes import SETTINGS, diffusion, train
+from helpers import seed
 from hvae_ebm_prior.processes import rank, world
 history, weights = train(diffusion)
-images = diffusion().sample(5, generator=torch.Generator().manual_seed(5))
+images = diffusion().sample(5, generator=seed(5))
 torch.save((world(), history, weights, images), {out!r} + str(rank()))
 """
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
 def test_the_same_script_runs_under_a_launcher(launcher, tmp_path):
     if launcher == "accelerate" and importlib.util.find_spec("accelerate") is None:
         pytest.skip("needs accelerate")

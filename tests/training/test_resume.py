@@ -1,4 +1,4 @@
-"""Training that is interrupted, killed or goes on from damaged files ends where an uninterrupted run ends, bit for bit."""
+"""Training that is interrupted, killed or has its files damaged ends where an uninterrupted run ends, bit for bit."""
 
 import functools
 import json
@@ -14,7 +14,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from backbones import IdentityBackbone, RandomBackbone
+from backbones import IdentityBackbone, Seeing
+from helpers import IMAGES, SMALL, same, seed, state
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
@@ -30,25 +31,13 @@ from hvae_ebm_prior import (
 )
 from hvae_ebm_prior.baselines import JointEBMPrior, NCPPrior
 from hvae_ebm_prior.saving.digest import digest_file
+from hvae_ebm_prior.training import loop
 from hvae_ebm_prior.training.batches import Batches
-from hvae_ebm_prior.training.checkpoint import COLUMNS, find_checkpoints
+from hvae_ebm_prior.training.checkpoint import COLUMNS, find_checkpoints, list_differences, state_of_run
 
-IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 3
 SHAPES = [(2,), (3,)]
-SMALL = EnergyConfig(width=8, vector_width=8)
 SETTINGS = TrainingConfig(iterations=24, batch_size=8, activity_images=16)
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
-
-
-class Seeing(RandomBackbone):
-    """Posteriors that depend on the images, so that training depends on which images it sees."""
-
-    def infer(self, images):
-        return [noise + 4 * images.flatten(1)[:, : noise.shape[1]] - 2 for noise in super().infer(images)]
 
 
 def diffusion():
@@ -117,25 +106,19 @@ class Stream(IterableDataset):
         yield from (0.9 * image + 0.1 * torch.rand_like(image) for image in IMAGES)
 
 
-def state(prior):
-    return {name: value.clone() for name, value in prior.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
-
-
-def last_state(folder):
-    """All that the newest checkpoint holds, but for the time that steps took."""
-    newest = find_checkpoints(folder)[0]
-    tensors = load_file(newest.with_suffix(".safetensors"))
+def timeless(tensors):
+    """A checkpoint's tensors without the time that steps took; NaN stands for itself."""
     tensors["history"][:, [COLUMNS.index(name) for name in ("seconds", "gradients_per_second")]] = 0
-    # NaN stands for itself.
-    return json.loads(newest.read_text())["state"], {name: value.nan_to_num(-1.0) for name, value in tensors.items()}
+    return {name: value.nan_to_num(-1.0) for name, value in tensors.items()}
+
+
+def state_in(path):
+    """All that a checkpoint holds, but for the time that steps took."""
+    return json.loads(path.read_text())["state"], timeless(load_file(path.with_suffix(".safetensors")))
 
 
 def same_state(folder, other):
-    (numbers, tensors), (others, other_tensors) = last_state(folder), last_state(other)
+    (numbers, tensors), (others, other_tensors) = (state_in(find_checkpoints(each)[0]) for each in (folder, other))
     return numbers == others and same(tensors, other_tensors)
 
 
@@ -232,7 +215,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["tensor", "loader, global generator", "persistent chains"])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(name, tmp_path):
     make, data, arguments = RUNS[name]
     expected, whole = whole_run(make, data, **arguments, checkpoint_dir=tmp_path / "whole", checkpoint_every=100)
@@ -247,6 +230,32 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(name, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == [
         f"step_{step:08}.{kind}" for step in (20, 24) for kind in ("json", "safetensors")
     ]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_goes_on_from_a_checkpoint(name, tmp_path):
+    """From the fourth step over the end of a pass (5 or 6 batches) to the seventh, under other seeds: the checkpoint
+    there is that of the run that was never interrupted.
+    """
+    make, data, arguments = RUNS[name]
+    arguments = {"generator": lambda: seed(3), **arguments}
+    given = arguments.pop("generator")
+    files = {"training": SETTINGS, "checkpoint_every": 1, "resume": True, "progress": False, **arguments}
+
+    def callback(prior, record):
+        if record.iteration == 5:
+            shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+        stop_at(8)(prior, record)
+
+    with pytest.raises(Interrupted):
+        make().fit(data(), generator=begin(given, 5), callback=callback, checkpoint_dir=tmp_path / "whole", **files)
+    prior, generator = make(), given() and seed(77)
+    torch.manual_seed(78)
+    with pytest.raises(Interrupted):
+        prior.fit(data(), generator=generator, callback=stop_at(8), checkpoint_dir=tmp_path / "resumed", **files)
+    for folder in ("whole", "resumed"):
+        assert find_checkpoints(tmp_path / folder)[0].stem == "step_00000007"
+    assert same_state(tmp_path / "resumed", tmp_path / "whole")
 
 
 def test_runs_of_this_file_can_be_told_apart():
@@ -394,6 +403,15 @@ def go_on(folder, make=diffusion, data=IMAGES, training=SETTINGS, given=1, every
     return prior, prior.fit(data, training=training, generator=generator, progress=False, **files, **arguments)
 
 
+def resumed(folder):
+    """The run that `fit` goes on with, before its next step."""
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "take_steps", lambda run, *_: runs.append(run))
+        go_on(folder)
+    return runs[0]
+
+
 def change_json(path, change):
     about = json.loads(path.read_text())
     change(about)
@@ -474,13 +492,15 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, begun):
     newest, before = find_checkpoints(begun)
+    assert (newest.stem, before.stem) == ("step_00000012", "step_00000008")
+    expected = state_in(before)
     DAMAGE[damage](newest)
     with pytest.warns(RuntimeWarning, match=r"step_00000012\..*; going on from the checkpoint before") as caught:
-        prior, history = go_on(begun)
+        run = resumed(begun)
     assert len(caught) == 1
-    assert (same(state(prior), uninterrupted()[0]), figures(history)) == (True, uninterrupted()[1])
-    assert [path.stem for path in find_checkpoints(begun)] == ["step_00000024", "step_00000020"]
-    assert before.stem == "step_00000008"
+    tensors, numbers = state_of_run(run)
+    assert (numbers, len(run.history)) == (expected[0], 8)
+    assert same(timeless(tensors), expected[1])
 
 
 @pytest.mark.parametrize("damage", ["weights truncated", "weights missing", "json truncated", "a weight missing"])
@@ -570,7 +590,8 @@ def over_another_training():
         ({"make": with_step_size}, r"prior\.langevin\.step_size is 0\.15 there and 0\.1 here"),
         (
             {"make": wider},
-            r"weights\.energies\.0\.features\.inputs\.weight is torch\.float32 \(8, 2\) there and .*\(16, 2\) here.* and \d+ more",
+            r"weights\.energies\.0\.features\.inputs\.weight is torch\.float32 \(8, 2\) there and .*\(16, 2\) here.* "
+            r"and \d+ more",
         ),
         ({"make": coupled, "labels": {"class": LABELS}}, r"prior\.coupling is None there"),
         ({"make": layerwise}, r"prior\.class is DiffusionEBMPrior there and LayerwisePrior here"),
@@ -584,6 +605,15 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(arguments, messag
     with pytest.raises(ValueError, match=r"step_00000012\.json: this checkpoint is of another run: .*" + message):
         go_on(begun, **arguments)
     assert {path.name: path.read_bytes() for path in begun.iterdir()} == files
+
+
+def test_settings_of_older_versions_count_where_they_mean_another_thing():
+    """Both settings were in every file of the versions that had them."""
+    saved = {"langevin": {"steps": 5, "curvature_limit": None}, "networks": {"width": 8, "vector_size": 0}}
+    current = {"langevin": {"steps": 5}, "networks": {"width": 8}}
+    assert list_differences(saved, current) == []
+    saved["langevin"]["curvature_limit"] = 0.5
+    assert list_differences(saved, current) == ["langevin.curvature_limit is 0.5 there and None here"]
 
 
 def test_a_run_is_not_overwritten_unless_asked(begun):
@@ -678,18 +708,14 @@ def test_data_draw_apart_from_training():
     assert torch.equal(torch.rand(1), untouched)
 
 
-KILLS = 50
-LONG = replace(SETTINGS, iterations=300)
-
-
-def train_in_child(folder):
+def train_in_child(folder, training):
     """Train in a fork of this process until it ends or is killed; the child's id."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        go_on(folder, training=LONG, every=2)
+        go_on(folder, training=training, every=2)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -699,37 +725,35 @@ def train_in_child(folder):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_kill_9_at_fifty_random_moments(tmp_path):
+@pytest.mark.parametrize(("count", "steps"), [(5, 60), pytest.param(50, 300, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(count, steps, tmp_path):
     """Processes are killed without warning wherever they are, as a rule while they write, and each time another one
     goes on with the same folder.
 
     A run that ends between two kills has the weights of a run that was never touched; then another one begins.
     """
-    threads, draws, kills, runs, progress = torch.get_num_threads(), random.Random(0), 0, [], []
-    torch.set_num_threads(1)  # the threads of a pool do not survive a fork
-    try:
-        begun = time.monotonic()
-        expected = state(go_on(tmp_path / "whole", training=LONG, every=2)[0])
-        duration = time.monotonic() - begun
-        while kills < KILLS or not runs or runs[-1][1] is None:
-            if not runs or runs[-1][1] is not None:
-                runs.append([tmp_path / f"run_{len(runs)}", None])
-            child = train_in_child(runs[-1][0])
-            if kills < KILLS:
-                time.sleep(draws.uniform(0, 0.08 * duration))
-                os.kill(child, signal.SIGKILL)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            assert status in (0, -signal.SIGKILL), "training failed"
-            kills += status != 0
-            checkpoints = find_checkpoints(runs[-1][0])
-            progress.append((len(runs), int(checkpoints[0].stem[5:]) if checkpoints else 0))
-            if status == 0:
-                runs[-1][1] = load_file(checkpoints[0].with_suffix(".safetensors"))
-    finally:
-        torch.set_num_threads(threads)
-    assert kills == KILLS
+    training = replace(SETTINGS, iterations=steps)
+    draws, kills, runs, progress = random.Random(0), 0, [], []
+    begun = time.monotonic()
+    expected = state(go_on(tmp_path / "whole", training=training, every=2)[0])
+    duration = time.monotonic() - begun
+    while kills < count or not runs or runs[-1][1] is None:
+        if not runs or runs[-1][1] is not None:
+            runs.append([tmp_path / f"run_{len(runs)}", None])
+        child = train_in_child(runs[-1][0], training)
+        if kills < count:
+            time.sleep(draws.uniform(0, 4 / count * duration))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL), "training failed"
+        kills += status != 0
+        checkpoints = find_checkpoints(runs[-1][0])
+        progress.append((len(runs), int(checkpoints[0].stem[5:]) if checkpoints else 0))
+        if status == 0:
+            runs[-1][1] = load_file(checkpoints[0].with_suffix(".safetensors"))
+    assert kills == count
     assert progress == sorted(progress)
-    assert len(set(progress)) > KILLS // 4
+    assert len(set(progress)) > count // 4
     for folder, tensors in runs:
-        assert [path.stem for path in find_checkpoints(folder)] == ["step_00000300", "step_00000298"]
+        assert [path.stem for path in find_checkpoints(folder)] == [f"step_{steps:08}", f"step_{steps - 2:08}"]
         assert all(torch.equal(value, tensors[f"prior.{name}"]) for name, value in expected.items())

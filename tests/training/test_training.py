@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
+from helpers import IMAGES, seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,12 +21,6 @@ from hvae_ebm_prior.training import recovery
 from hvae_ebm_prior.training.batches import Batches
 from hvae_ebm_prior.training.guard import Guard
 from hvae_ebm_prior.training.optimizer import learning_rate
-
-IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-
-
-def seed(value):
-    return torch.Generator().manual_seed(value)
 
 
 def tiny_prior(**settings):
@@ -93,6 +88,7 @@ def test_activity_can_be_left_unmeasured():
     assert all((network.activity == 1).all() for network in prior.energies)
 
 
+@pytest.mark.usefixtures("counters")
 def test_a_two_layer_toy_of_known_density_is_recovered():
     """The truth is p(z) proportional to exp(g_1(z_1) + g_2(z_2)) N(z_1) N(z_2 | z_1), drawn by rejection; the Gaussian
     prior is far from it.
@@ -104,20 +100,18 @@ def test_a_two_layer_toy_of_known_density_is_recovered():
         z_1 = u[:, 0]
         z_2 = torch.tanh(z_1) + torch.exp(0.4 * torch.tanh(z_1)) * u[:, 1]
         # Two modes in z_1, a band in z_2; the tilt is bounded by 1, so accepting with its value is exact.
-        accept = torch.exp(-2 * (z_1.abs() - 1.2) ** 2) * torch.exp(-2 * (z_2 - 0.8) ** 2)
+        accept = torch.exp(-((z_1.abs() - 1.2) ** 2) - (z_2 - 0.8) ** 2)
         kept = torch.rand(len(u), generator=g) < accept
         return torch.stack((z_1, z_2), dim=1)[kept][:n]
 
     data, truth = draw(4000), draw(4000)
     assert len(truth) == 4000
     torch.manual_seed(0)
-    prior = DiffusionEBMPrior(
-        Toy((1,), (1,)), energy=[Mlp(), Mlp()], langevin=LangevinConfig(steps=15, step_size=0.15, start="gaussian")
-    )
+    langevin = LangevinConfig(steps=8, step_size=0.3, start="gaussian")
+    prior = DiffusionEBMPrior(Toy((1,), (1,)), energy=[Mlp(), Mlp()], langevin=langevin)
     gaussian = torch.cat(prior.to_latents(torch.randn(4000, 2, generator=g)), dim=1)
-    prior.fit(
-        (data[:, None, None] + 10) / 20, iterations=250, batch_size=256, learning_rate=5e-3, generator=g, progress=False
-    )
+    training = TrainingConfig(iterations=80, batch_size=500, learning_rate=2e-2, warmup=5, ema_decay=0.85)
+    prior.fit(images_of(data), training=training, generator=g, progress=False)
     ours = torch.cat(prior.to_latents(prior.sample_noise(4000, generator=g)), dim=1)
 
     def distance(a, b):
@@ -159,6 +153,7 @@ def test_history_callback_and_reproducibility():
     assert history[0].seconds < history[-1].seconds
 
 
+@pytest.mark.usefixtures("counters")
 def test_gap_is_the_energy_of_chains_over_that_of_data():
     """Data at 3 and f(z) = z: the chains from far noise stay below, so their energy -z is higher than the data's."""
     prior = DiffusionEBMPrior(
@@ -447,14 +442,23 @@ def test_progress_bar_shows_loss_gap_and_time_left(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("counters")
 def test_quadratic_energy_is_learned_in_closed_form():
-    """Data N(m, 1) under the marginal schedule: maximum likelihood for F = w z + v z^2 is w = m, v = 0."""
+    """F = w u + v u^2 under the marginal schedule: of data of mean m and variance s^2 maximum likelihood is w = m / s^2
+    and v = 1/2 - 1 / (2 s^2).
+    """
+    data = 1.0 + torch.randn(1000, 1, generator=seed(0))
+    m, variance = data.mean().item(), data.var().item()
     prior = DiffusionEBMPrior(
-        IdentityBackbone((1,)), energy=[Quadratic(1)], langevin=LangevinConfig(steps=20, step_size=0.3)
+        IdentityBackbone((1,)),
+        energy=[Quadratic(1)],
+        schedule=DiffusionSchedule.marginal(),
+        langevin=LangevinConfig(steps=8, step_size=0.5),
     )
-    data = 1.0 + torch.randn(4000, 1, generator=seed(0))
-    training = TrainingConfig(iterations=250, batch_size=256, learning_rate=3e-2, ema_decay=0.95)
-    prior.fit((data[:, None, None] + 10) / 20, training=training, generator=seed(1), progress=False)
+    training = TrainingConfig(iterations=60, batch_size=1000, learning_rate=0.1, warmup=0, ema_decay=0.8)
+    prior.fit(images_of(data), training=training, generator=seed(1), progress=False)
+    assert prior.energies[0].w.item() == pytest.approx(m / variance, abs=0.08)
+    assert prior.energies[0].v.item() == pytest.approx(0.5 - 0.5 / variance, abs=0.04)
     u = prior.sample_noise(4000, generator=seed(2))
-    assert u.mean().item() == pytest.approx(1.0, abs=0.1)
-    assert u.std().item() == pytest.approx(1.0, abs=0.1)
+    assert u.mean().item() == pytest.approx(m, abs=0.1)
+    assert u.std().item() == pytest.approx(variance**0.5, abs=0.1)

@@ -44,7 +44,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
     runs = triton_runs_on(device.type)
     if backend == "triton" and not runs:
         raise ValueError(
-            f"{source}: triton does not run on {device.type} here; install it beside a CUDA or ROCm build of PyTorch, or use auto"
+            f"{source}: triton does not run on {device.type} here; install it beside a CUDA or ROCm build of PyTorch, "
+            "or use auto"
         )
     if backend == "auto":
         return "triton" if runs and device.type != "cpu" else "torch"
@@ -73,8 +74,6 @@ def langevin_update(
     stream: int = 0,
     previous: bool = False,
     held: Tensor | None = None,
-    guard: bool = False,
-    statistics: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One Langevin step of every first-order integrator: A u + B u_next + C gradient + D xi, with xi ~ N(0, I).
@@ -94,9 +93,6 @@ def langevin_update(
         stream: which of a step's independent noises, an int.
         previous: add the noise of the step before, as the Leimkuhler-Matthews integrator does.
         held: mask (D,) of elements to leave as they are.
-        guard: leave elements as they are whose new value is not finite.
-        statistics: (N, 4) float32, written over with |gradient|^2, |u|^2 and u . u_next of the new states, and the
-            number of elements that were not finite.
         backend: for a key, "naive" or "triton"; "auto" chooses, and "torch" is "naive" here.
 
     Returns:
@@ -106,12 +102,12 @@ def langevin_update(
         TypeError, ValueError: shapes, dtypes or devices do not match, there are no elements, neither or both of noise
             and key are given, or the backend does not run here.
     """
-    check(u, u_next, gradient, coefficients, noise, key, held, statistics)
+    check(u, u_next, gradient, coefficients, noise, key, held)
     with torch.no_grad():
         if noise is not None:
             if previous:
                 raise ValueError("previous: with `noise` given, add the noise of the step before to it")
-            return given_update(u, u_next, gradient, coefficients, noise, held, guard, statistics)
+            return given_update(u, u_next, gradient, coefficients, noise, held)
         number = step if isinstance(step, Tensor) else torch.tensor([step], device=u.device)
         return _drawn_update(
             rows(u),
@@ -123,8 +119,6 @@ def langevin_update(
             stream,
             previous,
             held,
-            guard,
-            statistics,
             backend,
         )
 
@@ -136,23 +130,14 @@ def given_update(
     coefficients: Tensor,
     noise: Tensor,
     held: Tensor | None,
-    guard: bool,
-    statistics: Tensor | None,
 ) -> Tensor:
     """The update with noise from outside, in the dtype of `u`."""
     a, b, c, d = coefficients.unsqueeze(2).unbind(1)
     new = (a * u).addcmul_(b, u_next).addcmul_(c, gradient.to(u.dtype)).addcmul_(d, noise)
-    if guard or statistics is not None:
-        finite = torch.isfinite(new)
-        new = torch.where(finite, new, u) if guard else new
-    new = new if held is None else torch.where(held, u, new)
-    if statistics is not None:
-        sums = (gradient.square(), new.square(), new * u_next, ~finite)
-        statistics.copy_(torch.stack([part.sum(1).to(statistics.dtype) for part in sums], dim=1))
-    return new
+    return new if held is None else torch.where(held, u, new)
 
 
-@torch.library.custom_op("hvae_ebm_prior::drawn_update", mutates_args=("statistics",))
+@torch.library.custom_op("hvae_ebm_prior::drawn_update", mutates_args=())
 def _drawn_update(
     u: Tensor,
     u_next: Tensor,
@@ -163,12 +148,10 @@ def _drawn_update(
     stream: int,
     previous: bool,
     held: Tensor | None,
-    guard: bool,
-    statistics: Tensor | None,
     backend: str,
 ) -> Tensor:
     """One node for torch.compile, which would not get through the twin's integer arithmetic in any useful time."""
-    arguments = (u, u_next, gradient, coefficients, key, step, stream, previous, held, guard, statistics)
+    arguments = (u, u_next, gradient, coefficients, key, step, stream, previous, held)
     if choose_backend(backend, u.device) == "triton":
         from .fused import fused_update
 
@@ -194,7 +177,6 @@ def check(
     noise: Tensor | None,
     key: Tensor | None,
     held: Tensor | None,
-    statistics: Tensor | None,
 ) -> None:
     """Raise TypeError or ValueError unless the arguments of `langevin_update` fit each other."""
     if u.ndim != 2 or u.numel() == 0:
@@ -207,7 +189,6 @@ def check(
         "noise": (noise, (n, dim)),
         "key": (key, (2,)),
         "held": (held, (dim,)),
-        "statistics": (statistics, (n, 4)),
     }
     for name, (value, shape) in expected.items():
         if value is not None and (tuple(value.shape) != shape or value.device != u.device):
@@ -222,5 +203,6 @@ def check(
         key.dtype != torch.int64 or u.dtype != torch.float32 or coefficients.dtype != torch.float32
     ):
         raise TypeError(
-            f"with a key, expected int64 key and float32 u and coefficients, got {key.dtype}, {u.dtype} and {coefficients.dtype}"
+            f"with a key, expected int64 key and float32 u and coefficients, got {key.dtype}, {u.dtype} and "
+            f"{coefficients.dtype}"
         )

@@ -34,7 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float16 gradient": {"gradient": "fp16"},
     "two noises": {"PREVIOUS": True},
     "held": {"HELD": True},
-    "guard, statistics": {"GUARD": True, "STATISTICS": True},
 }
 
 
@@ -63,7 +62,7 @@ class Report:
 
 def compile_kernel(target: GPUTarget, gradient: str = "fp32", **constants: bool) -> Any:
     """The compiled kernel, with pointers and row strides that are multiples of 16."""
-    flags = {name: constants.get(name, False) for name in ("PREVIOUS", "HELD", "GUARD", "STATISTICS")}
+    flags = {name: constants.get(name, False) for name in ("PREVIOUS", "HELD")}
     kinds = {
         "u_ptr": "*fp32",
         "next_ptr": "*fp32",
@@ -72,7 +71,6 @@ def compile_kernel(target: GPUTarget, gradient: str = "fp32", **constants: bool)
         "key_ptr": "*i64",
         "step_ptr": "*i64",
         "held_ptr": "*u8",
-        "partial_ptr": "*fp32",
         "out_ptr": "*fp32",
         **dict.fromkeys(("dim", "chunks", "u_stride", "next_stride", "gradient_stride", "stream"), "i32"),
         **dict.fromkeys(("BLOCK", *flags), "constexpr"),
@@ -91,7 +89,7 @@ def compile_kernel(target: GPUTarget, gradient: str = "fp32", **constants: bool)
 
 
 def multiples_of_16(places: list[int]) -> Any:
-    """What `ASTSource` is told of arguments that are multiples of 16; Triton 3.3 changed how."""
+    """The attributes by which `ASTSource` takes arguments for multiples of 16; their form changed in Triton 3.3."""
     try:
         from triton.backends.compiler import AttrsDescriptor
     except ImportError:
@@ -144,9 +142,8 @@ def check(name: str, variant: str) -> Report:
     vectors = max(1, fused.LARGEST_BLOCK // (4 * threads))  # of 4 floats, per thread
     half = "gradient" in options
     wide = vectors * 4 if not half else vectors * 3 + vectors // 2
-    # Key, sample, step and coefficients; partial sums; a mask of bytes; with few elements per thread, a gradient of 16
-    # bits.
-    narrow = 7 + 4 * bool(options.get("STATISTICS")) + 2 * bool(options.get("HELD")) + (half and vectors == 1)
+    # Key, sample, step and coefficients; a mask of bytes; with few elements per thread, a gradient of 16 bits.
+    narrow = 7 + 2 * bool(options.get("HELD")) + (half and vectors == 1)
     faults = {
         f"more than {MOST_REGISTERS} registers": report.registers > MOST_REGISTERS,
         "registers are spilled": report.spills > 0,
@@ -158,7 +155,7 @@ def check(name: str, variant: str) -> Report:
 
 
 def linkable() -> list[str]:
-    """Targets that Triton can link for here: AMD's linker comes with Triton 3.3 and newer, and with ROCm alone before."""
+    """Targets that Triton can link for here; AMD's linker comes with Triton 3.3 and newer, before that with ROCm."""
     try:
         getattr(backends["amd"].compiler, "path_to_rocm_lld", str)()
     except Exception as error:  # Triton raises nothing more specific
@@ -172,10 +169,9 @@ def main() -> int:
     reports = [check(name, variant) for name in linkable() for variant in VARIANTS]
     print("| target | variant | registers | spilled | 128-bit accesses | narrower | |\n|---|---|---|---|---|---|---|")
     for report in reports:
-        faults = "; ".join(report.faults)
-        print(
-            f"| {report.target} | {report.variant} | {report.registers} | {report.spills} | {report.wide} | {report.narrow} | {faults or 'ok'} |"
-        )
+        counts = (report.registers, report.spills, report.wide, report.narrow)
+        verdict = "; ".join(report.faults) or "ok"
+        print("| " + " | ".join(str(cell) for cell in (report.target, report.variant, *counts, verdict)) + " |")
     return int(any(report.faults for report in reports))
 
 

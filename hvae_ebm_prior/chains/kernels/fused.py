@@ -77,7 +77,6 @@ def update_kernel(
     key_ptr,
     step_ptr,
     held_ptr,
-    partial_ptr,
     out_ptr,
     dim,
     chunks,
@@ -88,8 +87,6 @@ def update_kernel(
     BLOCK: tl.constexpr,
     PREVIOUS: tl.constexpr,
     HELD: tl.constexpr,
-    GUARD: tl.constexpr,
-    STATISTICS: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = program // chunks
@@ -114,21 +111,9 @@ def update_kernel(
         xi = xi + _normal(key, group, sample, step - 1, stream, BLOCK)
 
     new = a * u + b * u_next + c * g + d * xi
-    finite = tl.abs(new) < float("inf")
-    if GUARD:
-        new = tl.where(finite, new, u)
     if HELD:
         new = tl.where(tl.load(held_ptr + offsets, mask=inside, other=0) != 0, u, new)
     tl.store(out_ptr + long_row * dim + offsets, new, mask=inside)
-    if STATISTICS:
-        # Partial sums per program and a sum over them afterwards: no atomics, so the order of additions is always the
-        # same.
-        partial = partial_ptr + program.to(tl.int64) * 4
-        counted = tl.where(inside, new, 0.0)
-        tl.store(partial, tl.sum(g * g))
-        tl.store(partial + 1, tl.sum(counted * counted))
-        tl.store(partial + 2, tl.sum(counted * u_next))
-        tl.store(partial + 3, tl.sum(tl.where(inside & (finite == 0), 1.0, 0.0)))
 
 
 def fused_update(
@@ -141,8 +126,6 @@ def fused_update(
     stream: int,
     previous: bool,
     held: Tensor | None,
-    guard: bool,
-    statistics: Tensor | None,
     block: int | None = None,
 ) -> Tensor:
     """One launch of the kernel; see `naive_update` for the arguments, which are checked in `langevin_update`.
@@ -157,8 +140,6 @@ def fused_update(
         stream: which of a step's noises.
         previous: add the noise of the step before.
         held: mask (D,), bool.
-        guard: keep elements whose new value is not finite.
-        statistics: (N, 4) to write sums into.
         block: elements per program, a power of two; None chooses. Results do not depend on it.
 
     Returns:
@@ -168,7 +149,6 @@ def fused_update(
     block = block or max(16, min(LARGEST_BLOCK, triton.next_power_of_2(dim)))
     chunks = triton.cdiv(dim, block)
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    partial = u.new_empty(n, chunks, 4) if statistics is not None else out
     update_kernel[(n * chunks,)](
         u,
         u_next,
@@ -177,7 +157,6 @@ def fused_update(
         key,
         step,
         out if held is None else held.view(torch.uint8),
-        partial,
         out,
         dim,
         chunks,
@@ -188,10 +167,6 @@ def fused_update(
         BLOCK=block,
         PREVIOUS=previous,
         HELD=held is not None,
-        GUARD=guard,
-        STATISTICS=statistics is not None,
         **launch_options(previous, 64 if torch.version.hip else 32),
     )
-    if statistics is not None:
-        statistics.copy_(partial.sum(1))
     return out

@@ -16,8 +16,6 @@ def naive_update(
     stream: int,
     previous: bool,
     held: Tensor | None,
-    guard: bool,
-    statistics: Tensor | None,
 ) -> Tensor:
     """See `langevin_update`; arguments are checked there.
 
@@ -31,8 +29,6 @@ def naive_update(
         stream: which of a step's noises.
         previous: add the noise of the step before.
         held: mask (D,) of elements to leave as they are.
-        guard: leave elements as they are whose new value is not finite.
-        statistics: (N, 4) to write sums into.
 
     Returns:
         The new states (N, D).
@@ -42,15 +38,6 @@ def naive_update(
     if previous:
         noise = noise + philox_normal(key, step - 1, stream, n, dim)
     a, b, c, d = coefficients.unsqueeze(2).unbind(1)
-    g = gradient.float()
     # Not addcmul, which may round once where this rounds twice.
-    new = a * u + b * u_next.float() + c * g + d * noise
-    finite = torch.isfinite(new)
-    if guard:
-        new = torch.where(finite, new, u)
-    if held is not None:
-        new = torch.where(held, u, new)
-    if statistics is not None:
-        sums = (g.square(), new.square(), new * u_next.float(), (~finite).float())
-        statistics.copy_(torch.stack([part.sum(1) for part in sums], dim=1))
-    return new
+    new = a * u + b * u_next.float() + c * gradient.float() + d * noise
+    return new if held is None else torch.where(held, u, new)

@@ -1,5 +1,5 @@
-"""What `compare` and `ablate` train: ours, baselines with settings that are fair to each (docs/baselines.md), and ours
-with one thing changed.
+"""What `compare` and `ablate` train: our prior; baselines, with settings that are fair to each (docs/baselines.md); and
+ours with one thing changed.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from ..baselines.layerwise import LayerwisePrior
 from ..chains.schedule import DiffusionSchedule
 from ..presets import PRESETS, Preset
 from ..prior import DiffusionEBMPrior
-from .comparison import Contender
+from .comparison import Candidate
 
 OURS = "ours"
 
@@ -24,39 +24,39 @@ def build(preset: Preset, backbone: BackboneAdapter | nn.Module, kind: Any = Dif
     return kind(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
 
 
-def contenders(preset: Preset = PRESETS["fast"]) -> dict[str, Contender]:
+def candidates(preset: Preset = PRESETS["fast"]) -> dict[str, Candidate]:
     """Ours and all baselines, by the names that `compare` takes.
 
     Args:
         preset: settings of ours; baselines have their own.
 
     Returns:
-        The contenders.
+        The candidates.
     """
-    joint, ncp = PRESETS["joint-ebm"].training, PRESETS["ncp"].training
+    joint = PRESETS["joint-ebm"].training
+    ncp = PRESETS["ncp"].training
     return {
-        OURS: Contender(partial(build, preset), preset.training),
-        "ours-layerwise": Contender(LayerwisePrior, PRESETS["layerwise"].training),
-        "joint-ebm": Contender(JointEBMPrior, joint),
-        "joint-ebm-persistent": Contender(partial(JointEBMPrior, chains="persistent"), joint),
-        "joint-ebm-published": Contender(partial(JointEBMPrior, target="published"), joint),
-        "ncp-sir": Contender(partial(NCPPrior, sampler="sir"), ncp),
-        "ncp-langevin": Contender(partial(NCPPrior, sampler="langevin"), ncp),
-        "z-diffusion": Contender(partial(build, preset, kind=LatentDiffusionPrior), preset.training),
-        "mixture": Contender(GaussianMixturePrior),
-        **{f"gaussian-{t:g}": Contender(partial(GaussianPrior, temperature=t)) for t in (0.9, 0.8, 0.7, 0.6)},
+        OURS: Candidate(partial(build, preset), preset.training),
+        "ours-layerwise": Candidate(LayerwisePrior, PRESETS["layerwise"].training),
+        "joint-ebm": Candidate(JointEBMPrior, joint),
+        "joint-ebm-persistent": Candidate(partial(JointEBMPrior, chains="persistent"), joint),
+        "joint-ebm-published": Candidate(partial(JointEBMPrior, target="published"), joint),
+        "ncp-sir": Candidate(partial(NCPPrior, sampler="sir"), ncp),
+        "ncp-langevin": Candidate(partial(NCPPrior, sampler="langevin"), ncp),
+        "z-diffusion": Candidate(partial(build, preset, kind=LatentDiffusionPrior), preset.training),
+        "mixture": Candidate(GaussianMixturePrior),
+        **{f"gaussian-{t:g}": Candidate(partial(GaussianPrior, temperature=t)) for t in (0.9, 0.8, 0.7, 0.6)},
     }
 
 
-def ablations(preset: Preset = PRESETS["fast"]) -> dict[str, Contender]:
-    """The preset, and the preset with one thing changed: K and T (Table 3 of the paper), integrator, space, schedule,
-    batch, moving average.
+def ablations(preset: Preset = PRESETS["fast"]) -> dict[str, Candidate]:
+    """The preset, and with one change each: K, T (Table 3 of the paper), integrator, space, schedule, batch, averaging.
 
     Args:
         preset: what to change.
 
     Returns:
-        The contenders; the preset itself is the first.
+        The candidates; the preset itself is the first.
     """
 
     def chains(**changes: Any) -> Preset:
@@ -81,5 +81,5 @@ def ablations(preset: Preset = PRESETS["fast"]) -> dict[str, Contender]:
         "no moving average": training(ema_decay=0.0),
         "moving average .999": training(ema_decay=0.999),
     }
-    found = {name: Contender(partial(build, each), each.training) for name, each in changed.items()}
-    return found | {"z-space": Contender(partial(build, preset, kind=LatentDiffusionPrior), preset.training)}
+    found = {name: Candidate(partial(build, each), each.training) for name, each in changed.items()}
+    return found | {"z-space": Candidate(partial(build, preset, kind=LatentDiffusionPrior), preset.training)}

@@ -24,15 +24,24 @@ from ..extras import installed
 from ..saving.digest import digest_images, digest_weights, tensor_bytes
 from ..saving.files import write_json
 from ..training.image_data import IMAGES, load_images
-from .loading import load_function
+from .loading import FORM, Commands, add_loader, load_function, load_prior
 
+# What `evaluate` asks of a prior, see `SampledPrior`.
 PRIOR = ("sample", "encode", "decode", "dim", "device", "dtype")
 # Real data sets hold a few duplicates; more than this share means that the held-out images are not held out.
 OVERLAP = 0.1
 
 
-def add_evaluation(command: argparse.ArgumentParser) -> None:
-    """Options of `evaluate`."""
+def add_evaluate(commands: Commands) -> None:
+    """The command and its options."""
+    command = commands.add_parser(
+        "evaluate",
+        help="how good are the samples? FID, KID, precision, recall, closure of the prior hole",
+        description="Compare samples with real images, beside reconstructions and the Gaussian prior under the same "
+        "protocol. Prints a table and writes a record as JSON.",
+    )
+    what = "your trained DiffusionEBMPrior, or another prior with sample, encode and decode"
+    add_loader(command, what, saved=True)
     command.add_argument("--images", required=True, help=f"{IMAGES}, held out; as many samples of each prior are drawn")
     command.add_argument("--limit", type=int, help="use so many images from the start of the file (all)")
     reference = command.add_mutually_exclusive_group(required=True)
@@ -49,7 +58,7 @@ def add_evaluation(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--features",
         default="inception",
-        help="inception, or a function that returns one of images to features, as package.module:function or path/to/file.py:function (%(default)s)",
+        help=f"inception, or a function that returns one of images to features, as {FORM} (%(default)s)",
     )
     command.add_argument(
         "--weights", help="Inception's weights file (that in torch.hub's cache, where it is downloaded if need be)"
@@ -67,16 +76,24 @@ def add_evaluation(command: argparse.ArgumentParser) -> None:
         default=TEMPERATURES,
         help="of the Gaussian prior, to choose its best (0.9 0.8 0.7 0.6 0.5)",
     )
-    command.add_argument("--batch-size", type=int, default=250, help="images decoded and seen at a time (%(default)s)")
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=250,
+        help="images decoded and given to the extractor at a time (%(default)s)",
+    )
     command.add_argument("--out", type=Path, default=Path("evaluate.json"), help="the record (%(default)s)")
+    command.set_defaults(run=run_evaluate)
 
 
-def run_evaluate(options: argparse.Namespace, prior: Any, generator: torch.Generator) -> None:
+def run_evaluate(options: argparse.Namespace) -> None:
     """Evaluate a prior, print the table and write the record."""
+    prior = load_prior(options)
     missing = [name for name in PRIOR if not hasattr(prior, name)]
     if missing:
         raise TypeError(
-            f"loader: expected a function that returns a prior with {', '.join(PRIOR)}; {type(prior).__name__} lacks {', '.join(missing)}"
+            f"loader: expected a function that returns a prior with {', '.join(PRIOR)}; "
+            f"{type(prior).__name__} lacks {', '.join(missing)}"
         )
     check_count(options.batch_size, "batch_size")
     for temperature in options.temperatures:
@@ -99,13 +116,14 @@ def run_evaluate(options: argparse.Namespace, prior: Any, generator: torch.Gener
             metrics=options.metrics,
             name="prior",
             chunk_size=options.batch_size,
-            generator=generator,
+            generator=torch.Generator().manual_seed(options.seed),
         )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, record(options, prior, images, extractor, reference, rows))
     print(table(rows, extractor.distance))
     print(
-        f"{len(images)} images a row, against {reference.images or 'an unknown number of'} real ones; {extractor.name}; seed {options.seed}"
+        f"{len(images)} images a row, against {reference.images or 'an unknown number of'} real ones; "
+        f"{extractor.name}; seed {options.seed}"
     )
     print(f"{options.out} written", file=sys.stderr)
 
@@ -125,27 +143,30 @@ def find_reference(
         if options.save_statistics is not None:
             raise ValueError("save-statistics: expected --reference, of whose images they are to be worked out")
         reference = load_reference(options.statistics, extractor)
-        shared = len(images) if reference.digest == digest_images(images) else 0
-    else:
-        real = load_images(options.reference)
-        check_images(real)
-        shared = count_shared(images, real)
+        check_held_out(images, len(images) if reference.digest == digest_images(images) else 0)
+        return reference
+    real = load_images(options.reference)
+    check_images(real)
+    check_held_out(images, count_shared(images, real))
+    reference = make_reference(real, extractor, device, options.batch_size)
+    if options.save_statistics is not None:
+        Path(options.save_statistics).parent.mkdir(parents=True, exist_ok=True)
+        save_reference(reference, options.save_statistics)
+    return reference
+
+
+def check_held_out(images: Tensor, shared: int) -> None:
+    """Raise ValueError if too many of the images, `shared` of them, are among those of the reference."""
     if shared > OVERLAP * len(images):
         raise ValueError(
             f"images: expected held-out ones, but {shared} of {len(images)} are among those of the reference"
         )
-    if options.reference is not None:
-        reference = make_reference(real, extractor, device, options.batch_size)
-        if options.save_statistics is not None:
-            Path(options.save_statistics).parent.mkdir(parents=True, exist_ok=True)
-            save_reference(reference, options.save_statistics)
-    return reference
 
 
 def count_shared(images: Tensor, others: Tensor) -> int:
     """How many of `images` (N, C, H, W) are also, pixel by pixel, among `others`."""
-    seen = {hashlib.sha256(tensor_bytes(image)).digest() for image in others}
-    return sum(hashlib.sha256(tensor_bytes(image)).digest() in seen for image in images)
+    digests = {hashlib.sha256(tensor_bytes(image)).digest() for image in others}
+    return sum(hashlib.sha256(tensor_bytes(image)).digest() in digests for image in images)
 
 
 def record(
@@ -159,6 +180,7 @@ def record(
     """Figures of all rows, and all that they depend on."""
     figures = [dataclasses.asdict(row) | {"closure": None if math.isnan(row.closure) else row.closure} for row in rows]
     adapter = getattr(prior, "backbone", None)
+    versions = {name: installed(name) for name in ("hvae-ebm-prior", "torch", "torch-fidelity", "numpy")}
     return {
         "distance": extractor.distance,
         "rows": figures,
@@ -178,7 +200,8 @@ def record(
             "checkpoint": options.checkpoint,
             "type": type(prior).__name__,
             "sha256": digest_weights(prior) if isinstance(prior, nn.Module) else None,
-            "weights": "as the loader returned them; those that DiffusionEBMPrior.fit leaves are the moving average of training",
+            "weights": "as the loader returned them; "
+            "those that DiffusionEBMPrior.fit leaves are the moving average of training",
         },
         "decoder": {
             "adapter": adapter and type(adapter).__name__,
@@ -196,6 +219,5 @@ def record(
             "neighbours": 3,
             "splits": SPLITS,
         },
-        "versions": {name: installed(name) for name in ("hvae-ebm-prior", "torch", "torch-fidelity", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": versions | {"python": platform.python_version()},
     }

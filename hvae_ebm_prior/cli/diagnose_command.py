@@ -1,0 +1,35 @@
+"""The command `diagnose`: is there a prior hole, and in which layers?"""
+
+import argparse
+
+import torch
+
+from ..backbone.registry import find_adapter
+from ..evaluation.diagnosis import describe_layers, layer_table
+from ..training.image_data import IMAGES, load_images
+from .loading import Commands, add_loader, load_model
+
+
+def add_diagnose(commands: Commands) -> None:
+    """The command and its options."""
+    command = commands.add_parser(
+        "diagnose",
+        help="is there a prior hole, and in which layers?",
+        description="Encode images with your model and print, layer by layer, whether its prior matches where they "
+        "come to lie.",
+    )
+    add_loader(command, "your model or an adapter of it")
+    command.add_argument("--images", required=True, help=f"{IMAGES}, held out")
+    command.add_argument(
+        "--limit", type=int, default=500, help="use so many images from the start of the file (%(default)s)"
+    )
+    command.add_argument("--draws", type=int, default=8, help="posterior draws per image (%(default)s)")
+    command.set_defaults(run=run_diagnose)
+
+
+def run_diagnose(options: argparse.Namespace) -> None:
+    """Print the table of the layers."""
+    model = load_model(options)
+    generator = torch.Generator().manual_seed(options.seed)
+    images = load_images(options.images)[: options.limit]
+    print(layer_table(describe_layers(find_adapter(model), images, draws=options.draws, generator=generator)))

@@ -1,0 +1,286 @@
+"""The commands of a trained prior: each draws a picture, and writes its figures beside it as JSON."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..control import interpolate, resample
+from ..evaluation.detection import detection
+from ..evaluation.outliers import SCHEMES
+from ..evaluation.pictures import save_curves, save_energies, save_histograms, save_pixels, save_strips
+from ..evaluation.transitions import langevin_transitions, oversaturation, pixel_statistics, relaxation_time
+from ..prior import DiffusionEBMPrior
+from ..saving.files import write_json
+from ..saving.grid import save_grid
+from ..training.image_data import IMAGES, load_images
+from .loading import Commands, add_loader, load_prior
+
+COLUMNS = 16
+# What `ood` takes where no scheme is named, besides `typicality` where there are reference images; others need an
+# adapter that gives densities.
+PRIOR_SCHEMES = ("inference", "diffusion", "density")
+
+# Draws a picture of a prior, with the options' images loaded, and returns its figures.
+Draw = Callable[[DiffusionEBMPrior, argparse.Namespace, torch.Generator], dict[str, Any]]
+
+
+def add_sample(commands: Commands) -> None:
+    """The command `sample` and its options."""
+    command = add_prior_command(commands, "sample", run_sample, "draw images, under labels if asked")
+    add_count(command, 64)
+    add_labels(command)
+    command.add_argument(
+        "--temperature", type=float, default=1.0, help="factor on the std of the model's Gaussians (%(default)s)"
+    )
+
+
+def add_edit(commands: Commands) -> None:
+    """The command `edit` and its options."""
+    text = "hold some layers of images, or samples, and draw the others anew, under labels if asked"
+    command = add_prior_command(commands, "edit", run_edit, text)
+    add_images(command)
+    add_count(command, 8)
+    command.add_argument(
+        "--hold", help="layers to hold, as 0,1; without it, one row for each number of layers from the top"
+    )
+    add_labels(command)
+
+
+def add_interpolate(commands: Commands) -> None:
+    """The command `interpolate` and its options."""
+    text = "go from one image, or sample, to another in noise space"
+    command = add_prior_command(commands, "interpolate", run_interpolate, text)
+    add_images(command)
+    add_count(command, 8)
+    add_steps(command)
+
+
+def add_transitions(commands: Commands) -> None:
+    """The command `transitions` and its options."""
+    text = "watch Langevin chains run: images, energies, acceptance, pixels"
+    command = add_prior_command(commands, "transitions", run_transitions, text)
+    add_images(command)
+    add_count(command, 8)
+    add_steps(command)
+
+
+def add_ood(commands: Commands) -> None:
+    """The command `ood` and its options."""
+    text = "score images by how far they are from the data that the prior was trained on"
+    command = add_prior_command(commands, "ood", run_ood, text)
+    add_images(command, limit=1000, required=True)
+    command.add_argument("--outliers", required=True, help="the same, of images that are outliers")
+    command.add_argument(
+        "--reference", help="the same, of images of the data to compare with, for the scheme typicality"
+    )
+    command.add_argument(
+        "--scheme", choices=SCHEMES, action="append", help="a score; may be given again (all of the prior's own)"
+    )
+
+
+def add_prior_command(commands: Commands, name: str, draw: Draw, text: str) -> argparse.ArgumentParser:
+    """A command, with the options that all commands of a prior have."""
+    description = f"{text[0].upper()}{text[1:]}. Writes a picture, and its figures as JSON."
+    command = commands.add_parser(name, help=text, description=description)
+    add_loader(command, "your trained DiffusionEBMPrior, or your model with --prior", saved=True)
+    command.add_argument(
+        "--out", type=Path, default=Path(f"{name}.png"), help="the picture; figures go beside it (%(default)s)"
+    )
+    command.set_defaults(run=partial(run_prior_command, draw))
+    return command
+
+
+def add_images(command: argparse.ArgumentParser, *, limit: int = 8, required: bool = False) -> None:
+    """The images to begin with."""
+    command.add_argument("--images", required=required, help=IMAGES)
+    command.add_argument("--limit", type=int, default=limit, help="use so many from the start of a file (%(default)s)")
+
+
+def add_count(command: argparse.ArgumentParser, count: int) -> None:
+    """How many samples to draw."""
+    command.add_argument("--count", type=int, default=count, help="number of samples (%(default)s)")
+
+
+def add_steps(command: argparse.ArgumentParser) -> None:
+    """The length of a path, or of chains."""
+    command.add_argument(
+        "--steps", type=int, default=10, help="images per row, or Langevin steps per level (%(default)s)"
+    )
+
+
+def add_labels(command: argparse.ArgumentParser) -> None:
+    """Labels and their strength."""
+    command.add_argument("--labels", nargs="+", default=[], metavar="SET=CATEGORY", help="as class=3 or class=sneaker")
+    command.add_argument("--guidance", type=float, default=1.0, help="strength of the labels (%(default)s)")
+
+
+def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
+    """Load the prior and images, draw the picture, write its figures beside it and print them."""
+    prior = load_prior(options)
+    if not isinstance(prior, DiffusionEBMPrior):
+        raise TypeError(
+            "loader: expected a function that returns a trained DiffusionEBMPrior, "
+            f"got {type(prior).__name__}; load its weights there"
+        )
+    generator = torch.Generator().manual_seed(options.seed)
+    for name in ("images", "outliers", "reference"):
+        path = getattr(options, name, None)
+        if path is not None:
+            setattr(options, name, load_images(path)[: options.limit])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figures = draw(prior, options, generator)
+    record = options.out.with_suffix(".json")
+    write_json(record, figures)
+    print(f"{json.dumps(figures, indent=1)}\n{options.out} and {record} written", file=sys.stderr)
+
+
+def run_sample(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+    """A grid of samples."""
+    labels = read_labels(options.labels)
+    start = time.monotonic()
+    images = prior.sample(
+        options.count, labels=labels, guidance=options.guidance, temperature=options.temperature, generator=generator
+    )
+    seconds = time.monotonic() - start
+    save_grid(options.out, images.split(COLUMNS))
+    return {
+        "samples": len(images),
+        "labels": labels,
+        "guidance": options.guidance,
+        "seconds": seconds,
+        "pixels": describe_pixels(images),
+    }
+
+
+@torch.no_grad()
+def run_edit(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+    """Images or samples above, and below them the edits: with `--hold` one row, else one per number of top layers."""
+    labels = read_labels(options.labels)
+    if options.images is None:
+        u = prior.sample_noise(options.count, generator=generator)
+        images = prior.decode(u)
+    else:
+        images = options.images.to(prior.device)
+        u = prior.encode(images, generator=generator)
+    if options.hold is None:
+        holds = [tuple(range(k)) for k in reversed(range(len(prior.latent_shapes) + 1))]
+    else:
+        holds = [read_layers(options.hold)]
+    rows = [images]
+    names = ["image"]
+    figures = []
+    for hold in holds:
+        edited = prior.decode(resample(prior, u, hold, labels=labels, guidance=options.guidance, generator=generator))
+        rows.append(edited)
+        names.append(f"holds {', '.join(map(str, hold)) or 'none'}")
+        figures.append({"held": hold, "mean_squared_change": (edited - images).square().mean().item()})
+    save_grid(options.out, rows, names)
+    return {"images": len(images), "labels": labels, "guidance": options.guidance, "edits": figures}
+
+
+@torch.no_grad()
+def run_interpolate(
+    prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator
+) -> dict[str, Any]:
+    """One row per pair: of the given images, first with second and so on, or of samples."""
+    if options.images is None:
+        u = prior.sample_noise(2 * options.count, generator=generator)
+    else:
+        u = prior.encode(options.images.to(prior.device), generator=generator)
+    if len(u) < 2:
+        raise ValueError(f"interpolate: expected at least two images, got {len(u)}")
+    start, end = u[: len(u) // 2 * 2].unflatten(0, (-1, 2)).unbind(1)
+    path = interpolate(prior, start, end, options.steps)
+    images = torch.stack([prior.decode(step) for step in path], dim=1)
+    save_grid(options.out, list(images))
+    moved = (images[:, 1:] - images[:, :-1]).square().flatten(2).mean(2)
+    return {"pairs": len(images), "steps": options.steps, "mean_squared_change_per_step": moved.mean(0).tolist()}
+
+
+def run_transitions(
+    prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator
+) -> dict[str, Any]:
+    """Image strips; energies and pixels over the steps in pictures beside it."""
+    run = langevin_transitions(prior, options.count, steps=options.steps, generator=generator)
+    save_strips(options.out, prior, run)
+    save_energies(beside(options.out, "energies"), run)
+    save_pixels(beside(options.out, "pixels"), run, reference=options.images)
+    figures = {
+        "chains": options.count,
+        "steps_per_level": options.steps,
+        "acceptance_per_level": run.acceptance.mean((1, 2)).tolist(),
+        "energies_at_the_end": run.energies[0, -1].mean(0).tolist(),
+    }
+    if options.steps >= 8:
+        # The first half is on its way to the stationary state.
+        figures["relaxation_time_per_level_and_layer"] = [
+            relaxation_time(level[options.steps // 2 :]).tolist() for level in run.energies
+        ]
+    if options.count > 1:
+        found = oversaturation(run, options.images)
+        figures |= {
+            "pixels": found.run[0, -1].tolist(),
+            "reference_pixels": found.reference.tolist(),
+            "oversaturated": found.oversaturated,
+        }
+    return figures
+
+
+def run_ood(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+    """AUROC over the cuts, and histograms of every scheme beside it."""
+    figures: dict[str, Any] = {"images": len(options.images), "outliers": len(options.outliers)}
+    curves = {}
+    schemes = options.scheme or [*PRIOR_SCHEMES, *(["typicality"] if options.reference is not None else [])]
+    if "typicality" in schemes and options.reference is None:
+        raise ValueError(
+            "typicality: it compares with images of the data, such as those trained on; give them with --reference"
+        )
+    for name in schemes:
+        reference = {"reference": options.reference} if name == "typicality" else {}
+        scores = SCHEMES[name](prior, options.images, generator=generator, **reference)
+        outliers = SCHEMES[name](prior, options.outliers, generator=generator, **reference)
+        cuts = detection(scores, outliers)
+        curves[name] = [cut.auroc for cut in cuts]
+        figures[name] = [dataclasses.asdict(cut) for cut in cuts]
+        save_histograms(beside(options.out, name), scores, outliers)
+    save_curves(options.out, curves)
+    return figures
+
+
+def beside(path: Path, name: str) -> Path:
+    """The path of a second picture."""
+    return path.with_name(f"{path.stem}_{name}{path.suffix}")
+
+
+def describe_pixels(images: Tensor) -> dict[str, float]:
+    """Mean, std and share of saturated pixels, means over images."""
+    mean, std, saturated = pixel_statistics(images).mean(0).tolist()
+    return {"mean": mean, "std": std, "saturated": saturated}
+
+
+def read_labels(given: list[str]) -> dict[str, int | str] | None:
+    """Labels of `set=category` pairs."""
+    labels: dict[str, int | str] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name or not value:
+            raise ValueError(f"labels: expected set=category, such as class=3, got {pair!r}")
+        labels[name] = int(value) if value.isdecimal() else value
+    return labels or None
+
+
+def read_layers(given: str) -> tuple[int, ...]:
+    """Layer indices of `0,1`."""
+    try:
+        return tuple(int(part) for part in given.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"hold: expected layer indices such as 0,1, got {given!r}") from None

@@ -1,0 +1,134 @@
+"""The commands `compare` and `ablate`: their options, tables and plot."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..backbone.registry import find_adapter
+from ..backbone.validation import check_images
+from ..evaluation.candidates import ablations, candidates
+from ..evaluation.comparison import (
+    GAUSSIAN,
+    RECONSTRUCTION,
+    Budget,
+    Candidate,
+    FrechetMetric,
+    compare,
+    comparison_table,
+    run_key,
+)
+from ..evaluation.pictures import save_progress
+from ..presets import PRESETS
+from ..saving.files import write_atomically
+from ..training.image_data import IMAGES, load_images
+from .evaluate_command import find_extractor
+from .loading import FORM, Commands, add_loader, load_model
+
+# What each command trains, and its help.
+TRIALS = {
+    "compare": (
+        candidates,
+        "train our prior and baselines on your model, for an equal time and equal gradients, and see which is best",
+    ),
+    "ablate": (
+        ablations,
+        "train our prior with one thing changed at a time: K, T, integrator, space, schedule, batch, moving average",
+    ),
+}
+
+
+def add_trials(commands: Commands) -> None:
+    """Both commands and their options."""
+    for name, (available, text) in TRIALS.items():
+        description = f"{text[0].upper()}{text[1:]}. Goes on where it was interrupted."
+        command = commands.add_parser(name, help=text, description=description)
+        add_loader(command, "your trained model or an adapter of it", seed=False)
+        command.add_argument(
+            "--train", required=True, help=f"{IMAGES}, to train on; they are the reference of the Fréchet distance too"
+        )
+        command.add_argument(
+            "--images", required=True, help="the same, held out; as many samples of each prior are drawn"
+        )
+        command.add_argument("--limit", type=int, help="use so many held-out images from the start of the file (all)")
+        command.add_argument(
+            "--features",
+            nargs="+",
+            default=["inception"],
+            help=f"one or more: inception, or a function that returns one of images to features, as {FORM}",
+        )
+        command.add_argument(
+            "--weights", help="Inception's weights file (that in torch.hub's cache, where it is downloaded if need be)"
+        )
+        command.add_argument("--seconds", type=float, help="train each for so long")
+        command.add_argument(
+            "--gradients", type=int, help="and, or instead, for so many gradients of the networks for a batch"
+        )
+        command.add_argument("--iterations", type=int, help="and, or instead, for so many optimiser steps")
+        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (0 1 2)")
+        command.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(available())}")
+        command.add_argument("--preset", choices=PRESETS, default="fast", help="settings of ours (%(default)s)")
+        command.add_argument(
+            "--out",
+            type=Path,
+            default=Path(name),
+            help="results go to OUT.json, OUT.md and OUT.png; runs in OUT.json are not repeated",
+        )
+        command.set_defaults(run=run_trials)
+
+
+def run_trials(options: argparse.Namespace) -> None:
+    """Train and measure what was asked for; print the tables and write them, the results and the plot."""
+    backbone = load_model(options)
+    available = TRIALS[options.command][0](PRESETS[options.preset])
+    unknown = [name for name in options.only or () if name not in available]
+    if unknown:
+        raise ValueError(f"only: expected some of {', '.join(available)}; got {', '.join(unknown)}")
+    chosen = {name: available[name] for name in options.only or available}
+    limits = {name: getattr(options, name) for name in ("seconds", "gradients", "iterations")}
+    budgets = [Budget(**{name: limit}) for name, limit in limits.items() if limit is not None]
+    if not budgets:
+        raise ValueError("budget: expected at least one of --seconds, --gradients, --iterations")
+    train = load_images(options.train)
+    images = load_images(options.images)[: options.limit]
+    check_images(train)
+    check_images(images)
+    extractors = [find_extractor(name, options.weights, options.device) for name in options.features]
+    features = {extractor.name: extractor for extractor in extractors}
+    metric = FrechetMetric(images, train, features, options.device)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    files = {kind: options.out.with_name(f"{options.out.name}.{kind}") for kind in ("json", "md", "png")}
+    runs = compare(
+        find_adapter(backbone),
+        chosen,
+        train,
+        metric,
+        budgets=budgets,
+        seeds=options.seeds,
+        path=files["json"],
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    tables = [comparison_table(runs, chosen, str(budget), options.seeds) for budget in budgets]
+    text = "\n\n".join(f"{budget} each:\n\n{table}" for budget, table in zip(budgets, tables, strict=True))
+    print(text)
+    write_atomically(files["md"], lambda scratch: scratch.write_text(text + "\n"))
+    draw_progress(files["png"], runs, chosen, budgets[0], options.seeds, extractors[0].name)
+
+
+def draw_progress(
+    path: Path,
+    runs: Mapping[str, Mapping[str, Any]],
+    chosen: Mapping[str, Candidate],
+    budget: Budget,
+    seeds: list[int],
+    features: str,
+) -> None:
+    """Quality against training time of one budget's runs, under one extractor."""
+    curves = {
+        name: [runs[run_key(name, str(budget), seed)]["curve"] for seed in seeds]
+        for name, candidate in chosen.items()
+        if candidate.training
+    }
+    levels = {name: runs[run_key(name, "none", seeds[0])]["distances"][features] for name in (GAUSSIAN, RECONSTRUCTION)}
+    write_atomically(path, lambda scratch: save_progress(scratch, curves, levels, f"Fréchet distance, {features}"))

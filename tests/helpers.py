@@ -1,0 +1,63 @@
+"""What many tests use: seeds, states and their comparison, moments, and pictures read back."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hvae_ebm_prior import EnergyConfig
+
+IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+SMALL = EnergyConfig(width=8, vector_width=8)
+
+
+def seed(value: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+def state(prior: nn.Module) -> dict[str, Tensor]:
+    """A copy of all that the prior has learned."""
+    return {name: value.clone() for name, value in prior.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Equal names and, bit for bit, equal tensors."""
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def check_moments(draws: Tensor, mean: float, variance: float) -> None:
+    """Mean and variance of independent normal draws, within five standard errors."""
+    n = draws.numel()
+    assert abs(draws.mean().item() - mean) < 5 * math.sqrt(variance / n)
+    assert abs(draws.var().item() - variance) < 5 * variance * math.sqrt(2 / n)
+
+
+def read_strips(path: str | Path) -> list[np.ndarray]:
+    """The framed pictures in a PNG file that matplotlib wrote, from top to bottom, without frames: (H, W, 3) in [0, 1].
+
+    A picture begins with a dark line, its frame, and ends above the next white one.
+    """
+    from matplotlib.image import imread
+
+    pixels = imread(path)[..., :3]
+    found, bottom = [], 0
+    for top, row in enumerate(pixels.max(2) < 0.35):
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], row, [False]))))
+        runs = edges.reshape(-1, 2)
+        left, right = max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
+        if top >= bottom and right - left > 0.3 * len(row):
+            white = (pixels[top:, left:right].min(2) > 0.98).all(1)
+            bottom = top + (int(white.argmax()) if white.any() else len(white))
+            found.append(pixels[top + 1 : bottom - 2, left + 1 : right - 1])
+    return found
+
+
+def check_strip(strip: np.ndarray, images: Tensor) -> None:
+    """A picture shows a row of images (N, C, H, W): the pixels' centres have their grey or colours."""
+    row = torch.cat(list(images.detach().float().clamp(0, 1)), dim=2).permute(1, 2, 0)
+    height, width = (
+        ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(row.shape[:2], strip.shape[:2], strict=True)
+    )
+    assert np.abs(strip[height][:, width] - row.numpy()).mean() < 0.06
