@@ -1,7 +1,7 @@
 """constraints.txt: the versions that tests and linters depend on, and a check that they install wherever we say.
 
-    .venv/bin/python .ci/pins.py            # writes the file anew, from the newest versions that all extras agree on
-    .venv/bin/python .ci/pins.py --check    # resolves all extras with it, for every system and Python, from the public index alone
+    .venv/bin/python .ci/pins.py            # writes it, with the newest versions that all extras agree on
+    .venv/bin/python .ci/pins.py --check    # resolves it from the public index alone, for every system and Python
 
 What is not named here follows the ranges of pyproject.toml.
 """

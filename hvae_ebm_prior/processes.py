@@ -167,7 +167,7 @@ def add_gradients(parameters: Sequence[Tensor]) -> None:
         parameter.grad = part.view_as(parameter).to(parameter.device, copy=True)
 
 
-def join(rows: Tensor | None) -> Tensor | None:
+def join_rows(rows: Tensor | None) -> Tensor | None:
     """The rows of all processes in their order, in every process.
 
     Args:

@@ -61,3 +61,12 @@ def check_strip(strip: np.ndarray, images: Tensor) -> None:
         ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(row.shape[:2], strip.shape[:2], strict=True)
     )
     assert np.abs(strip[height][:, width] - row.numpy()).mean() < 0.06
+
+
+def find_color(path: str | Path, color: str, opacity: float = 1.0, tolerance: float = 0.02) -> np.ndarray:
+    """Rows and columns, (N, 2), of the pixels in a PNG file that have a colour of matplotlib's, drawn on white."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    drawn = opacity * np.array(to_rgb(color)) + 1 - opacity
+    return np.argwhere(np.abs(imread(path)[..., :3] - drawn).max(2) < tolerance)

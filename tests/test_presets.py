@@ -1,19 +1,47 @@
+import numpy as np
 import pytest
 import torch
 from backbones import RandomBackbone
 from helpers import seed
 
 from hvae_ebm_prior import DiffusionEBMPrior
+from hvae_ebm_prior.chains.langevin import langevin_coefficients
 from hvae_ebm_prior.presets import PRESETS
+from hvae_ebm_prior.training.optimizer import learning_rate
+
+PAPER = {"paper-cifar10": (3e-5, 0.9), "paper-celebahq256": (2e-5, 0.98)}
 
 
-def test_published_settings():
-    cifar, celeba = PRESETS["paper-cifar10"], PRESETS["paper-celebahq256"]
-    assert cifar.schedule.steps == celeba.schedule.steps == 3
-    assert (cifar.langevin.steps, celeba.langevin.steps) == (50, 30)
-    assert (cifar.langevin.step_size, celeba.langevin.step_size) == (3e-5, 2e-5)
-    assert (cifar.training.batch_size, celeba.training.batch_size) == (50, 4)
-    assert (cifar.training.epoch_decay, celeba.training.epoch_decay) == (0.9, 0.98)
+@pytest.mark.parametrize("name", PAPER)
+def test_published_presets_take_the_published_steps(name):
+    """Steps of s_t = b^2 (sigma_bar_t / sigma_bar_0) sigma_{t+1}^2 along the Gaussian part, without its kernel at the
+    top; the levels are numbers 0, 250, 500 and 999 of DDPM's.
+    """
+    (b2, _), preset = PAPER[name], PRESETS[name]
+    variances = 1 - np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[[0, 250, 500, 999]]  # sigma_bar^2
+    alpha2 = (1 - variances[1:]) / (1 - variances[:-1])
+    sigma2 = 1 - alpha2
+    s = b2 * np.sqrt(variances[:-1] / variances[0]) * sigma2
+    kernel = np.array([1, 1, 0])
+    a, b, _, d = langevin_coefficients(torch.arange(3), preset.schedule, preset.langevin, torch.float64).numpy().T
+    np.testing.assert_allclose(d**2, s, rtol=1e-5)
+    np.testing.assert_allclose(1 - a, s / 2 * (1 + kernel * alpha2 / sigma2), rtol=1e-5)
+    np.testing.assert_allclose(b, s / 2 * kernel * np.sqrt(alpha2) / sigma2, rtol=1e-5)
+
+
+def test_published_chains_hardly_move():
+    """A chain of the CIFAR-10 settings relaxes .07, 5 and 7 % of a displacement at t = 0, 1 and 2."""
+    preset = PRESETS["paper-cifar10"]
+    a = langevin_coefficients(torch.arange(3), preset.schedule, preset.langevin, torch.float64)[:, 0]
+    relaxed = 1 - a**preset.langevin.steps
+    assert [round(float(part), digits) for part, digits in zip(relaxed, (4, 2, 2), strict=True)] == [0.0007, 0.05, 0.07]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_published_learning_rates_decay_by_epoch_alone(name):
+    _, decay = PAPER[name]
+    for step, epoch in ((0, 0), (9000, 0), (123, 7)):
+        assert learning_rate(PRESETS[name].training, step, epoch) == pytest.approx(4e-5 * decay**epoch)
 
 
 @pytest.mark.parametrize("name", PRESETS)

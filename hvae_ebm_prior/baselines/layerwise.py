@@ -57,7 +57,7 @@ class LayerwisePrior(DiffusionEBMPrior):
         backbone: as of `LatentPrior`.
         schedule: noise levels of the diffusion.
         proposals: number M of proposals of which one is drawn, per layer and level.
-        negatives: number M of draws that a training sample is told from, per layer.
+        negatives: number M of draws that a training sample is compared with, per layer.
         energy: settings of the default networks, or the user's own, one per layer: network(x, t) returns f_i, (N,), of
             x, (N, *input_shapes[i]): z_i, u_i, mean_i and log std_i stacked along the first dimension.
         execution: as of `EnergyModel`.

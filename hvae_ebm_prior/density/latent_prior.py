@@ -18,7 +18,7 @@ from ..backbone.transform import BackboneAdapter, NoiseTransform
 from ..backbone.validation import check_count, check_images, check_noise
 from ..chains.langevin import ChainDiverged
 from ..chains.streams import draw_key, draw_seeds, seeded
-from ..processes import agree, collect, join, share
+from ..processes import agree, collect, join_rows, share
 
 # Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded; a GPU needs more at a
 # time to be busy.
@@ -202,7 +202,7 @@ class LatentPrior(nn.Module, ABC):
             images.extend(self._decode_finite(draw(chunk)) for chunk in chunks)
 
         collect(decode_all)
-        return join(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive
+        return join_rows(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive
 
     @torch.no_grad()
     def _decode_finite(self, u: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def compare(
 
 
 def run_key(name: str, budget: str, seed: int) -> str:
-    """Under which a run stands in the results."""
+    """The name of a run in compare.json: candidate, budget and seed."""
     return f"{name} | {budget} | seed {seed}"
 
 

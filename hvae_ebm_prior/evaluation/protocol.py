@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..chains.streams import draw_key, open_streams
-from ..processes import agree, join, share, world
+from ..processes import agree, join_rows, share, world
 from .features import Extracted, Features, extract
 from .metrics import SPLITS, fidelity, inception_score, kernel_distance, precision_recall
 from .metrics import frechet_distance as frechet_distance
@@ -242,11 +242,11 @@ def timed_features(
 
 def join_features(own: Sequence[Extracted]) -> Extracted:
     """Features, and logits if there are any, of all processes in their order, from what this one has of them."""
-    matrix = join(torch.cat([part for part, _ in own]) if own else None)
+    matrix = join_rows(torch.cat([part for part, _ in own]) if own else None)
     logits = [part for _, part in own if part is not None]
     if matrix is None:
         raise ValueError("there are no images to extract features of")
-    return matrix, join(torch.cat(logits) if logits else None)
+    return matrix, join_rows(torch.cat(logits) if logits else None)
 
 
 def check_metrics(metrics: Collection[str] | None, images: int) -> None:

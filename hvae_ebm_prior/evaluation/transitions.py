@@ -245,7 +245,7 @@ def oversaturation(run: Transitions, reference: Tensor | None = None) -> Saturat
             blurs. None takes the run's own images at the first record of the last level.
 
     Returns:
-        The figures and the verdict.
+        Shares of saturated pixels and stds of the run and of the reference, and whether the run is oversaturated.
 
     Raises:
         TypeError, ValueError: images of a wrong type, shape or range, or fewer than two images or samples.

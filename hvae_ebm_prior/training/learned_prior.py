@@ -24,8 +24,8 @@ from ..saving.config import Metric
 from ..saving.folder import load, save
 from ..saving.hub import fetch, upload
 from .config import TrainingConfig
-from .loop import Checkpoints, Data, fit
-from .memory import MemoryEstimate, estimate
+from .loop import Checkpoints, Data, train
+from .memory import MemoryEstimate, estimate_memory
 from .record import Callback, TrainingRecord
 from .trainable import TrainablePrior
 
@@ -65,7 +65,7 @@ class LearnedPrior(TrainablePrior):
         Raises:
             TypeError, ValueError: no positive integer.
         """
-        return estimate(self, batch_size)
+        return estimate_memory(self, batch_size)
 
     def fit(
         self,
@@ -116,7 +116,7 @@ class LearnedPrior(TrainablePrior):
             )
         settings = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
         changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-        return fit(
+        return train(
             self,
             data,
             replace(training or TrainingConfig(), **changes),

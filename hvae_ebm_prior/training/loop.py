@@ -81,7 +81,7 @@ class Checkpoints:
         return folder
 
 
-def fit(
+def train(
     prior: TrainablePrior,
     data: Data,
     config: TrainingConfig,

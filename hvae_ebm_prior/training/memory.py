@@ -59,7 +59,7 @@ class MemoryEstimate:
         )
 
 
-def estimate(prior: TrainablePrior, images: int) -> MemoryEstimate:
+def estimate_memory(prior: TrainablePrior, images: int) -> MemoryEstimate:
     """What training `prior` with so many images at a time takes; see `LearnedPrior.estimate`."""
     check_count(images, "batch_size")
     one = peak_activations(prior, 1)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import check_strip, find_color, read_strips, seed
 
+from hvae_ebm_prior.cli.loading import load_function
 from hvae_ebm_prior.cli.main import main
 from hvae_ebm_prior.training.image_data import load_images
 
@@ -94,11 +96,14 @@ def test_images_of_every_form(tmp_path):
         load_images(str(tmp_path / "images.npz"))
 
 
-def test_the_command_is_installed(files):
+def test_the_command_is_installed(capsys):
     command = Path(sys.executable).parent / "hvae-ebm-prior"
-    done = subprocess.run([command, "diagnose", "--help"], check=False, capture_output=True, text=True)
+    done = subprocess.run([command, "--help"], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "prior hole" in subprocess.run([command, "--help"], check=False, capture_output=True, text=True).stdout
+    assert "prior hole" in done.stdout
+    with pytest.raises(SystemExit, match="0"):
+        main(["diagnose", "--help"])
+    assert "--images" in capsys.readouterr().out
 
 
 def test_info_names_versions_and_backends(capsys, monkeypatch):
@@ -120,9 +125,9 @@ def test_info_names_versions_and_backends(capsys, monkeypatch):
     ("command", "pictures", "figures"),
     [
         (
-            ["sample", "--count", "20", "--labels", "class=hat", "smile=1", "--guidance", "2"],
+            ["sample", "--count", "32", "--labels", "class=hat", "smile=1", "--guidance", "2"],
             ["sample"],
-            {"samples": 20, "guidance": 2.0},
+            {"samples": 32, "guidance": 2.0},
         ),
         (["edit", "--images", "images.npy", "--limit", "3"], ["edit"], {"images": 3}),
         (
@@ -140,7 +145,7 @@ def test_info_names_versions_and_backends(capsys, monkeypatch):
         ),
         (
             ["ood", "--images", "images.npy", "--outliers", "images.npy"],
-            ["ood", "ood_inference", "ood_density"],
+            ["ood", "ood_inference", "ood_diffusion", "ood_density"],
             {"outliers": 20},
         ),
         (
@@ -169,13 +174,32 @@ def test_info_names_versions_and_backends(capsys, monkeypatch):
 def test_commands_of_a_prior_write_pictures_and_figures(files, monkeypatch, command, pictures, figures):
     monkeypatch.chdir(files)
     assert main([command[0], "mine.py:load_prior", *command[1:]]) == 0
-    for name in pictures:
-        assert (files / f"{name}.png").stat().st_size > 1000
     written = json.loads((files / f"{command[0]}.json").read_text())
     assert figures.items() <= written.items()
-    if command[0] == "edit" and "--hold" not in command:
-        assert [edit["held"] for edit in written["edits"]] == [[0, 1], [0], []]
+    assert sorted(path.stem for path in files.glob("*.png")) == sorted(pictures)
+    strips = read_strips(files / f"{pictures[0]}.png")
+    if command[0] == "sample":
+        labels = {"class": "hat", "smile": 1}
+        images = load_function("mine.py:load_prior")().sample(32, labels=labels, guidance=2.0, generator=seed(0))
+        for strip, row in zip(strips, images.split(16), strict=True):
+            check_strip(strip, row)
+    if command[0] == "edit":
+        assert len(strips) == 1 + len(written["edits"])
+        if "--images" in command:
+            check_strip(strips[0], load_images("images.npy")[: written["images"]])
+        if "--hold" not in command:
+            assert [edit["held"] for edit in written["edits"]] == [[0, 1], [0], []]
+            assert (strips[1] != strips[3]).any()
+    if command[0] == "interpolate":
+        assert len(strips) == written["pairs"]
+    if command[0] == "transitions":
+        assert len(strips) == 1
+        for name, colors in (("energies", ("C0", "C1", "C7")), ("pixels", ("C0", "C1", "C2"))):
+            assert all(len(find_color(f"transitions_{name}.png", color)) > 50 for color in colors)
     if command[0] == "ood":
+        assert [len(find_color("ood.png", f"C{i}")) > 20 for i in range(4)] == [i < len(pictures) - 1 for i in range(4)]
+        for name in pictures[1:]:
+            assert all(len(find_color(f"{name}.png", color, 0.6)) > 50 for color in ("C0", "C1"))
         # The same images under another seed: nobody can tell them apart.
         assert all(0.3 < cut["auroc"] < 0.7 for cut in written[pictures[1].partition("_")[2]])
     assert not list(files.glob("*.part*"))

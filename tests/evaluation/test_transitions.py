@@ -1,11 +1,15 @@
 """Recorded runs against the library's own chains, and the figures against closed forms."""
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
-from helpers import seed
+from helpers import check_strip, find_color, read_strips, seed
+from matplotlib.image import imread
 from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
@@ -182,9 +186,29 @@ def test_default_energies_in_a_chunk_and_pictures(tmp_path):
     torch.testing.assert_close(run.samples, prior.sample_noise(3, generator=seed(0)))
     torch.testing.assert_close(run.energies[0, -1], prior.layer_energies(run.samples, 0), atol=1e-4, rtol=1e-4)
     save_strips(tmp_path / "strips.png", prior, run)
+    (picture,) = read_strips(tmp_path / "strips.png")
+    with torch.no_grad():
+        states = torch.stack([prior.decode(u) for u in run.states.flip(0).flatten(0, 1)], dim=1)
+    for i, row in enumerate(np.array_split(picture, 3)):
+        check_strip(row, states[i])
     save_energies(tmp_path / "energies.png", run)
-    save_pixels(tmp_path / "pixels.png", run, reference=torch.rand(4, 1, 2, 2, generator=seed(1)))
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("strips", "energies", "pixels"))
+    heights = [find_color(tmp_path / "energies.png", color)[:, 0].mean() for color in ("C0", "C1", "C2", "C7")]
+    assert heights == sorted(heights)
+    assert min(b - a for a, b in pairwise(heights)) > 50
+
+
+def test_pixels_are_drawn_where_they_are(tmp_path):
+    """Mean, std and share of .8, .5 and .1 are level lines, and a reference's mean of .3 is a dashed one."""
+    run = langevin_transitions(make(steps=2), 2, steps=3, generator=seed(0))
+    run = replace(run, pixels=torch.tensor([0.8, 0.5, 0.1]).expand(run.pixels.shape))
+    save_pixels(tmp_path / "pixels.png", run)
+    width = imread(tmp_path / "pixels.png").shape[1]
+    found = [find_color(tmp_path / "pixels.png", color) for color in ("C0", "C1", "C2")]
+    mean, std, share = (each[each[:, 1] < width / 2][:, 0].mean() for each in found)
+    assert (std - mean) / (share - std) == pytest.approx(0.3 / 0.4, abs=0.02)
+    save_pixels(tmp_path / "both.png", run, reference=torch.full((2, 1, 2, 2), 0.3))
+    dashed = find_color(tmp_path / "both.png", "C0", tolerance=0.2)[:, 0].max()
+    assert dashed == pytest.approx(mean + (share - mean) * 0.5 / 0.7, abs=4)
 
 
 def test_bad_counts_are_refused():

@@ -391,9 +391,11 @@ def test_nan_images_in_mid_run_are_refused_and_the_backbone_is_given_back():
         prior.fit(batches, iterations=20, generator=seed(0), progress=False)
     assert finite(prior)
     adapter = prior.backbone
+    assert not any(m.training for m in adapter.model.modules())
+    # Also while the error's frames are alive.
     prior.release()
-    assert raised.traceback is not None
     assert all(m.training for m in adapter.model.modules())
+    del raised
 
 
 @pytest.mark.parametrize("where", ["callback", "chain"])

@@ -27,7 +27,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """The backend that runs on `device`: "torch", "naive" or "triton".
 
     Args:
-        backend: the wish; "auto" asks the environment variable first.
+        backend: the one that is asked for; "auto" asks the environment variable first.
         device: where the states are.
 
     Returns:
