@@ -31,6 +31,8 @@ nitpicky, default_role = True, "py:obj"
 nitpick_ignore_regex = [("py:obj", r".*")]
 # Other projects' names have no page here, and the build fetches none.
 nitpick_ignore_regex += [("py:class", r"(torch|collections|pathlib|gradio)\..+")]
+# What only an adapter's own methods hand to each other has no place in the reference.
+nitpick_ignore_regex += [("py:class", r"hvae_ebm_prior_adapters\..+")]
 # Names in quoted annotations, which only type checkers resolve.
 nitpick_ignore_regex += [("py:class", r"Tensor|Dataset|Labels|Callback|Condition")]
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backbones import TRUTH, IdentityBackbone, Pair, Quadratic, RandomBackbone, minimize_batch_loss
+from backbones import TRUTH, IdentityBackbone, Pair, Quadratic, RandomBackbone, images_of, minimize_batch_loss
 from helpers import seed
 from scipy import stats
 from torch import nn
@@ -19,11 +19,6 @@ from hvae_ebm_prior.chains.langevin import gaussian_part, langevin_coefficients
 SHAPES = [(2,), (1, 2, 2)]
 SMALL = EnergyConfig(width=8, vector_width=16)
 SHORT = LangevinConfig(steps=2)
-
-
-def images_of(u):
-    """Images of an IdentityBackbone that hold the noise `u`."""
-    return ((u + 10) / 20)[:, None, None]
 
 
 def randomize(prior, std=0.3):

@@ -98,7 +98,8 @@ def test_ablations_change_one_thing():
 
     def values(prior, training):
         settings = prior.settings()
-        return {**settings, **vars(settings.pop("langevin")), **vars(training), "class": type(prior).__name__}
+        langevin = settings.pop("langevin")
+        return {**settings, **vars(langevin), **vars(training), "class": type(prior).__name__}
 
     before, changes = values(ours, training), {}
     for name, (prior, training) in made.items():

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
 from helpers import IMAGES, seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -261,7 +261,7 @@ def test_learning_finds_bayes_rule():
     m, g = 0.8, seed(0)
     y = torch.arange(2000) % 2
     z = m * (2 * y - 1) + torch.randn(2000, generator=g)
-    images = ((z + 10) / 20)[:, None, None, None]
+    images = images_of(z[:, None])
     torch.manual_seed(0)
     prior = DiffusionEBMPrior(
         IdentityBackbone((1,)),
@@ -276,7 +276,7 @@ def test_learning_finds_bayes_rule():
     )
     assert history[-1].cross_entropy < 0.69
     at = torch.linspace(-2, 2, 9)
-    probability = prior.classify(((at + 10) / 20)[:, None, None, None], generator=g)["side"][:, 1]
+    probability = prior.classify(images_of(at[:, None]), generator=g)["side"][:, 1]
     assert (probability - torch.sigmoid(2 * m * at)).abs().max() < 0.12
     right = prior.sample_noise(2000, labels={"side": "right"}, generator=g)
     assert right.mean().item() == pytest.approx(m, abs=0.25)

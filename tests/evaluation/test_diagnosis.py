@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backbones import IdentityBackbone
+from backbones import IdentityBackbone, images_of
 from helpers import seed
 
 from hvae_ebm_prior.evaluation.diagnosis import (
@@ -67,16 +67,16 @@ def test_a_backbone_without_a_hole_and_one_with():
     """
     backbone = IdentityBackbone((3,), (2, 1, 1))
     noise = torch.randn(600, 5, generator=seed(0)).clamp(-9, 9)
-    good = describe_layers(backbone, ((noise + 10) / 20)[:, None, None], generator=seed(1))
+    good = describe_layers(backbone, images_of(noise), generator=seed(1))
     assert [report.shape for report in good] == [(3,), (2, 1, 1)]
     assert not any(report.has_hole for report in good)
     noise[:, 3:] = 0.3 * noise[:, 3:] + 1
-    bad = describe_layers(backbone, ((noise + 10) / 20)[:, None, None], generator=seed(1))
+    bad = describe_layers(backbone, images_of(noise), generator=seed(1))
     assert [report.has_hole for report in bad] == [False, True]
     text = layer_table(bad)
     assert "Prior hole in layer 1." in text
     assert "No prior hole" in layer_table(good)
-    assert bad == describe_layers(backbone, ((noise + 10) / 20)[:, None, None], generator=seed(1))
+    assert bad == describe_layers(backbone, images_of(noise), generator=seed(1))
 
 
 def test_too_few_images_are_refused():

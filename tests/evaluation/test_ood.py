@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
 from helpers import seed
 from torch import nn
 from torch.distributions import Normal
@@ -22,11 +22,6 @@ from hvae_ebm_prior.evaluation.outliers import (
     typicality_scores,
 )
 
-
-def to_images(z):
-    return ((z + 10) / 20)[:, None, None]
-
-
 Z = torch.randn(6, 5, generator=seed(0))
 
 
@@ -43,10 +38,10 @@ def known():
 def test_inference_and_density_scores_in_closed_form(known):
     top = -(0.5 * Z[:, :2] - 0.2 * Z[:, :2] ** 2).sum(1)
     both = top - (-0.3 * Z[:, 2:] + 0.1 * Z[:, 2:] ** 2).sum(1)
-    torch.testing.assert_close(inference_scores(known, to_images(Z)), torch.stack((both, top), 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(inference_scores(known, images_of(Z)), torch.stack((both, top), 1), atol=1e-4, rtol=1e-4)
     gaussian = torch.stack((Z.square().sum(1), Z[:, :2].square().sum(1)), 1) / 2
     torch.testing.assert_close(
-        density_scores(known, to_images(Z)), torch.stack((both, top), 1) + gaussian, atol=1e-4, rtol=1e-4
+        density_scores(known, images_of(Z)), torch.stack((both, top), 1) + gaussian, atol=1e-4, rtol=1e-4
     )
 
 
@@ -62,13 +57,13 @@ def test_diffusion_scores_between_their_limits():
     )
     # The top layer's, as those below the cut are the prior's own.
     torch.testing.assert_close(
-        diffusion_scores(sharp, to_images(Z))[:, 1], inference_scores(sharp, to_images(Z))[:, 1], atol=2e-3, rtol=0
+        diffusion_scores(sharp, images_of(Z))[:, 1], inference_scores(sharp, images_of(Z))[:, 1], atol=2e-3, rtol=0
     )
     torch.testing.assert_close(
-        diffusion_scores(sharp, to_images(Z))[:, 0], inference_scores(sharp, to_images(Z))[:, 0], atol=2e-3, rtol=0
+        diffusion_scores(sharp, images_of(Z))[:, 0], inference_scores(sharp, images_of(Z))[:, 0], atol=2e-3, rtol=0
     )
     noisy = DiffusionEBMPrior(IdentityBackbone((2,), (3,)), schedule=DiffusionSchedule.marginal(), **settings)
-    images = to_images(torch.full((2000, 5), 4.0))
+    images = images_of(torch.full((2000, 5), 4.0))
     scores = diffusion_scores(noisy, images, level=1, generator=seed(0))
     samples = noisy.layer_energies(noisy.sample_noise(2000, generator=seed(1)), 0)
     for column, expected in ((0, samples.sum(1)), (1, samples[:, 0])):
@@ -92,7 +87,7 @@ def test_typicality_is_the_mahalanobis_distance_of_energies_and_gaussian_parts(k
         )
 
     # The energies do not depend on t, so that three of them are one, and count once.
-    scores = typicality_scores(known, to_images(z), reference=to_images(reference), draws=1)
+    scores = typicality_scores(known, images_of(z), reference=images_of(reference), draws=1)
     for column, layers in ((0, 2), (1, 1)):
         usual, seen = statistics(reference, layers).double().numpy(), statistics(z, layers).double().numpy()
         inverse = np.linalg.inv(np.cov(usual.T))
@@ -145,7 +140,7 @@ class LinearGaussian(IdentityBackbone):
 def test_the_backbones_bounds_of_a_linear_gaussian_model():
     prior = DiffusionEBMPrior(LinearGaussian())
     x = torch.tensor([0.3, -2.0, 4.0])
-    images = ((x + 10) / 20)[:, None, None, None]
+    images = images_of(x[:, None])
     scores = bound_scores(prior, images.repeat(600, 1, 1, 1), draws=1, generator=seed(0)).unflatten(0, (-1, 3)).mean(0)
     evidence = Normal(0, math.sqrt(2 + 0.25)).log_prob(x)
     torch.testing.assert_close(scores[:, 0], -evidence, atol=1e-3, rtol=1e-3)
@@ -168,9 +163,7 @@ def test_density_scores_are_means_over_the_posterior():
     """
     x = torch.tensor([0.3, -2.0, 4.0])
     half = ((x / 2.25) ** 2 + 1 - 1 / 2.25) / 2
-    scores = density_scores(
-        DiffusionEBMPrior(LinearGaussian()), ((x + 10) / 20)[:, None, None, None], draws=20_000, generator=seed(0)
-    )
+    scores = density_scores(DiffusionEBMPrior(LinearGaussian()), images_of(x[:, None]), draws=20_000, generator=seed(0))
     torch.testing.assert_close(scores, torch.stack((2 * half, half), dim=1), rtol=0.03, atol=0.02)
 
 
@@ -180,7 +173,7 @@ def test_restoration_scores_in_closed_form():
     schedule = DiffusionSchedule.from_snr([1e9, 1e8, 0])
     prior = DiffusionEBMPrior(LinearGaussian(), schedule=schedule, langevin=LangevinConfig(steps=2, start="gaussian"))
     x = torch.tensor([0.3, -2.0, 4.0])
-    images = ((x + 10) / 20).repeat_interleave(400)[:, None, None, None]
+    images = images_of(x.repeat_interleave(400)[:, None])
     scores = restoration_scores(prior, images, draws=2, generator=seed(0))
     assert scores[:, 0].abs().max() < 0.02
     scores = scores.unflatten(0, (3, 400)).mean(1)
@@ -240,19 +233,19 @@ def test_detection_of_a_small_example():
     ("call", "error", "message"),
     [
         (
-            lambda p: bound_scores(p, to_images(Z)),
+            lambda p: bound_scores(p, images_of(Z)),
             TypeError,
             "IdentityBackbone gives no densities.*infer_with_density, log_likelihood",
         ),
-        (lambda p: restoration_scores(p, to_images(Z)), TypeError, "gives no densities"),
-        (lambda p: restoration_scores(p, to_images(Z), level=0), ValueError, r"1\.\.3, got 0"),
-        (lambda p: density_scores(p, to_images(Z), draws=0), ValueError, "draws"),
-        (lambda p: diffusion_scores(p, to_images(Z), level=4), ValueError, r"1\.\.3, got 4"),
-        (lambda p: diffusion_scores(p, to_images(Z), noise=-1), ValueError, "factor"),
-        (lambda p: inference_scores(p, to_images(Z), draws=0), ValueError, "draws"),
-        (lambda p: inference_scores(p, to_images(Z) + 1), ValueError, r"\[0, 1\]"),
+        (lambda p: restoration_scores(p, images_of(Z)), TypeError, "gives no densities"),
+        (lambda p: restoration_scores(p, images_of(Z), level=0), ValueError, r"1\.\.3, got 0"),
+        (lambda p: density_scores(p, images_of(Z), draws=0), ValueError, "draws"),
+        (lambda p: diffusion_scores(p, images_of(Z), level=4), ValueError, r"1\.\.3, got 4"),
+        (lambda p: diffusion_scores(p, images_of(Z), noise=-1), ValueError, "factor"),
+        (lambda p: inference_scores(p, images_of(Z), draws=0), ValueError, "draws"),
+        (lambda p: inference_scores(p, images_of(Z) + 1), ValueError, r"\[0, 1\]"),
         (
-            lambda p: typicality_scores(p, to_images(Z), reference=to_images(Z)),
+            lambda p: typicality_scores(p, images_of(Z), reference=images_of(Z)),
             ValueError,
             "more images than statistics, 8, got 6",
         ),

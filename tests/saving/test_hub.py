@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import Pair, RandomBackbone
-from helpers import seed
+from helpers import check_strip, read_strips, seed
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import (
@@ -74,7 +74,7 @@ def test_pushed_and_loaded_it_draws_the_same(hub):
     )
 
 
-def test_the_card_is_valid_and_says_where_the_prior_is(hub):
+def test_the_card_is_valid_and_says_where_the_prior_is(hub, tmp_path):
     card = Card(base_model="me/vae", datasets=["digits"], license="mit", description="A prior of digits.")
     make_prior().push_to_hub("me/prior", samples=4, card=card, metrics=[Metric("FD", 3.5, "classifier", "digits")])
     files = hub.repositories["me/prior"].commits[hub.repositories["me/prior"].heads["main"]]
@@ -91,7 +91,13 @@ def test_the_card_is_valid_and_says_where_the_prior_is(hub):
     ]
     assert 'from_pretrained("me/prior"' in text
     assert "(samples.png)" in text
-    assert files["samples.png"].startswith(b"\x89PNG")
+    (tmp_path / "samples.png").write_bytes(files["samples.png"])
+    strips = read_strips(tmp_path / "samples.png")
+    assert len(strips) == 2
+    prior, generator = make_prior(), seed(0)
+    with torch.no_grad():
+        check_strip(strips[0], prior.decode(torch.randn(4, prior.dim, generator=generator)))
+    check_strip(strips[1], prior.sample(4, generator=generator))
 
 
 def test_the_card_may_say_nothing(hub):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backbones import IdentityBackbone, Quadratic, RandomBackbone
+from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
 from helpers import IMAGES, SMALL, same, seed, state
 
 from hvae_ebm_prior import (
@@ -97,7 +97,7 @@ def test_displacement_of_chains_without_energies_is_known():
         torch.testing.assert_close(
             found, torch.full_like(found, math.sqrt(square)), rtol=5 / math.sqrt(2 * dim), atol=0
         )
-    images = ((u + 10) / 20)[:, None, None]
+    images = images_of(u)
     record = prior.fit(
         images,
         training=TrainingConfig(iterations=1, batch_size=60, activity_images=0),
