@@ -55,7 +55,7 @@ def read_strips(path: str | Path) -> list[np.ndarray]:
 
 
 def check_strip(strip: np.ndarray, images: Tensor) -> None:
-    """A picture shows a row of images (N, C, H, W): the centres of pixels have their grey or colours, by their contrast."""
+    """A picture shows a row of images (N, C, H, W): centres of pixels have their colours, by what the row varies."""
     row = torch.cat(list(images.detach().float().clamp(0, 1)), dim=2).permute(1, 2, 0).numpy()
     height, width = (
         ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(row.shape[:2], strip.shape[:2], strict=True)
