@@ -32,7 +32,7 @@ BEGUN = ENVIRONMENT / "begun"
 LOG = ENVIRONMENT / "pip.log"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Gigabytes on disk: the rest of an extra, and PyTorch.
-SIZES = {"examples": 0.3, "dev": 0.8, "cpu": 0.7, "cuda": 6.0}
+SIZES = {"examples": 0.4, "dev": 1.5, "cpu": 0.7, "cuda": 4.2}
 # It asks for torchvision, which it does not need for what is used of it here, and which would bring another PyTorch.
 WITHOUT_DEPENDENCIES = {"examples": [], "dev": ["torch-fidelity>=0.4,<0.5"]}
 # Version, build and folder of the PyTorch that a Python has; fails if it has none.
