@@ -105,7 +105,9 @@ def mutated_config(saved, data):
             case "add" if isinstance(parent, dict):
                 parent[data.draw(st.sampled_from(NAMES))] = data.draw(hostile_values)
             case "repeat" if isinstance(parent, list):
-                parent.extend([parent[path[-1]]] * data.draw(st.sampled_from([1, 1000, 50_000])))
+                # No more than the test itself can hold.
+                most = 2**24 // len(json.dumps(parent[path[-1]]))
+                parent.extend([parent[path[-1]]] * min(most, data.draw(st.sampled_from([1, 1000, 50_000]))))
     return saved | {"config.json": json.dumps(config).encode()}
 
 
