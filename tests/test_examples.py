@@ -29,9 +29,9 @@ LIMITS_MB = {"fashion_mnist.npz": 6, "hvae.safetensors": 5, "classifier.safetens
 
 
 def load_part(split):
-    """2,000 images, and their labels."""
+    """1,000 images, and their labels."""
     images, labels = fashion_mnist.load_subset(split)
-    return images[:2000], labels[:2000]
+    return images[:1000], labels[:1000]
 
 
 def load_shipped(*_):
@@ -50,7 +50,7 @@ def main_job(tmp_path_factory):
     """
     folder, printed = tmp_path_factory.mktemp("main_job"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["quickstart.py", "--iterations", "2", "--images", "200", "--out", str(folder)])
+        patch.setattr(sys, "argv", ["quickstart.py", "--iterations", "2", "--images", "150", "--out", str(folder)])
         patch.setattr(quickstart, "load_subset", load_part)
         patch.setattr(quickstart, "make_prior", load_shipped)
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))

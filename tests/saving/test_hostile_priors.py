@@ -103,11 +103,12 @@ def mutated_config(saved, data):
             case "remove":
                 del parent[path[-1]]
             case "add" if isinstance(parent, dict):
-                parent[data.draw(st.sampled_from(NAMES))] = data.draw(hostile_values)
+                parent[data.draw(st.sampled_from(NAMES))] = copy.deepcopy(data.draw(hostile_values))
             case "repeat" if isinstance(parent, list):
-                # No more than the test itself can hold.
-                most = 2**24 // len(json.dumps(parent[path[-1]]))
-                parent.extend([parent[path[-1]]] * min(most, data.draw(st.sampled_from([1, 1000, 50_000]))))
+                # Copies, as a later change of one must not be one of all; no more than the test itself can hold.
+                text = json.dumps(parent[path[-1]])
+                count = min(data.draw(st.sampled_from([1, 1000, 50_000])), 2**22 // len(text))
+                parent.extend(json.loads(f"[{', '.join([text] * count)}]"))
     return saved | {"config.json": json.dumps(config).encode()}
 
 

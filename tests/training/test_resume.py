@@ -725,7 +725,7 @@ def train_in_child(folder, training):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize(("count", "steps"), [(5, 60), pytest.param(50, 300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "steps"), [(5, 40), pytest.param(50, 300, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments(count, steps, tmp_path):
     """Processes are killed without warning wherever they are, as a rule while they write, and each time another one
     goes on with the same folder.
