@@ -14,8 +14,8 @@ The package in the order in which it is built; every line imports from those abo
     cli                       the commands
 """
 
+from . import baselines  # noqa: F401  # saved priors may be of these classes
 from .backbone.transform import BackboneAdapter
-from .baselines.layerwise import LayerwisePrior
 from .chains.execution import ExecutionConfig
 from .chains.kernels import langevin_update
 from .chains.langevin import ChainDiverged, LangevinConfig
@@ -44,7 +44,6 @@ __all__ = [
     "Label",
     "LabelSet",
     "LangevinConfig",
-    "LayerwisePrior",
     "TrainingConfig",
     "TrainingDiverged",
     "TrainingRecord",

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .backbone.validation import check_count, check_noise
 from .density.composition import Expression
-from .prior import DiffusionEBMPrior
+from .density.sampling import supported_options
+from .training.learned_prior import LearnedPrior
 
 Labels = Mapping[str, Any] | Expression | None
 
 
 def resample(
-    prior: DiffusionEBMPrior,
+    prior: LearnedPrior,
     u: Tensor,
     hold: Sequence[int],
     *,
@@ -44,20 +45,19 @@ def resample(
         Noise (N, D); held layers are exact.
 
     Raises:
-        TypeError, ValueError: a layer that does not exist, a wrong label or shape.
+        TypeError, ValueError: a layer that does not exist, a wrong label or shape, or a prior without labels.
     """
     check_noise(u, prior.dim, prior.device)
     parts = prior.split(u.detach())
     for i in hold:
         if i not in range(len(parts)):
             raise ValueError(f"hold: expected layer indices 0 (top) to {len(parts) - 1} (bottom), got {i!r}")
-    return prior.sample_noise(
-        len(u), fixed={i: parts[i] for i in hold}, labels=labels, guidance=guidance, generator=generator
-    )
+    given = supported_options(prior, labels=labels, guidance=guidance)
+    return prior.sample_noise(len(u), fixed={i: parts[i] for i in hold}, generator=generator, **given)
 
 
 def edit(
-    prior: DiffusionEBMPrior,
+    prior: LearnedPrior,
     images: Tensor,
     hold: Sequence[int],
     *,
@@ -87,7 +87,7 @@ def edit(
 
 
 def sample_in_turn(
-    prior: DiffusionEBMPrior,
+    prior: LearnedPrior,
     n: int,
     stages: Sequence[tuple[Labels, Sequence[int]]],
     *,
@@ -117,7 +117,8 @@ def sample_in_turn(
         if again := set(layers) & set(held):
             raise ValueError(f"stages: layers {sorted(again)} are held by an earlier stage")
         if not states:
-            states.append(prior.sample_noise(n, labels=labels, guidance=guidance, generator=generator))
+            given = supported_options(prior, labels=labels, guidance=guidance)
+            states.append(prior.sample_noise(n, generator=generator, **given))
         else:
             states.append(resample(prior, states[-1], held, labels=labels, guidance=guidance, generator=generator))
         held += layers
@@ -125,7 +126,7 @@ def sample_in_turn(
 
 
 def interpolate(
-    prior: DiffusionEBMPrior, start: Tensor, end: Tensor, steps: int, *, layers: Sequence[int] | None = None
+    prior: LearnedPrior, start: Tensor, end: Tensor, steps: int, *, layers: Sequence[int] | None = None
 ) -> Tensor:
     """Noises between two, on the great circle through them: they keep the length that noise has.
 

@@ -59,25 +59,16 @@ def published(steps: int, step_size: float, width: int, batch_size: int, epoch_d
     )
 
 
-# A little noise is left at level 0, as noise-free posteriors can be too sharp to follow.
-SMOOTH = DiffusionSchedule.from_snr([200, 15, 3, 0])
-
 PRESETS = {
     "default": Preset(DiffusionSchedule.cosine(3), LangevinConfig(), EnergyConfig(), TrainingConfig()),
     # Few steps, which learn the most per gradient on the example's HVAE (docs/benchmarks.md, "Integrators"); the top
-    # layer, whose energy is the most curved, takes shorter steps.
+    # layer, whose energy is the most curved, takes shorter steps. A little noise is left at level 0, as noise-free
+    # posteriors can be too sharp to follow.
     "fast": Preset(
-        SMOOTH,
+        DiffusionSchedule.from_snr([200, 15, 3, 0]),
         LangevinConfig(steps=5, step_size=0.3, start="gaussian", top_steps=6),
         EnergyConfig(),
         TrainingConfig(iterations=1150, learning_rate=3.5e-3, ema_decay=0.995),
-    ),
-    # Of `LayerwisePrior`, which takes no chains.
-    "layerwise": Preset(
-        SMOOTH,
-        LangevinConfig(),
-        EnergyConfig(),
-        TrainingConfig(iterations=3000, learning_rate=3e-3, ema_decay=0.998),
     ),
     # Of `hvae_ebm_prior.baselines`, found on the same HVAE (docs/baselines.md).
     "joint-ebm": Preset(

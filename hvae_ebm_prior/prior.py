@@ -6,27 +6,105 @@ by recovery likelihood (Alg. 1 of Cui & Han, 2024) and sampled one after the oth
     loss(u_t, u_{t+1}) = F(T(u_t^-), t) - F(T(u_t), t),     u_t^- by Langevin steps on p(. | u_{t+1})
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .backbone.transform import BackboneAdapter
+from .backbone.validation import check_count
+from .chains.execution import ExecutionConfig
 from .chains.langevin import LangevinConfig
 from .chains.schedule import DiffusionSchedule
 from .chains.streams import draw_key
 from .density.composition import Expression
-from .density.sampling import SamplingRequest, make_request, sample_levels
-from .energies.coupling import Labels
-from .processes import agree
+from .density.energy_model import DEFAULT_SCHEDULE
+from .density.sampling import make_request, sample_levels
+from .energies.coupling import Coupling, Labels, build_heads
+from .energies.networks import EnergyConfig
 from .training.learned_prior import LearnedPrior
-from .training.recovery import RecoveryLoss, recovery_loss
+from .training.recovery import RecoveryLoss, gradients_of_recovery, recovery_loss
 
 
 class DiffusionEBMPrior(LearnedPrior):
-    """A learned prior for a hierarchical VAE; its arguments, densities and label sets are those of `EnergyModel`."""
+    """A learned prior for a hierarchical VAE, with labels if asked; its densities are those of `EnergyModel`.
+
+    Args:
+        backbone: as of `LatentPrior`.
+        schedule: as of `EnergyModel`.
+        langevin: as of `EnergyModel`.
+        energy: as of `EnergyModel`.
+        coupling: label sets bound to layers; see `couple`.
+        execution: as of `EnergyModel`.
+
+    Raises:
+        TypeError, ValueError: as of `EnergyModel` and `couple`.
+    """
 
     saved_settings: ClassVar[Mapping[str, Any] | None] = {"schedule": DiffusionSchedule, "langevin": LangevinConfig}
+
+    def __init__(
+        self,
+        backbone: BackboneAdapter | nn.Module,
+        *,
+        schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
+        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
+        coupling: Coupling | None = None,
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
+    ) -> None:
+        super().__init__(backbone, schedule=schedule, langevin=langevin, energy=energy, execution=execution)
+        if coupling is not None:
+            try:
+                self.couple(coupling)
+            except BaseException:
+                self.release()
+                raise
+
+    def couple(self, coupling: Coupling) -> None:
+        """Bind label sets to layers, instead of former ones. F and samples stay as they are until `fit` gets labels.
+
+        Args:
+            coupling: the label sets.
+
+        Raises:
+            TypeError: `coupling` is no Coupling.
+            ValueError: a layer or level does not exist.
+        """
+        if not isinstance(coupling, Coupling):
+            raise TypeError(f"coupling: expected a Coupling, got {type(coupling).__name__}")
+        heads = build_heads(coupling, self.latent_shapes, list(self.energies), self.schedule.steps, self.device)
+        self.heads = heads.to(self.dtype).train(self.training)
+        self.coupling = coupling
+
+    @torch.no_grad()
+    def classify(
+        self, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """p(y | x) of every label set from the energies: the mean of p(y | u_0) over posterior draws.
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            draws: posterior draws per image.
+            generator: source of the posterior noise.
+
+        Returns:
+            Probabilities (N, K) by label set.
+
+        Raises:
+            TypeError, ValueError: images of a wrong type, shape or range, or the prior is not coupled at t = 0.
+        """
+        check_count(draws, "draws")
+        if self.coupling is None or (self.coupling.levels is not None and 0 not in self.coupling.levels):
+            raise ValueError("classify: this prior is not coupled to labels at t = 0; see DiffusionEBMPrior.couple")
+        probabilities: dict[str, list[Tensor]] = {name: [] for name in self.coupling.sets}
+        levels = torch.zeros(len(images), dtype=torch.long, device=self.device)
+        for _ in range(draws):
+            u = self.encode(images, generator=generator)
+            for name, logits in self.corrections(self.transform.to_latents(u), levels)[1].items():
+                probabilities[name].append(logits.softmax(1))
+        return {name: torch.stack(values).mean(0) for name, values in probabilities.items()}
 
     def sample_noise(
         self,
@@ -60,7 +138,7 @@ class DiffusionEBMPrior(LearnedPrior):
             ChainDiverged: a chain left the finite numbers.
         """
         request = make_request(self, n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature)
-        states = self._sample_levels(request, draw_key(generator), range(n))
+        states = sample_levels(self, request, draw_key(generator), range(n))
         return torch.stack(states) if trajectory else states[0]
 
     def sample(
@@ -94,12 +172,7 @@ class DiffusionEBMPrior(LearnedPrior):
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
         request = make_request(self, n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature)
-        key = agree(draw_key(generator))
-
-        def draw(chunk: slice) -> Tensor:
-            return self._sample_levels(request.rows(chunk), key, range(n)[chunk])[0]
-
-        return self._decode_in_chunks(n, draw, chunk_size)
+        return self._draw_images(n, request, chunk_size, generator)
 
     def posterior_sample(
         self,
@@ -136,21 +209,12 @@ class DiffusionEBMPrior(LearnedPrior):
         request = make_request(
             self, n, fixed=fixed, labels=labels, guidance=guidance, log_likelihood=log_likelihood, langevin=langevin
         )
-        return self._decode_finite(self._sample_levels(request, draw_key(generator), range(n))[0])
-
-    def _sample_levels(self, request: SamplingRequest, key: int, samples: range) -> list[Tensor]:
-        """States u_0..u_T of the given samples of a call; baselines draw in ways of their own."""
-        return sample_levels(self, request, key, samples)
-
-    def _draw(self, key: int, samples: range) -> Tensor:
-        return self._sample_levels(SamplingRequest(), key, samples)[0]
+        return self._decode_finite(self._draw(draw_key(generator), range(n), request))
 
     @property
     def gradients_per_step(self) -> int:
         """Gradients of the networks for a batch in one step of `fit`: one per step of the chain, one to learn from."""
-        corrector_steps = self.langevin.corrector_steps
-        # Metropolis steps compare the gradients at both ends, so they need one more than there are steps.
-        return self.langevin.steps + 1 + (corrector_steps + 1 if corrector_steps else 0)
+        return gradients_of_recovery(self.langevin)
 
     def batch_loss(
         self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None

@@ -23,7 +23,6 @@ from hvae_ebm_prior import (
     Label,
     LabelSet,
     LangevinConfig,
-    LayerwisePrior,
     TrainingConfig,
 )
 from hvae_ebm_prior.baselines import JointEBMPrior, LatentDiffusionPrior, NCPPrior
@@ -71,7 +70,6 @@ PRIORS = {
     "corrected": lambda: build(langevin=replace(CHAINS, corrector_steps=2, integrator="leimkuhler-matthews")),
     "strang": lambda: build(langevin=replace(CHAINS, integrator="strang", start="gaussian", top_steps=2)),
     "coupled": lambda: build(langevin=CHAINS, coupling=COUPLING),
-    "layerwise": lambda: build(LayerwisePrior, proposals=4, negatives=2),
     "ncp": lambda: build(NCPPrior, proposals=4),
     "ncp langevin": lambda: build(NCPPrior, sampler="langevin"),
     "joint": lambda: build(JointEBMPrior, chains="persistent", target="published", kept=20),

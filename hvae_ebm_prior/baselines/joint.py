@@ -54,7 +54,7 @@ class JointEBMPrior(DiffusionEBMPrior):
         langevin: the chains; None takes those of PRESETS["joint-ebm"], ten times as long in sampling where training's
             persist.
         energy: as of `EnergyModel`.
-        coupling: as of `EnergyModel`.
+        coupling: as of `DiffusionEBMPrior`.
         execution: as of `EnergyModel`.
         kept: number of persistent chains, each D numbers on the prior's device; no fewer than a batch.
         renewal: probability with which a persistent chain starts anew from N(0, I).

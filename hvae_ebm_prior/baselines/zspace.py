@@ -24,10 +24,10 @@ from ..chains.execution import ExecutionConfig
 from ..chains.langevin import LangevinConfig
 from ..chains.schedule import DiffusionSchedule
 from ..density.energy_model import DEFAULT_SCHEDULE
-from ..density.sampling import SamplingRequest
-from ..energies.coupling import Coupling
+from ..energies.coupling import Labels
 from ..energies.networks import EnergyConfig
-from ..prior import DiffusionEBMPrior
+from ..training.learned_prior import LearnedPrior
+from ..training.recovery import RecoveryLoss, gradients_of_recovery, recovery_loss
 
 Base = Literal["backbone", "normal"]
 
@@ -57,9 +57,10 @@ class FlatAdapter:
         return self.transform.adapter.decode(features)
 
 
-class LatentDiffusionPrior(DiffusionEBMPrior):
+class LatentDiffusionPrior(LearnedPrior):
     """A diffusion energy-based prior in z. Wherever a `DiffusionEBMPrior` has noise u, this one has latents z, all
-    layers packed into one (N, D).
+    layers packed into one (N, D). It has no temperature, as there are no Gaussian layers here whose std that could
+    multiply, and learns no labels.
 
     Args:
         backbone: as of `LatentPrior`.
@@ -67,7 +68,6 @@ class LatentDiffusionPrior(DiffusionEBMPrior):
         langevin: as of `EnergyModel`; steps are in units of the Gaussian part N(z; 0, I) N(z_{t+1}; alpha z, sigma^2
             I).
         energy: as of `EnergyModel`.
-        coupling: as of `EnergyModel`.
         execution: as of `EnergyModel`.
         base: "backbone" for p0 the backbone's prior, "normal" for N(z; 0, I), where F learns the hierarchy as well.
 
@@ -82,16 +82,13 @@ class LatentDiffusionPrior(DiffusionEBMPrior):
         schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
         langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
         energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
-        coupling: Coupling | None = None,
         execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
         base: Base = "backbone",
     ) -> None:
         if base not in ("backbone", "normal"):
             raise ValueError(f'base: expected "backbone" or "normal", got {base!r}')
         flat = backbone if isinstance(backbone, FlatAdapter) else FlatAdapter(NoiseTransform(find_adapter(backbone)))
-        super().__init__(
-            flat, schedule=schedule, langevin=langevin, energy=energy, coupling=coupling, execution=execution
-        )
+        super().__init__(flat, schedule=schedule, langevin=langevin, energy=energy, execution=execution)
         self.base = base
 
     def settings(self) -> dict[str, Any]:
@@ -108,10 +105,13 @@ class LatentDiffusionPrior(DiffusionEBMPrior):
         ]
         return torch.stack(parts, dim=1)
 
-    def _sample_levels(self, request: SamplingRequest, key: int, samples: range) -> list[Tensor]:
-        if request.temperature != 1:
-            raise ValueError(
-                f"temperature: expected 1, got {request.temperature}; the diffusion of z has no Gaussian layers whose "
-                "std it could multiply"
-            )
-        return super()._sample_levels(request, key, samples)
+    @property
+    def gradients_per_step(self) -> int:
+        """Gradients of the networks for a batch in one step of `fit`."""
+        return gradients_of_recovery(self.langevin)
+
+    def batch_loss(
+        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
+    ) -> RecoveryLoss:
+        """The loss that `fit` learns from; see `recovery_loss`."""
+        return recovery_loss(self, u, labels, generator, rows)

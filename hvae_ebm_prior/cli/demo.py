@@ -18,15 +18,16 @@ from torch import Tensor
 
 from ..backbone.validation import check_count
 from ..baselines import NCPPrior
-from ..baselines.layerwise import LayerwisePrior
 from ..chains.langevin import ChainDiverged
 from ..control import resample
+from ..density.sampling import supported_options
 from ..energies.coupling import LabelSet
 from ..evaluation.transitions import langevin_transitions
 from ..extras import missing
 from ..prior import DiffusionEBMPrior
 from ..saving.grid import tile
 from ..training.image_data import image_shape
+from ..training.learned_prior import LearnedPrior
 
 if TYPE_CHECKING:
     import gradio  # type: ignore[import-not-found, unused-ignore]
@@ -103,21 +104,21 @@ def check_bounds(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name}: this page takes {low:g} to {high:g}, got {value:g}")
 
 
-def draw_noise(prior: DiffusionEBMPrior, settings: Settings, n: int) -> Tensor:
+def draw_noise(prior: LearnedPrior, settings: Settings, n: int) -> Tensor:
     """Noise (n, D) of the first `n` samples of these settings."""
-    labels = settings.label_arguments()
-    return prior.sample_noise(n, temperature=settings.temperature, generator=settings.generator, **labels)
+    given = supported_options(prior, temperature=settings.temperature, **settings.label_arguments())
+    return prior.sample_noise(n, generator=settings.generator, **given)
 
 
 @torch.no_grad()
-def draw_both(prior: DiffusionEBMPrior, settings: Settings) -> tuple[Tensor, Tensor]:
+def draw_both(prior: LearnedPrior, settings: Settings) -> tuple[Tensor, Tensor]:
     """Pictures (count, C, H, W) of the Gaussian prior, and of ours, at one temperature; labels are for ours."""
     noise = torch.randn(settings.count, prior.dim, generator=settings.generator).to(prior.device, prior.dtype)
     return prior.decode(settings.temperature * noise), prior.decode(draw_noise(prior, settings, settings.count))
 
 
 @torch.no_grad()
-def vary(prior: DiffusionEBMPrior, settings: Settings, hold: list[int], source: int | Tensor) -> Tensor:
+def vary(prior: LearnedPrior, settings: Settings, hold: list[int], source: int | Tensor) -> Tensor:
     """A picture, and others with the noise of some of its layers held and the rest drawn anew.
 
     Args:
@@ -146,11 +147,11 @@ def vary(prior: DiffusionEBMPrior, settings: Settings, hold: list[int], source: 
 
 
 @torch.no_grad()
-def watch(prior: DiffusionEBMPrior, settings: Settings, steps: int) -> tuple[Tensor, list[int]]:
+def watch(prior: LearnedPrior, settings: Settings, steps: int) -> tuple[Tensor, list[int]]:
     """What a few chains go through, decoded, from noise to samples.
 
-    Within the levels' chains of `steps` Langevin steps where nothing else is asked for; under labels, at another
-    temperature, and for a prior without chains, the state that every level ends with.
+    Within the levels' chains of `steps` Langevin steps where nothing else is asked for; under labels and at another
+    temperature, the state that every level ends with. Of a prior that has no such states, the samples alone.
 
     Args:
         prior: the prior.
@@ -167,7 +168,12 @@ def watch(prior: DiffusionEBMPrior, settings: Settings, steps: int) -> tuple[Ten
     check_count(steps, "steps")
     check_bounds("steps", steps, 1, MAX_STEPS)
     n = min(settings.count, MAX_CHAINS)
-    if settings.labels or settings.temperature != 1 or isinstance(prior, LayerwisePrior | NCPPrior):
+    has_chains = not (isinstance(prior, NCPPrior) and prior.sampler == "sir")
+    if has_chains and not settings.labels and settings.temperature == 1:
+        run = langevin_transitions(prior, n, steps=steps, generator=settings.generator)
+        states = run.states.flip(0).flatten(0, 1)
+        levels = [t for t in reversed(range(len(run.states))) for _ in run.shown]
+    elif isinstance(prior, DiffusionEBMPrior):
         states = prior.sample_noise(
             n,
             temperature=settings.temperature,
@@ -177,13 +183,11 @@ def watch(prior: DiffusionEBMPrior, settings: Settings, steps: int) -> tuple[Ten
         ).flip(0)
         levels = list(reversed(range(len(states))))
     else:
-        run = langevin_transitions(prior, n, steps=steps, generator=settings.generator)
-        states = run.states.flip(0).flatten(0, 1)
-        levels = [t for t in reversed(range(len(run.states))) for _ in run.shown]
+        states, levels = draw_noise(prior, settings, n)[None], [0]
     return torch.stack([prior.decode(u) for u in states]), levels
 
 
-def fit_image(prior: DiffusionEBMPrior, pixels: Any) -> Tensor:
+def fit_image(prior: LearnedPrior, pixels: Any) -> Tensor:
     """An upload, uint8 (H, W, 3), resized and cropped about its centre to an image (1, C, H, W) as the backbone's."""
     channels, height, width = image_shape(prior)
     image = torch.as_tensor(pixels).float().permute(2, 0, 1)[None, :3] / 255
@@ -232,7 +236,7 @@ def animate(frames: Tensor, milliseconds: int = 180) -> str:
     return f'<img alt="the chains, step by step" src="data:image/webp;base64,{data}">'
 
 
-def layer_names(prior: DiffusionEBMPrior) -> list[str]:
+def layer_names(prior: LearnedPrior) -> list[str]:
     """Layers for the eye, top to bottom."""
     names = [f"{i}: {'×'.join(map(str, shape))}" for i, shape in enumerate(prior.latent_shapes)]
     if len(names) > 1:
@@ -242,7 +246,7 @@ def layer_names(prior: DiffusionEBMPrior) -> list[str]:
 
 
 def read_settings(
-    prior: DiffusionEBMPrior, count: Any, seed: Any, temperature: Any, guidance: Any = 1.0, *categories: Any
+    prior: LearnedPrior, count: Any, seed: Any, temperature: Any, guidance: Any = 1.0, *categories: Any
 ) -> Settings:
     """Settings of the page's controls, in their order; labels that are to be any are left out."""
     sets = prior.coupling.sets if prior.coupling else {}
@@ -259,7 +263,7 @@ def import_gradio() -> Any:
     return gradio
 
 
-def build_demo(prior: DiffusionEBMPrior, *, title: str | None = None) -> "gradio.Blocks":
+def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Blocks":
     """The page, a Gradio app; `.launch()` serves it.
 
     Args:
@@ -273,7 +277,7 @@ def build_demo(prior: DiffusionEBMPrior, *, title: str | None = None) -> "gradio
         TypeError: no prior of this library.
         ImportError: gradio is missing.
     """
-    if not isinstance(prior, DiffusionEBMPrior):
+    if not isinstance(prior, LearnedPrior):
         raise TypeError(
             f"demo: expected a trained DiffusionEBMPrior, got {type(prior).__name__}; "
             "load it with DiffusionEBMPrior.from_pretrained"

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from ..prior import DiffusionEBMPrior
+from ..training.learned_prior import LearnedPrior
 
 # Where a command is added, with its options and the function that runs it.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -51,9 +51,9 @@ def load_model(options: argparse.Namespace) -> Any:
 
 
 def load_prior(options: argparse.Namespace) -> Any:
-    """What the loader returns, or the saved prior that `--prior` names, on it."""
+    """What the loader returns, or the saved prior that `--prior` names, of whichever class, on it."""
     model = load_model(options)
-    return DiffusionEBMPrior.from_pretrained(options.prior, backbone=model) if options.prior else model
+    return LearnedPrior.from_pretrained(options.prior, backbone=model) if options.prior else model
 
 
 def load_function(name: str, what: str = "loader") -> Callable[..., Any]:

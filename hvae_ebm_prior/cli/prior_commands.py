@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ..control import interpolate, resample
+from ..density.sampling import supported_options
 from ..evaluation.detection import detection
 from ..evaluation.outliers import SCHEMES
 from ..evaluation.pictures import save_curves, save_energies, save_histograms, save_pixels, save_strips
 from ..evaluation.transitions import langevin_transitions, oversaturation, pixel_statistics, relaxation_time
-from ..prior import DiffusionEBMPrior
 from ..saving.files import write_json
 from ..saving.grid import save_grid
 from ..training.image_data import IMAGES, load_images
+from ..training.learned_prior import LearnedPrior
 from .loading import Commands, add_loader, load_prior
 
 COLUMNS = 16
@@ -30,7 +31,7 @@ COLUMNS = 16
 PRIOR_SCHEMES = ("inference", "diffusion", "density")
 
 # Draws a picture of a prior, with the options' images loaded, and returns its figures.
-Draw = Callable[[DiffusionEBMPrior, argparse.Namespace, torch.Generator], dict[str, Any]]
+Draw = Callable[[LearnedPrior, argparse.Namespace, torch.Generator], dict[str, Any]]
 
 
 def add_sample(commands: Commands) -> None:
@@ -126,7 +127,7 @@ def add_labels(command: argparse.ArgumentParser) -> None:
 def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
     """Load the prior and images, draw the picture, write its figures beside it and print them."""
     prior = load_prior(options)
-    if not isinstance(prior, DiffusionEBMPrior):
+    if not isinstance(prior, LearnedPrior):
         raise TypeError(
             "loader: expected a function that returns a trained DiffusionEBMPrior, "
             f"got {type(prior).__name__}; load its weights there"
@@ -143,13 +144,12 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
     print(f"{json.dumps(figures, indent=1)}\n{options.out} and {record} written", file=sys.stderr)
 
 
-def run_sample(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+def run_sample(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
     """A grid of samples."""
     labels = read_labels(options.labels)
+    given = supported_options(prior, labels=labels, guidance=options.guidance, temperature=options.temperature)
     start = time.monotonic()
-    images = prior.sample(
-        options.count, labels=labels, guidance=options.guidance, temperature=options.temperature, generator=generator
-    )
+    images = prior.sample(options.count, generator=generator, **given)
     seconds = time.monotonic() - start
     save_grid(options.out, images.split(COLUMNS))
     return {
@@ -162,7 +162,7 @@ def run_sample(prior: DiffusionEBMPrior, options: argparse.Namespace, generator:
 
 
 @torch.no_grad()
-def run_edit(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+def run_edit(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
     """Images or samples above, and below them the edits: with `--hold` one row, else one per number of top layers."""
     labels = read_labels(options.labels)
     if options.images is None:
@@ -188,9 +188,7 @@ def run_edit(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: t
 
 
 @torch.no_grad()
-def run_interpolate(
-    prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator
-) -> dict[str, Any]:
+def run_interpolate(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
     """One row per pair: of the given images, first with second and so on, or of samples."""
     if options.images is None:
         u = prior.sample_noise(2 * options.count, generator=generator)
@@ -206,9 +204,7 @@ def run_interpolate(
     return {"pairs": len(images), "steps": options.steps, "mean_squared_change_per_step": moved.mean(0).tolist()}
 
 
-def run_transitions(
-    prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator
-) -> dict[str, Any]:
+def run_transitions(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
     """Image strips; energies and pixels over the steps in pictures beside it."""
     run = langevin_transitions(prior, options.count, steps=options.steps, generator=generator)
     save_strips(options.out, prior, run)
@@ -235,7 +231,7 @@ def run_transitions(
     return figures
 
 
-def run_ood(prior: DiffusionEBMPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+def run_ood(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
     """AUROC over the cuts, and histograms of every scheme beside it."""
     figures: dict[str, Any] = {"images": len(options.images), "outliers": len(options.outliers)}
     curves = {}

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from ..baselines.layerwise import LayerwisePrior
 from ..chains.streams import seeded
 from ..evaluation.candidates import build
 from ..presets import PRESETS
-from ..prior import DiffusionEBMPrior
 from ..processes import rank
 from ..saving.files import write_json
 from ..training.callbacks import LOGS, open_log
@@ -57,7 +55,7 @@ def add_train(commands: Commands) -> None:
         "--preset",
         choices=SUITED,
         default="fast",
-        help="settings of the prior and its training; layerwise makes a LayerwisePrior (%(default)s)",
+        help="settings of the prior and its training (%(default)s)",
     )
     command.add_argument("--iterations", type=int, help="optimiser steps (the preset's)")
     command.add_argument("--batch-size", type=int, help="images per step (the preset's)")
@@ -86,10 +84,7 @@ def run_train(options: argparse.Namespace) -> None:
     training = replace(preset.training, **{name: value for name, value in given.items() if value is not None})
     # The first weights follow from the seed as well.
     with seeded(options.seed, torch.device("cpu")):
-        if options.preset == "layerwise":
-            prior: DiffusionEBMPrior = LayerwisePrior(backbone, schedule=preset.schedule, energy=preset.energy)
-        else:
-            prior = build(preset, backbone)
+        prior = build(preset, backbone)
     data = open_images(options.data, image_shape(prior), size=options.size, limit=options.limit)
     logs = [open_log(place, options.samples_every, options.out.name) for place in options.log]
     folder = options.out / "checkpoints"

@@ -279,7 +279,6 @@ def make_condition(
         other = atom.prior
         if other.latent_shapes != prior.latent_shapes or other.backbone is not prior.backbone:
             raise ValueError("priors can be composed over one backbone alone: make them with the same adapter object")
-        other.check_comparable("a composition of priors")
         if other.schedule != prior.schedule:
             raise ValueError(
                 f"priors can be composed at equal noise levels alone, got {other.schedule} and {prior.schedule}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.transform import BackboneAdapter
-from ..backbone.validation import check_count, check_levels, check_noise
+from ..backbone.validation import check_levels, check_noise
 from ..chains.execution import (
     CompiledTotal,
     Corrections,
@@ -26,7 +26,7 @@ from ..chains.execution import (
 )
 from ..chains.langevin import LangevinConfig, published_step
 from ..chains.schedule import DiffusionSchedule
-from ..energies.coupling import Coupling, Heads, build_heads, evidence, label_logits
+from ..energies.coupling import Coupling, Heads, evidence, label_logits
 from ..energies.networks import EnergyConfig, build_energies
 from .latent_prior import LatentPrior
 
@@ -48,8 +48,11 @@ class EnergyModel(LatentPrior):
         schedule: noise levels of the diffusion.
         langevin: how each conditional prior is sampled.
         energy: settings of the default energy networks, or the user's own, one per layer; see `build_energies`.
-        coupling: label sets bound to layers; see `couple`.
         execution: how chains are computed: choices of speed.
+
+    Attributes:
+        coupling: label sets bound to layers; None without labels.
+        heads: their networks, by set and layer.
 
     Raises:
         TypeError: `backbone` is no adapter and none fits it, or an argument is of the wrong type.
@@ -59,8 +62,6 @@ class EnergyModel(LatentPrior):
 
     # Type by name of the settings in a saved prior of this class; None where it cannot be saved.
     saved_settings: ClassVar[Mapping[str, Any] | None] = None
-    # Whether energies of different samples can be compared: whether they are one density of all layers together.
-    comparable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -69,7 +70,6 @@ class EnergyModel(LatentPrior):
         schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
         langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
         energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
-        coupling: Coupling | None = None,
         execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:
         super().__init__(backbone)
@@ -87,8 +87,6 @@ class EnergyModel(LatentPrior):
                     "the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm"
                 )
             self.energies = build_energies(energy, self.input_shapes, schedule.steps, self.transform.device)
-            if coupling is not None:
-                self.couple(coupling)
         except BaseException:
             self.release()
             raise
@@ -118,30 +116,6 @@ class EnergyModel(LatentPrior):
     def inputs(self, z: Sequence[Tensor]) -> Sequence[Tensor]:
         """The energies' inputs for latents `z` of all layers, or of the first ones: here the latents."""
         return z
-
-    def check_comparable(self, use: str) -> None:
-        """Raise TypeError, naming the `use`, unless energies of different samples can be compared."""
-        if not self.comparable:
-            raise TypeError(
-                f"{use} compares energies of different samples, but those of a {type(self).__name__} are found up to "
-                "offsets that depend on the layers above; take a DiffusionEBMPrior"
-            )
-
-    def couple(self, coupling: Coupling) -> None:
-        """Bind label sets to layers, instead of former ones. F and samples stay as they are until `fit` gets labels.
-
-        Args:
-            coupling: the label sets.
-
-        Raises:
-            TypeError: `coupling` is no Coupling.
-            ValueError: a layer or level does not exist.
-        """
-        if not isinstance(coupling, Coupling):
-            raise TypeError(f"coupling: expected a Coupling, got {type(coupling).__name__}")
-        heads = build_heads(coupling, self.latent_shapes, list(self.energies), self.schedule.steps, self.device)
-        self.heads = heads.to(self.dtype).train(self.training)
-        self.coupling = coupling
 
     def layer_energies(self, u: Tensor, t: int | Tensor) -> Tensor:
         """Energies -f_i(z_i, t) in nats, (N, L), low where the data are.
@@ -233,34 +207,6 @@ class EnergyModel(LatentPrior):
     def compiled_total(self) -> CompiledTotal:
         """Sum of F(T(u), t) over samples, compiled when first called."""
         return CompiledTotal(self._total, self.device)
-
-    @torch.no_grad()
-    def classify(
-        self, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """p(y | x) of every label set from the energies: the mean of p(y | u_0) over posterior draws.
-
-        Args:
-            images: (N, C, H, W) in [0, 1].
-            draws: posterior draws per image.
-            generator: source of the posterior noise.
-
-        Returns:
-            Probabilities (N, K) by label set.
-
-        Raises:
-            TypeError, ValueError: images of a wrong type, shape or range, or the prior is not coupled at t = 0.
-        """
-        check_count(draws, "draws")
-        if self.coupling is None or (self.coupling.levels is not None and 0 not in self.coupling.levels):
-            raise ValueError("classify: this prior is not coupled to labels at t = 0; see DiffusionEBMPrior.couple")
-        probabilities: dict[str, list[Tensor]] = {name: [] for name in self.coupling.sets}
-        levels = torch.zeros(len(images), dtype=torch.long, device=self.device)
-        for _ in range(draws):
-            u = self.encode(images, generator=generator)
-            for name, logits in self.corrections(self.transform.to_latents(u), levels)[1].items():
-                probabilities[name].append(logits.softmax(1))
-        return {name: torch.stack(values).mean(0) for name, values in probabilities.items()}
 
 
 def frozen_heads(networks: nn.ModuleDict) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

@@ -5,6 +5,7 @@ backbone's prior is N(0, I) again. A held layer takes part at level t as its own
 conditional prior meets noise of the level it was trained on.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,10 @@ from ..chains.streams import Streams, open_streams
 from .composition import Condition, Expression, make_condition
 from .conditional import draw_conditional
 from .energy_model import EnergyModel
+from .latent_prior import LatentPrior
+
+# What some priors' `sample` takes and others' does not, and what it is where nothing is asked for.
+DEFAULTS = {"labels": None, "guidance": 1.0, "temperature": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +83,26 @@ def make_request(
     check_fixed(fixed or {}, model.latent_shapes, n)
     condition = make_condition(model, n, labels, guidance, log_likelihood)
     return SamplingRequest(fixed or {}, condition, temperature, langevin)
+
+
+def supported_options(model: LatentPrior, **options: Any) -> dict[str, Any]:
+    """Labels, guidance and temperature for the `sample` of any prior.
+
+    Args:
+        model: the prior.
+        **options: some of these, by name.
+
+    Returns:
+        Those that the prior's `sample` takes.
+
+    Raises:
+        TypeError: one that it does not take, unless nothing is asked for by it.
+    """
+    taken = {name: value for name, value in options.items() if name in inspect.signature(model.sample).parameters}
+    for name, value in options.items():
+        if name not in taken and value != DEFAULTS[name]:
+            raise TypeError(f"{name}: {type(model).__name__}.sample takes no {name}; take a DiffusionEBMPrior")
+    return taken
 
 
 def sample_levels(model: EnergyModel, request: SamplingRequest, key: int, samples: range) -> list[Tensor]:

@@ -10,16 +10,16 @@ from torch import nn
 
 from ..backbone.transform import BackboneAdapter
 from ..baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
-from ..baselines.layerwise import LayerwisePrior
 from ..chains.schedule import DiffusionSchedule
 from ..presets import PRESETS, Preset
 from ..prior import DiffusionEBMPrior
+from ..training.learned_prior import LearnedPrior
 from .comparison import Candidate
 
 OURS = "ours"
 
 
-def build(preset: Preset, backbone: BackboneAdapter | nn.Module, kind: Any = DiffusionEBMPrior) -> DiffusionEBMPrior:
+def build(preset: Preset, backbone: BackboneAdapter | nn.Module, kind: Any = DiffusionEBMPrior) -> LearnedPrior:
     """A fresh prior with a preset's settings."""
     return kind(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
 
@@ -37,7 +37,6 @@ def candidates(preset: Preset = PRESETS["fast"]) -> dict[str, Candidate]:
     ncp = PRESETS["ncp"].training
     return {
         OURS: Candidate(partial(build, preset), preset.training),
-        "ours-layerwise": Candidate(LayerwisePrior, PRESETS["layerwise"].training),
         "joint-ebm": Candidate(JointEBMPrior, joint),
         "joint-ebm-persistent": Candidate(partial(JointEBMPrior, chains="persistent"), joint),
         "joint-ebm-published": Candidate(partial(JointEBMPrior, target="published"), joint),

@@ -42,8 +42,7 @@ from ..chains.execution import walk_values_and_gradient
 from ..chains.langevin import ChainDiverged, LangevinConfig, chain_start
 from ..chains.metropolis import Proposal, ValueAndGradient, Visit, metropolis_step, plain_proposal
 from ..chains.streams import Streams, draw_key, draw_seeds, open_streams, seeded
-from ..density.energy_model import TermsAt
-from ..prior import DiffusionEBMPrior
+from ..density.energy_model import EnergyModel, TermsAt
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def bits_per_dimension(log_likelihood: Tensor, images: Tensor) -> Tensor:
     return -log_likelihood / (images[0].numel() * math.log(2))
 
 
-def values_and_gradient(prior: DiffusionEBMPrior, terms: TermsAt, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def values_and_gradient(prior: EnergyModel, terms: TermsAt, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """F(T(u), t) (N,) at states `u` (N, D) and levels `t` (N,), and its gradient in u (N, D)."""
 
     def layer_values(u: Tensor, t: Tensor) -> Tensor:
@@ -173,7 +172,7 @@ def anneal(
 
 @torch.no_grad()
 def annealed_weights(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     u_next: Tensor,
     t: Tensor,
     key: int,
@@ -212,7 +211,7 @@ def annealed_weights(
 
 
 def log_normalizer(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     u_next: Tensor,
     t: int | Tensor,
     *,
@@ -265,7 +264,7 @@ def log_normalizer(
 
 @torch.no_grad()
 def log_likelihood_bound(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     images: Tensor,
     *,
     last_step: bool = False,
@@ -327,9 +326,8 @@ def log_likelihood_bound(
     return LikelihoodBound(elbo, torch.stack(corrections, dim=1), stacked)
 
 
-def check_normalised(prior: DiffusionEBMPrior) -> None:
-    """Raise TypeError or ValueError unless the prior's levels are conditionals of one joint density."""
-    prior.check_comparable("a likelihood")
+def check_normalised(prior: EnergyModel) -> None:
+    """Raise ValueError unless the prior's levels are conditionals of one joint density."""
     if prior.langevin.step_rule != "relative" or not prior.langevin.kernel_at_top:
         raise ValueError(
             "a likelihood needs energies that are log-densities, at every level with its kernel: "

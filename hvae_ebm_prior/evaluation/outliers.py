@@ -34,13 +34,13 @@ from ..backbone.elbo import density_adapter, teacher_forced
 from ..backbone.validation import check_count, check_images
 from ..chains.streams import Streams, draw_key, open_streams, sample_seeds, seeded
 from ..density.conditional import draw_conditional
+from ..density.energy_model import EnergyModel
 from ..density.sampling import held_states
-from ..prior import DiffusionEBMPrior
 
 
 @torch.no_grad()
 def inference_scores(
-    prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None
+    prior: EnergyModel, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
     """Energies of posterior draws.
 
@@ -54,18 +54,16 @@ def inference_scores(
         Scores (N, L) in nats, entry k for the cut k.
 
     Raises:
-        TypeError, ValueError: images of a wrong type, shape or range, or a prior whose energies cannot be compared.
+        TypeError, ValueError: images of a wrong type, shape or range.
     """
-    prior.check_comparable("an outlier score")
     return above_cuts(posterior_means(prior, images, draws, generator, lambda u: prior.layer_energies(u, 0)))
 
 
 @torch.no_grad()
 def density_scores(
-    prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 16, generator: torch.Generator | None = None
+    prior: EnergyModel, images: Tensor, *, draws: int = 16, generator: torch.Generator | None = None
 ) -> Tensor:
     """Energies and Gaussian energies of posterior draws; arguments, result and errors as of `inference_scores`."""
-    prior.check_comparable("an outlier score")
 
     def statistics(u: Tensor) -> Tensor:
         return prior.layer_energies(u, 0) + gaussian_energies(prior, u)
@@ -75,7 +73,7 @@ def density_scores(
 
 @torch.no_grad()
 def diffusion_scores(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     images: Tensor,
     *,
     level: int = 1,
@@ -112,7 +110,7 @@ def diffusion_scores(
 
 @torch.no_grad()
 def restoration_scores(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     images: Tensor,
     *,
     level: int = 1,
@@ -155,18 +153,15 @@ def restoration_scores(
     return averaged(prior, images, draws, generator, score)
 
 
-def check_detour(prior: DiffusionEBMPrior, level: int, noise: float) -> None:
-    """Raise TypeError or ValueError unless energies can be compared, the level exists and noise is non-negative."""
-    prior.check_comparable("an outlier score")
+def check_detour(prior: EnergyModel, level: int, noise: float) -> None:
+    """Raise ValueError unless the level exists and noise is non-negative."""
     if level not in range(1, prior.schedule.steps + 1):
         raise ValueError(f"level: expected a noise level 1..{prior.schedule.steps}, got {level!r}")
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise: expected a non-negative factor, got {noise!r}")
 
 
-def restore_above_cuts(
-    prior: DiffusionEBMPrior, u: Tensor, level: int, noise: float, streams: Streams
-) -> Iterator[Tensor]:
+def restore_above_cuts(prior: EnergyModel, u: Tensor, level: int, noise: float, streams: Streams) -> Iterator[Tensor]:
     """For every cut in turn, u_0 (N, D) of the detour: the layers of `u` (N, D) above the cut diffused to `level`, the
     others drawn there by the prior given them, and all drawn down together.
     """
@@ -176,9 +171,7 @@ def restore_above_cuts(
         yield restore(prior, inferred, level, noise, streams)
 
 
-def restore(
-    prior: DiffusionEBMPrior, inferred: dict[int, Tensor], level: int, noise: float, streams: Streams
-) -> Tensor:
+def restore(prior: EnergyModel, inferred: dict[int, Tensor], level: int, noise: float, streams: Streams) -> Tensor:
     """The u_0 of one cut, from the layers `inferred` above it."""
     mask, states = held_states(inferred, prior.transform, prior.schedule, streams, noise)
     u = torch.where(mask, states[-1], streams.normal(prior.dim))
@@ -194,7 +187,7 @@ def restore(
 
 @torch.no_grad()
 def bound_scores(
-    prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None
+    prior: EnergyModel, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
     """-L^{>k} of the backbone.
 
@@ -230,7 +223,7 @@ def bound_scores(
 
 
 def ratio_scores(
-    prior: DiffusionEBMPrior, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None
+    prior: EnergyModel, images: Tensor, *, draws: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
     """LLR^{>k} of the backbone, 0 at k = 0; arguments, result and errors as of `bound_scores`."""
     scores = bound_scores(prior, images, draws=draws, generator=generator)
@@ -239,7 +232,7 @@ def ratio_scores(
 
 @torch.no_grad()
 def typicality_scores(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     images: Tensor,
     *,
     reference: Tensor,
@@ -260,9 +253,8 @@ def typicality_scores(
 
     Raises:
         TypeError, ValueError: images of a wrong type, shape or range, or too few reference images to estimate a
-            covariance, or a prior whose energies cannot be compared.
+            covariance.
     """
-    prior.check_comparable("an outlier score")
     levels = prior.schedule.steps
     layers = len(prior.latent_shapes)
     if len(reference) <= layers * (levels + 1):
@@ -314,7 +306,7 @@ class Chunk(NamedTuple):
 
 
 def averaged(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     images: Tensor,
     draws: int,
     generator: torch.Generator | None,
@@ -353,7 +345,7 @@ def averaged(
 
 
 def posterior_means(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     images: Tensor,
     draws: int,
     generator: torch.Generator | None,
@@ -368,12 +360,12 @@ def posterior_means(
     return averaged(prior, images, 1, generator, score, copies=draws)
 
 
-def gaussian_energies(prior: DiffusionEBMPrior, u: Tensor) -> Tensor:
+def gaussian_energies(prior: EnergyModel, u: Tensor) -> Tensor:
     """|u_i|^2 / 2 of every layer, (N, L)."""
     return torch.stack([0.5 * part.flatten(1).square().sum(1) for part in prior.split(u)], dim=1)
 
 
-def encode_each(prior: DiffusionEBMPrior, chunk: Chunk, draws: int = 1) -> Tensor:
+def encode_each(prior: EnergyModel, chunk: Chunk, draws: int = 1) -> Tensor:
     """Posterior noise (draws, N, D) of images one by one, so that it does not depend on the others."""
     noise = []
     for image, seed in zip(chunk.images.split(1), chunk.seeds, strict=True):

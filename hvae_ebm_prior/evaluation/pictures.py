@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..prior import DiffusionEBMPrior
+from ..density.energy_model import EnergyModel
 from ..saving.grid import draw, pyplot, save_figure, tile
 from .transitions import Transitions, pixel_statistics
 
@@ -17,7 +17,7 @@ PIXEL_NAMES = ("mean", "std", "share saturated")
 
 
 @torch.no_grad()
-def save_strips(path: str | Path, prior: DiffusionEBMPrior, run: Transitions) -> None:
+def save_strips(path: str | Path, prior: EnergyModel, run: Transitions) -> None:
     """One row of decoded states per sample, in time from left to right.
 
     Args:

@@ -31,7 +31,7 @@ from ..chains.execution import batched_energies, chain_gradient, walk_values_and
 from ..chains.langevin import langevin_chain
 from ..chains.metropolis import log_acceptance, plain_proposal, propose, visit
 from ..chains.streams import Streams, draw_key, open_streams
-from ..prior import DiffusionEBMPrior
+from ..density.energy_model import EnergyModel
 
 # Pixels nearer than this to 0 or 1 are saturated.
 SATURATED = 0.02
@@ -67,7 +67,7 @@ class Transitions:
 
 
 def langevin_transitions(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     n: int,
     *,
     steps: int,
@@ -94,10 +94,9 @@ def langevin_transitions(
         The run.
 
     Raises:
-        TypeError, ValueError: a count that is no positive integer, or a prior whose energies cannot be compared.
+        TypeError, ValueError: a count that is no positive integer.
         ChainDiverged: a chain left the finite numbers.
     """
-    prior.check_comparable("a run of Langevin transitions")
     check_count(steps, "steps")
     every = max(1, steps // RECORDS) if every is None else every
     for name, count in (("n", n), ("every", every), ("shown", shown), ("columns", columns)):
@@ -120,7 +119,7 @@ def langevin_transitions(
 
 @torch.no_grad()
 def run_chunk(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     samples: range,
     keys: tuple[int, int],
     steps: int,
@@ -142,7 +141,7 @@ def run_chunk(
 
 
 def watched_chain(
-    prior: DiffusionEBMPrior,
+    prior: EnergyModel,
     u_next: Tensor,
     t: Tensor,
     steps: int,

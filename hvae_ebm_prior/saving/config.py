@@ -26,6 +26,8 @@ SCHEMA = 1
 # Residual blocks of all networks together, and features, that a file may ask for.
 MOST_BLOCKS = 20_000
 LARGEST_WIDTH = 2**16
+# Classes that earlier versions saved and this one has no more.
+GONE = ("LayerwisePrior",)
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,11 @@ def read_config(values: Mapping[str, Any]) -> PriorConfig:
         )
     config = from_json(PriorConfig, dict(values), "config.json")
     kinds = saved_kinds()
+    if config.kind in GONE:
+        raise InvalidPrior(
+            f"config.json: kind: there is no {config.kind} any more; train a DiffusionEBMPrior, or install the version "
+            "of this library that wrote it"
+        )
     if config.kind not in kinds:
         raise InvalidPrior(f"config.json: kind: expected one of {', '.join(kinds)}, got {config.kind!r}")
     types = kinds[config.kind].saved_settings or {}
@@ -190,6 +197,8 @@ def read_config(values: Mapping[str, Any]) -> PriorConfig:
             f"config.json: settings: a {config.kind} has {', '.join(types)}; "
             f"{sorted(unknown)[0]!r:.80} is missing or unknown"
         )
+    if config.coupling is not None and not hasattr(kinds[config.kind], "couple"):
+        raise InvalidPrior(f"config.json: coupling: a {config.kind} has no labels")
     check_size(config)
     settings = {
         name: read_value(kind, config.settings[name], f"config.json.settings.{name}") for name, kind in types.items()
@@ -247,7 +256,7 @@ def build_prior(
         prior = kind(backbone, energy=list(networks), execution=execution, **config.settings)
         if config.coupling is not None:
             with torch.device("meta"):
-                prior.couple(config.coupling)
+                prior.couple(config.coupling)  # type: ignore[operator]  # as `read_config` checked
     except (ValueError, TypeError, RuntimeError) as error:
         raise InvalidPrior(f"config.json: {error}") from error
     return prior

@@ -1,12 +1,13 @@
 """A prior that is learned, saved and shared.
 
+sample, sample_noise               from this prior, some layers held if asked (sampling.py)
 fit(data)                          Alg. 1 over batches of images (loop.py, step.py)
 loss(images)                       the same loss, for training loops of one's own (recovery.py)
 save_pretrained, push_to_hub       to a folder, and to the Hugging Face Hub
 from_pretrained                    and back
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,10 @@ from torch.utils.data import Dataset
 
 from ..backbone.transform import BackboneAdapter
 from ..chains.execution import ExecutionConfig
+from ..chains.streams import draw_key
+from ..density.sampling import SamplingRequest, make_request, sample_levels
 from ..energies.coupling import Labels
+from ..processes import agree
 from ..saving.card import Card
 from ..saving.config import Metric
 from ..saving.folder import load, save
@@ -31,7 +35,69 @@ from .trainable import TrainablePrior
 
 
 class LearnedPrior(TrainablePrior):
-    """A prior with `fit`, `loss`, and a place on disk and on the Hub."""
+    """A prior with `sample`, `fit`, `loss`, and a place on disk and on the Hub: what all that have energies share."""
+
+    def sample_noise(
+        self, n: int, *, fixed: Mapping[int, Tensor] | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw u_0 from the prior, through all noise levels (Alg. 2).
+
+        Args:
+            n: number of samples N.
+            fixed: layer index -> noise u_i (N, *latent_shapes[i]) or (1, ...) to hold; at level t the layer is held at
+                its own diffusion.
+            generator: source of the noise; None takes torch's default generator.
+
+        Returns:
+            Noise (N, D).
+
+        Raises:
+            TypeError, ValueError: a wrong type, count, layer index or shape.
+            ChainDiverged: a chain left the finite numbers.
+        """
+        request = make_request(self, n, fixed=fixed)
+        return self._draw(draw_key(generator), range(n), request)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        fixed: Mapping[int, Tensor] | None = None,
+        chunk_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw images from the prior.
+
+        Args:
+            n: number of images N.
+            fixed: as in `sample_noise`.
+            chunk_size: images computed at a time; the result does not depend on it. None bounds the memory by the
+                latents' size.
+            generator: source of the noise; None takes torch's default generator.
+
+        Returns:
+            Images (N, C, H, W) in [0, 1].
+
+        Raises:
+            TypeError, ValueError: as in `sample_noise`.
+            ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
+        """
+        return self._draw_images(n, make_request(self, n, fixed=fixed), chunk_size, generator)
+
+    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:  # noqa: B008
+        """Noise (N, D) of the given samples of a call; baselines may draw in ways of their own."""
+        return sample_levels(self, request, key, samples)[0]
+
+    def _draw_images(
+        self, n: int, request: SamplingRequest, chunk_size: int | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Images (n, C, H, W) of a checked request."""
+        key = agree(draw_key(generator))
+
+        def draw(chunk: slice) -> Tensor:
+            return self._draw(key, range(n)[chunk], request.rows(chunk))
+
+        return self._decode_in_chunks(n, draw, chunk_size)
 
     def loss(
         self, images: Tensor, *, labels: Tensor | Labels | None = None, generator: torch.Generator | None = None

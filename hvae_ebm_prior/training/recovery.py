@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..chains.langevin import LangevinConfig
 from ..chains.streams import draw_key, open_streams
 from ..density.conditional import draw_conditional
 from ..density.energy_model import EnergyModel
@@ -79,6 +80,13 @@ def recovery_loss(
     acceptance: list[Tensor] = []
     negative = draw_conditional(prior, u_next, t, streams, report=acceptance.append)
     return add_chain_figures(contrast(prior, negative, u_t, t, labels), u_next, negative, acceptance)
+
+
+def gradients_of_recovery(langevin: LangevinConfig) -> int:
+    """Gradients of the networks for a batch in one step of learning: one per step of the chain, one to learn from."""
+    corrector_steps = langevin.corrector_steps
+    # Metropolis steps compare the gradients at both ends, so they need one more than there are steps.
+    return langevin.steps + 1 + (corrector_steps + 1 if corrector_steps else 0)
 
 
 def contrast(

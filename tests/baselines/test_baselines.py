@@ -10,11 +10,24 @@ from helpers import seed
 from scipy import stats
 from torch import nn
 
-from hvae_ebm_prior import Coupling, DiffusionSchedule, EnergyConfig, LabelSet, LangevinConfig, TrainingConfig
+from hvae_ebm_prior import (
+    Coupling,
+    DiffusionEBMPrior,
+    DiffusionSchedule,
+    EnergyConfig,
+    Expert,
+    LabelSet,
+    LangevinConfig,
+    TrainingConfig,
+)
 from hvae_ebm_prior.baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
-from hvae_ebm_prior.baselines.layerwise import LayerwisePrior
+from hvae_ebm_prior.baselines.ncp import pick
 from hvae_ebm_prior.chains.execution import walk_gradient
 from hvae_ebm_prior.chains.langevin import gaussian_part, langevin_coefficients
+from hvae_ebm_prior.control import resample
+from hvae_ebm_prior.evaluation.likelihood import log_normalizer
+from hvae_ebm_prior.evaluation.outliers import diffusion_scores, inference_scores
+from hvae_ebm_prior.evaluation.transitions import langevin_transitions
 
 SHAPES = [(2,), (1, 2, 2)]
 SMALL = EnergyConfig(width=8, vector_width=16)
@@ -37,7 +50,6 @@ MAKERS = {
     "published": lambda backbone: JointEBMPrior(backbone, energy=SMALL, langevin=SHORT, target="published"),
     "sir": lambda backbone: NCPPrior(backbone, energy=SMALL, proposals=30),
     "ncp langevin": lambda backbone: NCPPrior(backbone, energy=SMALL, sampler="langevin", langevin=SHORT),
-    "layerwise": lambda backbone: LayerwisePrior(backbone, energy=SMALL, proposals=30),
     "z": lambda backbone: LatentDiffusionPrior(backbone, energy=SMALL, langevin=SHORT),
 }
 
@@ -354,21 +366,80 @@ def test_ncp_samples_with_the_exact_ratio(sampler):
 
 @pytest.mark.usefixtures("counters")
 def test_sir_takes_many_proposals_in_parts(monkeypatch):
-    """Exact ratio again, with parts of three proposals; held layers are exact, at any temperature."""
-    monkeypatch.setattr("hvae_ebm_prior.baselines.layerwise.PROPOSED", 3)
+    """Exact ratio again, with parts of three proposals; held layers are exact, and the layers below follow them."""
+    monkeypatch.setattr("hvae_ebm_prior.baselines.ncp.PROPOSED", 3)
     prior = NCPPrior(Pair((1,), (1,)), proposals=40, energy=[Polynomial(), Polynomial()])
     for network, w in zip(prior.energies, exact_ratio(), strict=True):
         network.w.data.copy_(w)
     z = torch.cat(prior.to_latents(prior.sample_noise(3000, generator=seed(0))), dim=1)
     assert z.mean(0).tolist() == pytest.approx([0.5, 0.4], abs=0.06)
     one = torch.full((1, 1), 1.5)
-    states = prior.sample_noise(3000, fixed={0: one}, trajectory=True, generator=seed(0))
-    assert states.shape == (2, 3000, 2)
-    assert (states[0][:, 0] == 1.5).all()
-    assert prior.to_latents(states[0])[1].mean().item() == pytest.approx(0.6 * 1.5 + 0.1, abs=0.04)
-    # Before a choice, proposals are those of the backbone, at the temperature asked for.
-    cold = prior.sample_noise(3000, temperature=0.5, trajectory=True, generator=seed(0))[1]
-    assert cold.std(0).tolist() == pytest.approx([0.5, 0.5], abs=0.03)
+    held = prior.sample_noise(3000, fixed={0: one}, generator=seed(0))
+    assert (held[:, 0] == 1.5).all()
+    assert prior.to_latents(held)[1].mean().item() == pytest.approx(0.6 * 1.5 + 0.1, abs=0.04)
+
+
+@pytest.mark.usefixtures("counters")
+@pytest.mark.parametrize("sampler", ["sir", "langevin"])
+def test_untrained_ncp_is_the_backbones_prior_at_a_temperature(sampler):
+    """Held layers are exact at any."""
+    prior = NCPPrior(RandomBackbone([(3,), (1, 2, 2)]), energy=SMALL, sampler=sampler, proposals=4)
+    u = prior.sample_noise(4000, temperature=0.5, generator=seed(0))
+    assert u.std(0).tolist() == pytest.approx([0.5] * 7, abs=0.03)
+    held = prior.sample_noise(4000, fixed={0: torch.full((1, 3), 1.5)}, temperature=0.5, generator=seed(0))
+    assert (held[:, :3] == 1.5).all()
+    assert held[:, 3:].std(0).tolist() == pytest.approx([0.5] * 4, abs=0.03)
+
+
+def test_sir_weights():
+    """Frequencies are the softmax of the weights, also where proposals are looked at in two parts."""
+    log_weights = torch.tensor([0.0, 1.0, -2.0, 2.5, 0.5]).expand(40_000, 5)
+    noise = torch.randn(40_000, 5, generator=seed(0))
+    index, score = pick(log_weights, noise)
+    frequencies = index.bincount(minlength=5) / 40_000
+    torch.testing.assert_close(frequencies, log_weights[0].softmax(0), atol=0.01, rtol=0)
+    (first, a), (second, b) = pick(log_weights[:, :2], noise[:, :2]), pick(log_weights[:, 2:], noise[:, 2:])
+    assert torch.equal(torch.where(b > a, second + 2, first), index)
+    assert torch.equal(torch.maximum(a, b), score)
+    assert torch.isfinite(pick(torch.zeros(1, 3), torch.tensor([[-8.0, 0.0, 8.0]]))[1]).all()
+
+
+def test_ncp_energies_are_compared_as_any():
+    """Outlier scores, normalisers, recorded chains and compositions take them."""
+    prior = randomize(NCPPrior(RandomBackbone(SHAPES), energy=SMALL, sampler="langevin", langevin=SHORT))
+    images = torch.rand(3, 1, 2, 2, generator=seed(0))
+    assert inference_scores(prior, images, generator=seed(0)).shape == (3, 2)
+    assert torch.isfinite(diffusion_scores(prior, images, generator=seed(0))).all()
+    assert torch.isfinite(log_normalizer(prior, torch.zeros(2, prior.dim), 0, generator=seed(0)).forward).all()
+    run = langevin_transitions(prior, 4, steps=SHORT.steps, generator=seed(1))
+    torch.testing.assert_close(run.samples, prior.sample_noise(4, generator=seed(1)))
+    torch.testing.assert_close(run.energies[0, -1], prior.layer_energies(run.samples, 0))
+    other = DiffusionEBMPrior(prior.backbone, schedule=prior.schedule, energy=SMALL, langevin=SHORT)
+    assert not torch.equal(
+        other.sample_noise(4, labels=Expert(prior), generator=seed(2)), other.sample_noise(4, generator=seed(2))
+    )
+
+
+@pytest.mark.parametrize("kind", [NCPPrior, LatentDiffusionPrior])
+def test_priors_without_labels_have_no_methods_of_them(kind):
+    prior = kind(RandomBackbone(SHAPES), energy=SMALL, langevin=SHORT)
+    assert not any(hasattr(prior, name) for name in ("couple", "classify", "posterior_sample"))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'coupling'"):
+        kind(RandomBackbone(SHAPES), coupling=Coupling({"class": LabelSet(3)}))
+    for name in ("labels", "guidance", "trajectory", *(["temperature"] if kind is LatentDiffusionPrior else [])):
+        for draw in (prior.sample, prior.sample_noise):
+            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+                draw(1, **{name: None})
+    u = prior.sample_noise(3, generator=seed(0))
+    again = resample(prior, u, [0], generator=seed(1))
+    assert torch.equal(again[:, :2], u[:, :2])
+    assert not torch.equal(again, u)
+    for given in ({"labels": {"class": 1}}, {"guidance": 2.0}):
+        (name,) = given
+        with pytest.raises(
+            TypeError, match=rf"{name}: {kind.__name__}\.sample takes no {name}; take a DiffusionEBMPrior"
+        ):
+            resample(prior, u, [0], **given)
 
 
 def test_ncp_activity_reaches_all_that_is_stacked():
@@ -470,15 +541,18 @@ def test_learned_parts_that_are_fixed_do_not_enter_the_records():
         (lambda b: JointEBMPrior(b, renewal=2.0), ValueError, "renewal: expected a probability from 0 to 1, got 2.0"),
         (lambda b: NCPPrior(b, sampler="mala"), ValueError, 'sampler: expected "sir" or "langevin", got \'mala\''),
         (lambda b: NCPPrior(b, proposals=0), ValueError, "proposals: expected a positive integer"),
-        (lambda b: NCPPrior(b).couple(Coupling({"class": LabelSet(3)})), TypeError, "an NCPPrior learns no labels"),
         (
             lambda b: NCPPrior(b).loss(torch.rand(2, 1, 2, 2), labels=torch.zeros(2)),
             ValueError,
             "labels: this prior is not coupled",
         ),
-        (lambda b: NCPPrior(b).posterior_sample(lambda x: x, 1), ValueError, 'make the prior with sampler="langevin"'),
+        (
+            lambda b: LatentDiffusionPrior(b).loss(torch.rand(2, 1, 2, 2), labels=torch.zeros(2)),
+            ValueError,
+            "labels: this prior is not coupled",
+        ),
+        (lambda b: NCPPrior(b).sample(1, temperature=0.0), ValueError, "temperature: expected a positive number"),
         (lambda b: LatentDiffusionPrior(b, base="u"), ValueError, 'base: expected "backbone" or "normal", got \'u\''),
-        (lambda b: LatentDiffusionPrior(b).sample(1, temperature=0.5), ValueError, "temperature: expected 1, got 0.5"),
     ],
 )
 def test_errors(call, error, message):

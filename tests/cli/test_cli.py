@@ -26,6 +26,12 @@ def load_prior():
     torch.manual_seed(0)
     coupling = Coupling({"class": LabelSet(("cup", "hat")), "smile": LabelSet(2)})
     return DiffusionEBMPrior(load(), langevin=LangevinConfig(steps=2), coupling=coupling)
+
+def load_ncp():
+    from hvae_ebm_prior import EnergyConfig, LangevinConfig
+    from hvae_ebm_prior.baselines import NCPPrior
+    torch.manual_seed(0)
+    return NCPPrior(load(), langevin=LangevinConfig(steps=2), energy=EnergyConfig(width=8))
 """
 
 
@@ -212,6 +218,8 @@ def test_commands_of_a_prior_write_pictures_and_figures(files, monkeypatch, comm
         (["sample", "mine.py:load_prior", "--labels", "class"], "expected set=category"),
         (["sample", "mine.py:load_prior", "--labels", "colour=1"], "expected one of the label sets class, smile"),
         (["sample", "mine.py:load_prior", "--labels", "class=shoe"], "expected one of cup, hat"),
+        (["sample", "mine.py:load_ncp", "--labels", "class=hat"], "labels: NCPPrior.sample takes no labels"),
+        (["edit", "mine.py:load_ncp", "--labels", "class=hat"], "labels: NCPPrior.sample takes no labels"),
         (["edit", "mine.py:load_prior", "--images", "images.npy", "--hold", "a"], "layer indices such as 0,1"),
         (["edit", "mine.py:load_prior", "--images", "images.npy", "--hold", "5"], "0 (top) to 1 (bottom)"),
         (["interpolate", "mine.py:load_prior", "--images", "images.npy", "--limit", "1"], "at least two images"),
@@ -234,3 +242,25 @@ def test_commands_of_a_prior_say_what_is_wrong(files, monkeypatch, capsys, comma
     monkeypatch.chdir(files)
     assert main(command) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--count", "3", "--temperature", "0.8"],
+        ["edit", "--images", "images.npy", "--limit", "2"],
+        ["interpolate", "--count", "2", "--steps", "3"],
+        ["transitions", "--count", "2", "--steps", "2"],
+        ["ood", "--images", "images.npy", "--outliers", "images.npy"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_take_saved_priors_of_other_classes(files, monkeypatch, command):
+    monkeypatch.chdir(files)
+    prior = load_function("mine.py:load_ncp")()
+    prior.save_pretrained("saved")
+    assert main([command[0], "mine.py:load", "--prior", "saved", *command[1:]]) == 0
+    assert (files / f"{command[0]}.png").exists()
+    if command[0] == "sample":
+        (row,) = read_strips(files / "sample.png")
+        check_strip(row, prior.sample(3, temperature=0.8, generator=seed(0)))

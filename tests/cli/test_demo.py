@@ -14,8 +14,9 @@ import pytest
 import torch
 from helpers import seed
 
-from hvae_ebm_prior import Coupling, DiffusionEBMPrior, EnergyConfig, LabelSet, LangevinConfig, LayerwisePrior
+from hvae_ebm_prior import Coupling, DiffusionEBMPrior, EnergyConfig, LabelSet, LangevinConfig
 from hvae_ebm_prior.adapters import HVAE, HVAEConfig
+from hvae_ebm_prior.baselines import LatentDiffusionPrior, NCPPrior
 from hvae_ebm_prior.cli import demo as page
 from hvae_ebm_prior.cli.demo import Settings, build_demo, draw_both, fit_image, read_settings, screen_grid, vary, watch
 from hvae_ebm_prior.cli.main import main
@@ -28,12 +29,11 @@ needs_gradio = pytest.mark.skipif(
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def make_prior(kind=DiffusionEBMPrior, coupled=True, channels=1):
+def make_prior(kind=DiffusionEBMPrior, coupled=True, channels=1, **own):
     """A tiny prior that is not the Gaussian one: its energies' last layers do not start at zero."""
     torch.manual_seed(0)
     model = HVAE(HVAEConfig(image_size=8, image_channels=channels, widths=(8, 8), latent_channels=(2, 1)))
-    own = {"langevin": LangevinConfig(steps=2)} if kind is DiffusionEBMPrior else {}
-    prior = kind(model, energy=EnergyConfig(vector_width=4), **own)
+    prior = kind(model, energy=EnergyConfig(vector_width=4), langevin=LangevinConfig(steps=2), **own)
     if coupled:
         prior.couple(Coupling({"class": LabelSet(("cup", "hat"), layers=(0,)), "smile": LabelSet(3)}))
     with torch.no_grad():
@@ -116,7 +116,28 @@ def test_a_chain_ends_in_the_samples(prior):
     frames, levels = watch(prior, settings, 9)
     assert levels == list(reversed(range(prior.schedule.steps + 1)))
     torch.testing.assert_close(frames[-1], draw_both(prior, settings)[1])
-    assert watch(make_prior(LayerwisePrior, coupled=False), Settings(2), 9)[0].shape[1] == 2
+
+
+def test_priors_without_labels_are_shown_as_far_as_they_go():
+    """By proposals there are no chains to watch, and by chains no states in between at another temperature."""
+    by_proposals = make_prior(NCPPrior, coupled=False)
+    by_chains = make_prior(NCPPrior, coupled=False, sampler="langevin")
+    diffusion_of_z = make_prior(LatentDiffusionPrior, coupled=False)
+    for prior in (by_proposals, by_chains, diffusion_of_z):
+        expected = prior.sample(3, generator=seed(5))
+        torch.testing.assert_close(draw_both(prior, Settings(3, seed=5))[1], expected)
+        frames, levels = watch(prior, Settings(3, seed=5), prior.langevin.steps)
+        torch.testing.assert_close(frames[-1], expected)
+        assert (len(levels) > 1) == (prior is not by_proposals)
+        assert vary(prior, Settings(2), [0], 1).shape == (3, 1, 8, 8)
+        with pytest.raises(TypeError, match=rf"labels: {type(prior).__name__}\.sample takes no labels"):
+            draw_both(prior, Settings(labels={"class": 1}))
+    for prior in (by_proposals, by_chains):
+        frames, levels = watch(prior, Settings(3, seed=5, temperature=0.5), 9)
+        assert levels == [0]
+        torch.testing.assert_close(frames[0], prior.sample(3, temperature=0.5, generator=seed(5)))
+    with pytest.raises(TypeError, match="temperature: LatentDiffusionPrior.sample takes no temperature"):
+        watch(diffusion_of_z, Settings(temperature=0.5), 9)
 
 
 @pytest.mark.parametrize(

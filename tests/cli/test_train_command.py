@@ -10,7 +10,7 @@ import torch
 from helpers import SMALL, same, seed
 from safetensors.torch import load_file
 
-from hvae_ebm_prior import DiffusionEBMPrior, LayerwisePrior
+from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.cli.main import main
 from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.training import loop
@@ -100,12 +100,11 @@ def test_what_was_trained_can_be_sampled_and_described(files, capsys):
 
 
 @pytest.fixture(autouse=True)
-def _small_presets(monkeypatch):
-    for name in ("fast", "layerwise"):
-        preset = PRESETS[name]
-        langevin = replace(preset.langevin, steps=2, top_steps=2)
-        training = replace(preset.training, activity_images=8)
-        monkeypatch.setitem(PRESETS, name, replace(preset, energy=SMALL, langevin=langevin, training=training))
+def _small_preset(monkeypatch):
+    preset = PRESETS["fast"]
+    langevin = replace(preset.langevin, steps=2, top_steps=2)
+    training = replace(preset.training, activity_images=8)
+    monkeypatch.setitem(PRESETS, "fast", replace(preset, energy=SMALL, langevin=langevin, training=training))
 
 
 @pytest.fixture(autouse=True)
@@ -114,15 +113,6 @@ def _mine_loaded(monkeypatch):
     module = types.ModuleType("mine_loaded")
     exec(LOADER, module.__dict__)
     monkeypatch.setitem(sys.modules, "mine_loaded", module)
-
-
-def test_layer_by_layer(files):
-    from mine_loaded import load
-
-    assert main(command("images.npz:train", "--iterations", "2", "--preset", "layerwise")) == 0
-    loaded = LayerwisePrior.from_pretrained(files / "run", backbone=load())
-    assert loaded.schedule == PRESETS["layerwise"].schedule
-    assert loaded.sample(2).shape == (2, 1, 8, 8)
 
 
 def test_a_folder_gives_the_same_prior_as_its_array(folder, files):

@@ -73,7 +73,7 @@ def test_ablate_names_what_changed(files, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--iterations", "1", "--only", "theirs"], "only: expected some of ours, ours-layerwise, joint-ebm"),
+        (["--iterations", "1", "--only", "theirs"], "only: expected some of ours, joint-ebm"),
         ([], "at least one of --seconds, --gradients, --iterations"),
         (["--seconds", "-1"], "one positive number"),
     ],

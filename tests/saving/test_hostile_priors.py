@@ -223,7 +223,8 @@ def changed(**changes):
         (changed(schema=2), "newer version"),
         (changed(schema=None), "expected a schema"),
         (changed(kind="os.system"), "kind: expected one of"),
-        (changed(kind="LayerwisePrior"), "missing or unknown"),
+        (changed(kind="NCPPrior"), "missing or unknown"),
+        (changed(kind="LayerwisePrior"), "there is no LayerwisePrior any more"),
         (changed(extra=1), "unknown field 'extra'"),
         (
             changed(settings__langevin__curvature_limit=0.5),

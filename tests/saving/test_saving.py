@@ -22,12 +22,12 @@ from hvae_ebm_prior import (
     EnergyConfig,
     LabelSet,
     LangevinConfig,
-    LayerwisePrior,
     TrainingConfig,
 )
 from hvae_ebm_prior.baselines import GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
 from hvae_ebm_prior.saving.fingerprint import BackboneMismatch, fingerprint
 from hvae_ebm_prior.saving.typed_json import InvalidPrior
+from hvae_ebm_prior.training.learned_prior import LearnedPrior
 
 SHAPES = ((2, 5, 5), (3,))
 SMALL = EnergyConfig(width=4, vector_width=4, blocks=1)
@@ -61,7 +61,7 @@ PRIORS = {
     "plain": make_prior,
     "coupled": lambda: make_prior(coupling=COUPLING),
     "spectral norm": lambda: make_prior(energy=replace(SMALL, spectral_norm=True)),
-    "layerwise": lambda: randomised(LayerwisePrior(RandomBackbone(SHAPES), proposals=5, negatives=2, energy=SMALL)),
+    "ncp by proposals": lambda: randomised(NCPPrior(RandomBackbone(SHAPES), proposals=5, energy=SMALL)),
     "ncp": lambda: randomised(NCPPrior(RandomBackbone(SHAPES), sampler="langevin", energy=SMALL)),
     "joint": lambda: randomised(
         JointEBMPrior(RandomBackbone(SHAPES), chains="persistent", target="published", renewal=0.25, energy=SMALL)
@@ -73,7 +73,8 @@ PRIORS = {
 def test_round_trip_is_exact(name, tmp_path):
     prior = PRIORS[name]()
     prior.save_pretrained(tmp_path)
-    loaded = DiffusionEBMPrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))
+    loaded = type(prior).from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))
+    assert type(LearnedPrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))) is type(prior)
     assert type(loaded) is type(prior)
     assert loaded.settings() == prior.settings()
     assert loaded.coupling == prior.coupling
@@ -231,13 +232,51 @@ def test_networks_of_ones_own_are_handed_over(tmp_path):
         DiffusionEBMPrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES), energy=[nn.Identity()] * 2)
 
 
-def test_a_subclass_loads_its_own_kind_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "kind"),
+    [("plain", JointEBMPrior), ("plain", NCPPrior), ("ncp", DiffusionEBMPrior), ("ncp", JointEBMPrior)],
+)
+def test_a_class_loads_its_own_kind_alone(saved, kind, tmp_path):
+    prior = PRIORS[saved]()
+    prior.save_pretrained(tmp_path)
+    name = type(prior).__name__
+    with pytest.raises(
+        InvalidPrior, match=rf"expected a {kind.__name__}, got a {name}; load it with {name}\.from_pretrained"
+    ):
+        kind.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))
+
+
+def test_a_saved_joint_prior_is_a_diffusion_prior(tmp_path):
+    PRIORS["joint"]().save_pretrained(tmp_path)
+    loaded = DiffusionEBMPrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))
+    assert type(loaded) is JointEBMPrior
+
+
+@pytest.mark.parametrize("kind", [DiffusionEBMPrior, NCPPrior, LearnedPrior])
+def test_a_class_that_is_gone_is_said(kind, tmp_path):
     make_prior().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "kind": "LayerwisePrior",
+        "settings": {"schedule": {"snr": ["inf", 0.0]}, "proposals": 5, "negatives": 2},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         InvalidPrior,
-        match=r"expected a LayerwisePrior, got a DiffusionEBMPrior; load it with DiffusionEBMPrior\.from_pretrained",
+        match="there is no LayerwisePrior any more; train a DiffusionEBMPrior, or install the version of this library "
+        "that wrote it",
     ):
-        LayerwisePrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))
+        kind.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))
+
+
+def test_a_kind_without_labels_is_not_given_any(tmp_path):
+    PRIORS["ncp"]().save_pretrained(tmp_path / "ncp")
+    make_prior(coupling=COUPLING).save_pretrained(tmp_path / "coupled")
+    config = json.loads((tmp_path / "ncp" / "config.json").read_text())
+    config["coupling"] = json.loads((tmp_path / "coupled" / "config.json").read_text())["coupling"]
+    (tmp_path / "ncp" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidPrior, match="coupling: a NCPPrior has no labels"):
+        NCPPrior.from_pretrained(tmp_path / "ncp", backbone=RandomBackbone(SHAPES))
 
 
 def test_what_cannot_be_described_is_not_saved(tmp_path):

@@ -20,8 +20,8 @@ from test_processes import (
     first_gradient,
     joint,
     labels_of,
-    layerwise,
     moved,
+    ncp,
     spectral,
     train,
 )
@@ -32,16 +32,15 @@ from hvae_ebm_prior import (
     EnergyConfig,
     ExecutionConfig,
     LangevinConfig,
-    LayerwisePrior,
     TrainingConfig,
 )
-from hvae_ebm_prior.baselines import JointEBMPrior
+from hvae_ebm_prior.baselines import JointEBMPrior, NCPPrior
 from hvae_ebm_prior.training.batches import Batches
 from hvae_ebm_prior.training.memory import MemoryEstimate
 from hvae_ebm_prior.training.step import out_of_memory
 
 
-@pytest.mark.parametrize("make", [diffusion, spectral, coupled, layerwise, joint])
+@pytest.mark.parametrize("make", [diffusion, spectral, coupled, ncp, joint])
 @pytest.mark.parametrize("size", [1, 4])
 def test_parts_have_the_gradient_of_the_whole(make, size):
     """Nine images in parts of four are 4, 4 and 1; the same gradient, weights and figures but for rounding."""
@@ -162,7 +161,7 @@ def kept_bytes(work):
     return storages
 
 
-@pytest.mark.parametrize("kind", [DiffusionEBMPrior, LayerwisePrior])
+@pytest.mark.parametrize("kind", [DiffusionEBMPrior, NCPPrior])
 def test_memory_of_activations_is_that_of_another_batch(kind):
     """Against all that the loss of 12 images keeps, and a gradient of its chain, whichever is more; measured here anew,
     on a larger batch.
@@ -210,7 +209,7 @@ def test_estimates_of_nothing_are_refused():
         diffusion().estimate(0)
 
 
-@pytest.mark.parametrize("kind", [DiffusionEBMPrior, LayerwisePrior])
+@pytest.mark.parametrize("kind", [DiffusionEBMPrior, NCPPrior])
 def test_bfloat16_is_for_what_is_computed_and_not_for_what_is_kept(kind):
     """The loss sees energies in bfloat16; weights, their gradients and u stay in float32, and the gradient is close to
     the exact one.

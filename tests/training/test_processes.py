@@ -22,11 +22,10 @@ from hvae_ebm_prior import (
     DiffusionEBMPrior,
     LabelSet,
     LangevinConfig,
-    LayerwisePrior,
     TrainingConfig,
     processes,
 )
-from hvae_ebm_prior.baselines import GaussianPrior, JointEBMPrior
+from hvae_ebm_prior.baselines import GaussianPrior, JointEBMPrior, NCPPrior
 from hvae_ebm_prior.evaluation.protocol import evaluate
 from hvae_ebm_prior.training.checkpoint import find_checkpoints
 
@@ -57,9 +56,9 @@ def coupled():
     return diffusion(coupling=Coupling({"class": LabelSet(2)}, networks=SMALL))
 
 
-def layerwise():
+def ncp():
     torch.manual_seed(0)
-    return LayerwisePrior(backbone(), negatives=2, energy=SMALL).double()
+    return NCPPrior(backbone(), energy=SMALL).double()
 
 
 def joint():
@@ -110,7 +109,7 @@ def labels_of(make):
     return {"labels": LABELS} if make is coupled else {}
 
 
-@pytest.mark.parametrize("make", [diffusion, spectral, coupled, layerwise, joint])
+@pytest.mark.parametrize("make", [diffusion, spectral, coupled, ncp, joint])
 def test_gradient_and_weights_are_those_of_one_process(make):
     """Of one step the gradient, of several the weights and figures; between the processes weights are the same bits."""
 
@@ -387,7 +386,7 @@ def test_samples_are_those_of_one_process_in_order(n):
     """Each process computes its share, and both have all."""
 
     def work(rank):
-        priors = [diffusion(), layerwise(), GaussianPrior(backbone())]
+        priors = [diffusion(), ncp(), GaussianPrior(backbone())]
         drawn, plain = [], diffusion().transform.__class__.decode
 
         def decode(self, u):

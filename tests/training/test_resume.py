@@ -26,7 +26,6 @@ from hvae_ebm_prior import (
     EnergyConfig,
     LabelSet,
     LangevinConfig,
-    LayerwisePrior,
     TrainingConfig,
 )
 from hvae_ebm_prior.baselines import JointEBMPrior, NCPPrior
@@ -72,11 +71,6 @@ class Dropping(nn.Module):
 def dropping():
     torch.manual_seed(0)
     return DiffusionEBMPrior(Seeing(SHAPES), energy=[Dropping(2), Dropping(3)], langevin=LangevinConfig(steps=2))
-
-
-def layerwise():
-    torch.manual_seed(0)
-    return LayerwisePrior(Seeing(SHAPES), negatives=2, energy=SMALL)
 
 
 def ncp():
@@ -209,7 +203,6 @@ RUNS = {
     ),
     "spectral norm": (spectral, lambda: IMAGES, {}),
     "dropout": (dropping, lambda: IMAGES, {}),
-    "layerwise": (layerwise, lambda: IMAGES, {}),
     "ncp": (ncp, lambda: IMAGES, {}),
     "persistent chains": (persistent, lambda: IMAGES, {}),
 }
@@ -594,7 +587,7 @@ def over_another_training():
             r"and \d+ more",
         ),
         ({"make": coupled, "labels": {"class": LABELS}}, r"prior\.coupling is None there"),
-        ({"make": layerwise}, r"prior\.class is DiffusionEBMPrior there and LayerwisePrior here"),
+        ({"make": ncp}, r"prior\.class is DiffusionEBMPrior there and NCPPrior here"),
         ({"data": IMAGES[:32]}, r"data\.shape is \[40, 1, 2, 2\] there and \[32, 1, 2, 2\] here"),
         ({"data": TensorDataset(IMAGES)}, r"data\.kind is tensor there and dataset here"),
         ({"given": None}, r"random\.given is cpu there and None here"),
