@@ -142,7 +142,12 @@ def make(extra: str, build: str | None) -> None:
     build = build or stamp.get("build")
     keep = version_of(PYTHON) == sys.version and not BEGUN.exists() and stamp.get("build", build) == build
     extra = "dev" if keep and "dev" in stamp.get("extras", ()) else extra
-    torch = (find_torch(PYTHON, build) if keep else None) or find_torch(Path(sys.executable), build)
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = re.search(r"(?m)^torch==([^\s;]+)", pins)[1]
+    torch = find_torch(PYTHON, build) if keep else None
+    if torch and is_own(torch["folder"]) and torch["version"].partition("+")[0] != pinned:
+        torch = None  # installed here for another pin, which has moved on
+    torch = torch or find_torch(Path(sys.executable), build)
     if torch:
         build = torch["build"]
         choice = f"{torch['version']}, which is installed already."
@@ -153,8 +158,6 @@ def make(extra: str, build: str | None) -> None:
     what = "Adding to" if keep else "Making"
     print(f"{what} {ENVIRONMENT}: about {size:.1f} GB on disk, once. PyTorch: {choice}", flush=True)
     pip = make_environment(keep)
-    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = re.search(r"(?m)^torch==([^\s;]+)", pins)[1]
     if torch:
         lend(torch["folder"])
         if torch["version"].partition("+")[0] != pinned:  # another one wants another Triton
@@ -249,6 +252,11 @@ def find_torch(python: Path, build: str | None) -> dict | None:
     if tuple(map(int, found["version"].split(".")[:2])) < (2, 6) or build not in (None, found["build"]):
         return None
     return found
+
+
+def is_own(folder: str) -> bool:
+    """Whether a folder of packages is the environment's own, rather than lent to it."""
+    return Path(folder).resolve().is_relative_to(ENVIRONMENT.resolve())
 
 
 def lend(folder: str) -> None:

@@ -171,3 +171,24 @@ def test_only_a_torch_that_fits_is_taken():
     assert bootstrap.find_torch(python, None)["version"] == importlib.metadata.version("torch")
     assert bootstrap.find_torch(python, "cpu" if build == "cuda" else "cuda") is None
     assert bootstrap.find_torch(Path("no/python"), None) is None
+
+
+def test_a_torch_that_was_installed_here_follows_its_pin(checkout, monkeypatch, capsys):
+    """The environment's own PyTorch is no longer what there is when the pin moves on; one that is lent to it is."""
+    assert run() == 0
+    found = {"version": "2.6.0", "build": "cpu", "folder": str(bootstrap.ENVIRONMENT / "lib")}
+    monkeypatch.setattr(bootstrap, "find_torch", lambda python, build: found if python == bootstrap.PYTHON else None)
+    asked = []
+    monkeypatch.setattr(bootstrap, "install_cpu_torch", lambda install, torch: asked.append(torch))
+    pin = bootstrap.ROOT / "constraints.txt"
+    pin.write_text(pin.read_text().replace("torch==", "torch==9.") + "\n")
+    capsys.readouterr()
+    bootstrap.make("examples", None)
+    assert "installed already" not in capsys.readouterr().out
+    assert "torch==9." in (bootstrap.ENVIRONMENT / "constraints.txt").read_text()
+    assert platform.system() != "Linux" or asked[0].startswith("torch==9.")
+    found["folder"] = "/elsewhere"
+    monkeypatch.setattr(bootstrap, "lend", lambda folder: None)
+    bootstrap.make("examples", None)
+    assert "2.6.0, which is installed already" in capsys.readouterr().out
+    assert "torch==2.6.0" in (bootstrap.ENVIRONMENT / "constraints.txt").read_text()
