@@ -133,7 +133,7 @@ def prepare(name: str, device: torch.device) -> tuple[dict[str, Callable[[int], 
     else:
         model, adapter, n = make_model("NVAE").to(device).eval(), NVAEAdapter, 2
         fast = freeze(model)
-    settings = {"schedule": SCHEDULE, "langevin": LANGEVIN, "energy": EnergyConfig(spectral_norm=True)}
+    settings = {"schedule": SCHEDULE, "langevin": LANGEVIN, "energy": EnergyConfig(context=False, spectral_norm=True)}
     original = DiffusionEBMPrior(adapter(model), **settings).to(device)
     prior = DiffusionEBMPrior(adapter(fast), **settings).to(device)
     g = torch.Generator().manual_seed(0)

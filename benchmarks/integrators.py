@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from classifier import load_classifier
 from fashion_mnist import load_subset
-from quickstart import make_prior
+from quickstart import load_backbone
 
 from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig, TrainingDiverged
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
@@ -49,17 +49,14 @@ PUBLISHED = "published preset, 3 times the gradients"
 
 def prepare(variant: str, seed: int, gradients: int) -> tuple[DiffusionEBMPrior, TrainingConfig]:
     """The prior, and its training for so many gradients."""
-    prior = make_prior(seed=seed)
-    if variant == PUBLISHED:
-        preset = PRESETS["paper-cifar10"]
-        torch.manual_seed(seed)
-        prior = DiffusionEBMPrior(
-            prior.backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy
-        )
-        return prior, dataclasses.replace(preset.training, iterations=3 * gradients // preset.langevin.steps)
-    prior.langevin = dataclasses.replace(prior.langevin, **VARIANTS[variant])
-    iterations = gradients // prior.langevin.steps
-    return prior, dataclasses.replace(PRESETS["fast"].training, iterations=iterations)
+    preset = PRESETS["paper-cifar10" if variant == PUBLISHED else "joint-recovery"]
+    langevin, share = preset.langevin, 3
+    if variant != PUBLISHED:
+        langevin, share = dataclasses.replace(langevin, **VARIANTS[variant]), 1
+    backbone = load_backbone()
+    torch.manual_seed(seed)
+    prior = DiffusionEBMPrior(backbone, schedule=preset.schedule, langevin=langevin, energy=preset.energy)
+    return prior, dataclasses.replace(preset.training, iterations=share * gradients // langevin.steps)
 
 
 def run(variant: str, seed: int, gradients: int) -> dict[str, float | bool]:

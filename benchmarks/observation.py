@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from quickstart import make_prior
 
-from hvae_ebm_prior.presets import PRESETS
+from hvae_ebm_prior import TrainingConfig
 from hvae_ebm_prior.training.recovery import add_chain_figures, recovery_loss
 from hvae_ebm_prior.training.step import gradient_norms, parameters_by_layer
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    prior, n = make_prior("smooth", 0).train(), PRESETS["fast"].training.batch_size
+    prior, n = make_prior().train(), TrainingConfig().batch_size
     u, end = (torch.randn(n, prior.dim, generator=torch.Generator().manual_seed(i)) for i in range(2))
     layers = parameters_by_layer(prior)
     loss = recovery_loss(prior, u, generator=torch.Generator().manual_seed(0))

@@ -30,9 +30,9 @@ from fashion_mnist import load_subset
 from quickstart import make_prior
 from torch import Tensor, nn
 
+from hvae_ebm_prior import TrainingConfig
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
 from hvae_ebm_prior.posterior_cache import PosteriorCache
-from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.training.activity import measure_activity
 from hvae_ebm_prior.training.batches import Batches
 from hvae_ebm_prior.training.optimizer import make_optimizer, update_average
@@ -55,9 +55,9 @@ class Steps:
 
     def __init__(self, data: Tensor | PosteriorCache, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self.config = PRESETS["fast"].training
-        self.prior = make_prior("smooth", 0).train()
-        self.average = make_prior("smooth", 0)
+        self.config = TrainingConfig()
+        self.prior = make_prior().train()
+        self.average = make_prior()
         self.optimizer = make_optimizer(self.prior, self.config)
         self.batches = Batches(data, self.config.batch_size, seed(0))
         self.generator = seed(1)
@@ -78,7 +78,7 @@ class Steps:
 
 def measure_time(images: Tensor, pairs: int, clock: str, folder: Path) -> dict[str, object]:
     """Seconds of steps from images and from the cache, and of the encoder, pair by pair."""
-    prior = make_prior("smooth", 0)
+    prior = make_prior()
     start = CLOCKS[clock]()
     cache = PosteriorCache.build(prior, images, folder / "time", draws=4, generator=seed(0))
     built = CLOCKS[clock]() - start
@@ -103,13 +103,13 @@ def measure_quality(
     found: dict[str, list[float]] = {}
     for number in seeds:
         for m in (0, *draws):
-            prior, g = make_prior("smooth", number), seed(number)
+            prior, g = make_prior(number), seed(number)
             # Activity is measured on images for all, as it takes two draws of an image.
-            measure_activity(prior, Batches(images, 64, g), PRESETS["fast"].training.activity_images, g)
+            measure_activity(prior, Batches(images, 64, g), TrainingConfig().activity_images, g)
             data = images
             if m:
                 data = PosteriorCache.build(prior, images, folder / f"{number}_{m}", draws=m, generator=seed(number))
-            prior.fit(data, training=replace(PRESETS["fast"].training, iterations=iterations), generator=g)
+            prior.fit(data, training=replace(TrainingConfig(), iterations=iterations), generator=g)
             samples = prior.sample(2000, generator=seed(1000 + number))
             distance = frechet_distance(in_chunks(features, samples), reference)
             found.setdefault(str(m), []).append(distance)
@@ -132,9 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, nargs="+", default=[1, 4, 16], help="numbers of draws M of --quality")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --quality")
-    parser.add_argument(
-        "--training", type=int, default=PRESETS["fast"].training.iterations, help="iterations of --quality"
-    )
+    parser.add_argument("--training", type=int, default=TrainingConfig().iterations, help="iterations of --quality")
     args = parser.parse_args()
     train = load_subset("train")[0]
     results: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -158,7 +156,7 @@ def main() -> None:
         )
         if args.quality:
             results["quality"] = found = measure_quality(train, args.seeds, args.draws, args.training, Path(folder))
-            passes = args.training * PRESETS["fast"].training.batch_size / len(train)
+            passes = args.training * TrainingConfig().batch_size / len(train)
             print(f"\n{args.training} iterations, {passes:.1f} passes over the data.\n")
             print("| draws per image | FD, median (range) over seeds |\n|---|---|")
             for m, values in found.items():

@@ -35,12 +35,12 @@ def train(steps: int, batch: int, encode_batch: int | None) -> float:
 
     sys.path.insert(0, str(HERE.parent / "examples"))
     from fashion_mnist import load_subset
-    from quickstart import FAST, make_prior
+    from quickstart import TRAINING, make_prior
 
     torch.set_num_threads(1)
     images, _ = load_subset("train")
     training = dataclasses.replace(
-        FAST.training, iterations=WARMUP + steps, batch_size=batch, encode_batch=encode_batch, activity_images=0
+        TRAINING, iterations=WARMUP + steps, batch_size=batch, encode_batch=encode_batch, activity_images=0
     )
     generator = torch.Generator().manual_seed(0)
     history = make_prior().fit(images, training=training, generator=generator, progress=False)

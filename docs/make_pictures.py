@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 MEANS = torch.tensor([[1.25, 0.55], [-1.1, 0.8], [-0.1, -1.25]])
 STDS = torch.tensor([0.28, 0.33, 0.25])
 SCHEDULE = DiffusionSchedule.from_snr([math.inf, 5, 1, 0])
-LANGEVIN = LangevinConfig(steps=100, step_size=0.03)
+LANGEVIN = LangevinConfig(steps=100, step_size=0.03, start="next")
 SIDE, WATCHED = 2.6, 244
 GAUSSIAN, OURS = "#5c677d", "#c1121f"
 

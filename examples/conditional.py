@@ -2,9 +2,9 @@ r"""Control: a prior coupled to the ten classes of Fashion-MNIST, on the pretrai
 
     python3 examples/conditional.py
 
-trains it (7 minutes on 2 cores) and writes to examples/output: conditional.png (a row per class), composed.png (OR,
-NOT), edited.png (layers of real images held, the others drawn under another class), inpainted.png (the lower half
-hidden), and conditional.safetensors, which the command line reads:
+trains it (FIGURE_TODO minutes on 2 cores) and writes to examples/output: conditional.png (a row per class),
+composed.png (OR, NOT), edited.png (layers of real images held, the others drawn under another class), inpainted.png
+(the lower half hidden), and conditional.safetensors, which the command line reads:
 
     .venv/bin/hvae-ebm-prior sample examples/conditional.py:load_prior examples/output/conditional.safetensors \
         --labels class=sneaker --guidance 4
@@ -28,7 +28,7 @@ from quickstart import make_prior
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hvae_ebm_prior import NOT, Coupling, DiffusionEBMPrior, Label, LabelSet
+from hvae_ebm_prior import NOT, Coupling, DiffusionEBMPrior, Label, LabelSet, LangevinConfig
 from hvae_ebm_prior.control import resample
 from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.saving.grid import save_grid
@@ -37,8 +37,8 @@ HERE = Path(__file__).parent
 # The class is bound to the top layer, from which it is predicted best; see docs/control.md.
 COUPLING = Coupling({"class": LabelSet(CLASSES, layers=(0,))})
 GUIDANCE = 4.0
-# A sharp observation curves the density: chains take shorter steps.
-INPAINTING = dataclasses.replace(PRESETS["fast"].langevin, steps=30, step_size=0.1, top_steps=1)
+# A sharp observation curves the density: chains take shorter and more steps.
+INPAINTING = LangevinConfig(steps=30, step_size=0.1)
 
 
 def load_prior(path: str | Path | None = None, seed: int = 0) -> DiffusionEBMPrior:
@@ -62,7 +62,7 @@ def hidden_half(images: Tensor, std: float = 0.1) -> Callable[[Tensor], Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=PRESETS["fast"].training.iterations, help="training steps")
+    parser.add_argument("--iterations", type=int, default=PRESETS["default"].training.iterations, help="training steps")
     parser.add_argument(
         "--weights", type=Path, help="a conditional.safetensors, to draw the pictures of it without training"
     )
@@ -76,7 +76,7 @@ def main() -> None:
     prior = load_prior(args.weights, args.seed)
     if args.weights is None:
         images, labels = load_subset("train")
-        training = dataclasses.replace(PRESETS["fast"].training, iterations=args.iterations)
+        training = dataclasses.replace(PRESETS["default"].training, iterations=args.iterations)
         prior.fit(images, labels={"class": labels}, training=training, generator=g, progress=True)
         save_file(prior.state_dict(), args.out / "conditional.safetensors")
 

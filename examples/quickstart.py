@@ -3,7 +3,7 @@
     python3 examples/quickstart.py
 
 makes its own environment and writes to examples/output: at once first.png, samples of the prior that comes with the
-repository (examples/data/prior, made by this command); then, after training one like it (6 1/2 to 9 minutes on two
+repository (examples/data/prior, made by this command); then, after training one like it (FIGURE_TODO minutes on two
 cores), samples.png, training.png, results.json, and the prior itself in the folder prior. Pictures show real images,
 reconstructions, Gaussian samples, and ours. A table says how far the prior closes the gap between the two.
 
@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bootstrap import run_in_environment
@@ -32,22 +33,13 @@ from classifier import load_classifier
 from fashion_mnist import load_subset
 from torch import Tensor
 
-from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, TrainingRecord
+from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
 from hvae_ebm_prior.evaluation import evaluate, table
-from hvae_ebm_prior.presets import PRESETS
+from hvae_ebm_prior.training.config import ObjectiveName
 
 HERE = Path(__file__).parent
-FAST = PRESETS["fast"]
-SCHEDULES = {
-    # A little noise is left at level 0: active latents have posteriors so narrow (std .07 and more in u) that the
-    # density of noise-free data is very sharp, and learning it without end makes chains overshoot. benchmarks/hole.py
-    # measures what each level of noise costs.
-    "smooth": FAST.schedule,
-    "cosine": DiffusionSchedule.cosine(3),
-    "ddpm": DiffusionSchedule.ddpm(3),
-    "marginal": DiffusionSchedule.marginal(),
-}
+TRAINING = TrainingConfig()
 
 
 def load_backbone() -> HVAEAdapter:
@@ -55,11 +47,11 @@ def load_backbone() -> HVAEAdapter:
     return HVAEAdapter(HVAE.load(HERE / "data" / "hvae.safetensors").to(memory_format=torch.channels_last))
 
 
-def make_prior(schedule: str = "smooth", seed: int = 0) -> DiffusionEBMPrior:
+def make_prior(seed: int = 0) -> DiffusionEBMPrior:
     """An untrained prior over the committed HVAE."""
     backbone = load_backbone()
     torch.manual_seed(seed)  # initial weights of the energies
-    return DiffusionEBMPrior(backbone, schedule=SCHEDULES[schedule], langevin=FAST.langevin)
+    return DiffusionEBMPrior(backbone)
 
 
 def save_samples(
@@ -77,7 +69,7 @@ def save_samples(
     strips = [(name, strip) for name, batch in rows.items() for strip in batch.split(columns)]
     figure, axes = plt.subplots(len(strips), 1, figsize=(columns * 0.75, len(strips) * 0.8))
     for axis, (name, strip) in zip(axes, strips, strict=True):
-        axis.imshow(torch.cat(list(strip[:, 0]), dim=1), cmap="gray", vmin=0, vmax=1)
+        axis.imshow(torch.cat(list(strip[:, 0]), dim=1).numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
     figure.savefig(path, dpi=130, bbox_inches="tight")
@@ -85,11 +77,11 @@ def save_samples(
 
 
 def save_training(path: Path, history: list[TrainingRecord]) -> None:
-    """Loss, and energy gap of every level, over the iterations."""
+    """Score loss over the iterations, and the energy gap of every level where chains are run."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
     iterations = [record.iteration for record in history]
-    above.plot(iterations, [record.loss for record in history], linewidth=0.7)
-    above.set(ylabel="loss, nats")
+    above.plot(iterations, [record.score for record in history], linewidth=0.7)
+    above.set(ylabel="score loss less an untrained prior's")
     for t in range(len(history[0].gaps)):
         below.plot(iterations, [record.gaps[t] for record in history], linewidth=0.7, label=f"t = {t}")
     below.set(xlabel="iteration", ylabel="energy gap, nats")
@@ -109,15 +101,15 @@ def peak_memory_gib() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=FAST.training.iterations, help="training steps")
-    parser.add_argument("--learning-rate", type=float, default=FAST.training.learning_rate)
+    parser.add_argument("--iterations", type=int, default=TRAINING.iterations, help="training steps")
+    parser.add_argument("--learning-rate", type=float, default=TRAINING.learning_rate)
     parser.add_argument(
         "--images",
         type=int,
         default=2000,
         help="held-out images, and samples of each prior, for the table; at most 2000",
     )
-    parser.add_argument("--schedule", choices=SCHEDULES, default="smooth")
+    parser.add_argument("--objective", choices=get_args(ObjectiveName), help="what is minimised (the default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "output")
     args = parser.parse_args()
@@ -131,10 +123,16 @@ def main() -> None:
 
     generator = torch.Generator().manual_seed(args.seed)
     train_images, _ = load_subset("train")
-    prior = make_prior(args.schedule, args.seed)
+    prior = make_prior(args.seed)
     start = time.monotonic()
-    training = dataclasses.replace(FAST.training, iterations=args.iterations, learning_rate=args.learning_rate)
-    history = prior.fit(train_images, training=training, generator=generator, progress=True)
+    history = prior.fit(
+        train_images,
+        iterations=args.iterations,
+        learning_rate=args.learning_rate,
+        objective=args.objective,
+        generator=generator,
+        progress=True,
+    )
     seconds = time.monotonic() - start
     prior.save_pretrained(args.out / "prior")
     save_training(args.out / "training.png", history)
@@ -148,7 +146,7 @@ def main() -> None:
     )
     results = {
         "seed": args.seed,
-        "schedule": args.schedule,
+        "objective": args.objective,
         "iterations": args.iterations,
         "training_seconds": seconds,
         "memory_gib": memory,

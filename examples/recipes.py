@@ -29,7 +29,7 @@ from recipe_estimate import duration, report_costs
 from safetensors.torch import load_file, save_file
 from train_hvae import train as train_hvae
 
-from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, TrainingRecord
+from hvae_ebm_prior import DiffusionEBMPrior, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig, NVAEAdapter, freeze, recalibrate_batch_norm
 from hvae_ebm_prior.cli.loading import load_function
 from hvae_ebm_prior.presets import PRESETS, Preset
@@ -92,7 +92,7 @@ class Run:
 
     Attributes:
         recipe: key of `RECIPES`.
-        preset: "paper" or "fast".
+        preset: "paper" or "default".
         repo: clone of NVAE.
         checkpoint: file of the backbone.
         backbone: file.py:function that returns an NVAE instead.
@@ -329,7 +329,7 @@ def settings(run: Run) -> Preset:
         training = replace(
             preset.training, iterations=2, batch_size=4, activity_images=min(preset.training.activity_images, 8)
         )
-        energy = EnergyConfig(width=8, vector_width=16, spectral_norm=preset.energy.spectral_norm)
+        energy = replace(preset.energy, width=8, vector_width=16)
         preset = Preset(preset.schedule, replace(preset.langevin, steps=2), energy, training)
     return preset
 
@@ -393,9 +393,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument(
         "--preset",
-        choices=["paper", "fast"],
+        choices=["paper", "default"],
         default="paper",
-        help="the paper's settings, or ours for few gradients (%(default)s)",
+        help="the paper's settings, or this library's own (%(default)s)",
     )
     parser.add_argument(
         "--repo", default=os.environ.get("NVAE_REPO"), help="your clone of NVAE (the environment variable NVAE_REPO)"

@@ -14,12 +14,13 @@ The package in the order in which it is built; every line imports from those abo
     cli                       the commands
 """
 
-from . import baselines  # noqa: F401  # saved priors may be of these classes
+from . import baselines  # saved priors may be of these classes
 from .backbone.transform import BackboneAdapter
 from .chains.execution import ExecutionConfig
 from .chains.kernels import langevin_update
 from .chains.langevin import ChainDiverged, LangevinConfig
 from .chains.schedule import DiffusionSchedule
+from .density.ancestral import DrawingConfig
 from .density.composition import AND, NOT, OR, Expert, Label
 from .energies.coupling import Coupling, LabelSet
 from .energies.networks import EnergyConfig
@@ -38,6 +39,7 @@ __all__ = [
     "Coupling",
     "DiffusionEBMPrior",
     "DiffusionSchedule",
+    "DrawingConfig",
     "EnergyConfig",
     "ExecutionConfig",
     "Expert",

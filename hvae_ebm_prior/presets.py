@@ -10,10 +10,11 @@ and no clipping.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .chains.langevin import LangevinConfig
 from .chains.schedule import DiffusionSchedule
+from .density.energy_model import DEFAULT_SCHEDULE
 from .energies.networks import EnergyConfig
 from .training.config import TrainingConfig
 
@@ -40,9 +41,15 @@ def published(steps: int, step_size: float, width: int, batch_size: int, epoch_d
     return Preset(
         schedule=DiffusionSchedule.ddpm(3),
         langevin=LangevinConfig(
-            steps, step_size, integrator="euler", step_rule="published", drift_limit=math.inf, kernel_at_top=False
+            steps,
+            step_size,
+            integrator="euler",
+            start="next",
+            step_rule="published",
+            drift_limit=math.inf,
+            kernel_at_top=False,
         ),
-        energy=EnergyConfig(width=width, spectral_norm=True),
+        energy=EnergyConfig(context=False, width=width, spectral_norm=True),
         training=TrainingConfig(
             batch_size=batch_size,
             learning_rate=4e-5,
@@ -59,29 +66,39 @@ def published(steps: int, step_size: float, width: int, batch_size: int, epoch_d
     )
 
 
+# Of energies without context, found on the example's HVAE (docs/benchmarks.md, "Integrators"; docs/baselines.md).
+PLAIN = EnergyConfig(context=False)
+PLAIN_TRAINING = TrainingConfig(
+    batch_size=64,
+    betas=(0.5, 0.99),
+    warmup=50,
+    final_learning_rate=0.1,
+    clip_norm=10.0,
+    ema_decay=0.99,
+)
+
 PRESETS = {
-    "default": Preset(DiffusionSchedule.cosine(3), LangevinConfig(), EnergyConfig(), TrainingConfig()),
-    # Few steps, which learn the most per gradient on the example's HVAE (docs/benchmarks.md, "Integrators"); the top
-    # layer, whose energy is the most curved, takes shorter steps. A little noise is left at level 0, as noise-free
-    # posteriors can be too sharp to follow.
-    "fast": Preset(
-        DiffusionSchedule.from_snr([200, 15, 3, 0]),
-        LangevinConfig(steps=5, step_size=0.3, start="gaussian", top_steps=6),
-        EnergyConfig(),
-        TrainingConfig(iterations=1150, learning_rate=3.5e-3, ema_decay=0.995),
+    # What every class has without settings.
+    "default": Preset(DEFAULT_SCHEDULE, LangevinConfig(), EnergyConfig(), TrainingConfig()),
+    # The paper's energies and objective, with few steps, which learn the most per gradient; the top layer, whose energy
+    # is the most curved, takes shorter steps.
+    "joint-recovery": Preset(
+        DEFAULT_SCHEDULE,
+        LangevinConfig(top_steps=6),
+        PLAIN,
+        replace(PLAIN_TRAINING, iterations=1150, learning_rate=3.5e-3, ema_decay=0.995),
     ),
-    # Of `hvae_ebm_prior.baselines`, found on the same HVAE (docs/baselines.md).
     "joint-ebm": Preset(
         DiffusionSchedule.marginal(),
-        LangevinConfig(steps=5, step_size=0.3, start="gaussian", top_steps=6),
-        EnergyConfig(),
-        TrainingConfig(iterations=480, learning_rate=5e-4),
+        LangevinConfig(top_steps=6),
+        PLAIN,
+        replace(PLAIN_TRAINING, iterations=480, learning_rate=5e-4),
     ),
     "ncp": Preset(
         DiffusionSchedule.marginal(),
-        LangevinConfig(steps=15, step_size=0.1, top_steps=6),
-        EnergyConfig(),
-        TrainingConfig(iterations=1000, learning_rate=3e-3),
+        LangevinConfig(steps=15, step_size=0.1, start="next", top_steps=6),
+        PLAIN,
+        replace(PLAIN_TRAINING, iterations=1000, learning_rate=3e-3),
     ),
     "paper-cifar10": published(steps=50, step_size=3e-5, width=128, batch_size=50, epoch_decay=0.9),
     "paper-celebahq256": published(steps=30, step_size=2e-5, width=64, batch_size=4, epoch_decay=0.98),

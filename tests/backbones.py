@@ -5,6 +5,8 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor, nn
 
+from hvae_ebm_prior.backbone.transform import LayerState
+
 
 class RandomBackbone:
     """Every layer's mean and std are random smooth functions of all latents above; images carry nothing."""
@@ -116,3 +118,55 @@ class Quadratic(nn.Module):
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         z = z.flatten(1)
         return (self.w * z + self.v * z**2).sum(1)
+
+
+class ExactGaussian(nn.Module):
+    """The exact energy with context of a layer whose noise is N(slope mean + offset, std^2) given those above, each
+    dimension alike; where the mean is noisy, that of `above`, the mean and std that it has without noise.
+    """
+
+    context = True
+
+    def __init__(self, slope: float, offset: float, std: float, above: tuple[float, float] = (0.0, 0.0)) -> None:
+        super().__init__()
+        self.slope, self.offset, self.std, self.above = slope, offset, std, above
+
+    def forward(self, state: LayerState, angles: Tensor) -> Tensor:
+        phi, phi_above = angles[:, :1], angles[:, 1:]
+        mean, std = self.above
+        spread = (phi_above.cos() * std) ** 2 + phi_above.sin() ** 2
+        weight = std**2 * phi_above.cos() / spread.clamp(min=1e-12)
+        clean = torch.where(
+            phi_above > 0, mean + weight * (state.mean.flatten(1) - phi_above.cos() * mean), state.mean.flatten(1)
+        )
+        unknown = torch.where(phi_above > 0, std**2 * (1 - weight * phi_above.cos()), 0.0)
+        centre = phi.cos() * (self.slope * clean + self.offset)
+        variance = phi.cos() ** 2 * (self.std**2 + self.slope**2 * unknown) + phi.sin() ** 2
+        u = state.u.flatten(1)
+        return (u**2 / 2 - (u - centre) ** 2 / (2 * variance) - variance.log() / 2).sum(1)
+
+
+# The noise of a Pair's data: u_1 = z_1, u_2 = (z_2 - z_1) / .5 with the mean z_1 of its layer.
+PAIR_ENERGIES = (ExactGaussian(0.0, 0.5, 0.8), ExactGaussian(-0.8, 0.2, 0.8, above=(0.5, 0.8)))
+
+
+class ExactMixture(nn.Module):
+    """The exact energy with context of noise that is a mixture of round Gaussians: weights (K,), centres (K, d), std."""
+
+    context = True
+
+    def __init__(self, weights: Sequence[float], centres: Sequence[Sequence[float]], std: float) -> None:
+        super().__init__()
+        self.weights, self.centres, self.std = torch.tensor(weights), torch.tensor(centres), std
+
+    def forward(self, state: LayerState, angles: Tensor) -> Tensor:
+        phi = angles[:, :1]
+        u = state.u.flatten(1)
+        variance = (phi.cos() * self.std) ** 2 + phi.sin() ** 2
+        squares = (u[:, None] - phi.cos()[:, None] * self.centres.to(u)).square().sum(2)
+        log_parts = self.weights.to(u).log() - squares / (2 * variance) - u.shape[1] / 2 * variance.log()
+        return log_parts.logsumexp(1) + u.square().sum(1) / 2
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        return self.centres[chosen] + self.std * torch.randn(n, self.centres.shape[1], generator=generator)

@@ -23,7 +23,6 @@ from hvae_ebm_prior import (
     Label,
     LabelSet,
     LangevinConfig,
-    TrainingConfig,
 )
 from hvae_ebm_prior.baselines import JointEBMPrior, LatentDiffusionPrior, NCPPrior
 from hvae_ebm_prior.control import edit, sample_in_turn
@@ -34,10 +33,19 @@ from hvae_ebm_prior.presets import PRESETS
 
 DATA = Path(__file__).parent / "data"
 FILE, CHECKPOINT = DATA / "golden.safetensors", DATA / "checkpoint_format_2"
+COSINE = DiffusionSchedule.cosine(3)
 SHAPES = [(3, 4, 4), (2, 4, 4), (5,)]
-SMALL = EnergyConfig(width=8, blocks=1, vector_width=8)
-CHAINS = LangevinConfig(steps=3, step_size=0.2)
-TRAINING = TrainingConfig(iterations=3, batch_size=6, activity_images=8, learning_rate=3e-3, gap_limit=float("inf"))
+SMALL = EnergyConfig(context=False, width=8, blocks=1, vector_width=8)
+CHAINS = LangevinConfig(steps=3, step_size=0.2, start="next")
+TRAINING = replace(
+    PRESETS["joint-recovery"].training,
+    iterations=3,
+    batch_size=6,
+    activity_images=8,
+    learning_rate=3e-3,
+    ema_decay=0.99,
+    gap_limit=float("inf"),
+)
 IMAGES = torch.rand(18, 1, 2, 2, generator=seed(7))
 LABELS = torch.arange(18) % 3
 
@@ -62,18 +70,22 @@ def build(kind: type = DiffusionEBMPrior, backbone: object = None, **settings: o
 
 COUPLING = Coupling({"class": LabelSet(("a", "b", "c"), layers=(0,))}, networks=SMALL)
 PRIORS = {
-    "plain": lambda: build(langevin=CHAINS),
-    "fast": lambda: build(schedule=PRESETS["fast"].schedule, langevin=PRESETS["fast"].langevin),
+    "plain": lambda: build(schedule=COSINE, langevin=CHAINS),
+    "fast": lambda: build(langevin=PRESETS["joint-recovery"].langevin),
     "published": lambda: build(
         schedule=DiffusionSchedule.ddpm(3), langevin=replace(PRESETS["paper-cifar10"].langevin, steps=4, step_size=1e-4)
     ),
-    "corrected": lambda: build(langevin=replace(CHAINS, corrector_steps=2, integrator="leimkuhler-matthews")),
-    "strang": lambda: build(langevin=replace(CHAINS, integrator="strang", start="gaussian", top_steps=2)),
-    "coupled": lambda: build(langevin=CHAINS, coupling=COUPLING),
+    "corrected": lambda: build(
+        schedule=COSINE, langevin=replace(CHAINS, corrector_steps=2, integrator="leimkuhler-matthews")
+    ),
+    "strang": lambda: build(
+        schedule=COSINE, langevin=replace(CHAINS, integrator="strang", start="gaussian", top_steps=2)
+    ),
+    "coupled": lambda: build(schedule=COSINE, langevin=CHAINS, coupling=COUPLING),
     "ncp": lambda: build(NCPPrior, proposals=4),
     "ncp langevin": lambda: build(NCPPrior, sampler="langevin"),
     "joint": lambda: build(JointEBMPrior, chains="persistent", target="published", kept=20),
-    "z": lambda: build(LatentDiffusionPrior, langevin=CHAINS),
+    "z": lambda: build(LatentDiffusionPrior, schedule=COSINE, langevin=CHAINS),
 }
 
 
@@ -98,8 +110,8 @@ def numbers() -> dict[str, Tensor]:
         found[f"{name}/energies"] = prior.layer_energies(torch.randn(4, prior.dim, generator=seed(3)), 0).detach()
         found |= {f"{name}/trained/{key}": value for key, value in train(prior).items()}
         found[f"{name}/trained/noise"] = prior.sample_noise(4, generator=seed(1))
-    prior, images = build(langevin=CHAINS, coupling=COUPLING), IMAGES[:3]
-    other = build(langevin=CHAINS, backbone=prior.backbone)
+    prior, images = build(schedule=COSINE, langevin=CHAINS, coupling=COUPLING), IMAGES[:3]
+    other = build(schedule=COSINE, langevin=CHAINS, backbone=prior.backbone)
     found["trajectory"] = prior.sample_noise(3, temperature=0.8, trajectory=True, generator=seed(1))
     found["held"] = prior.sample_noise(3, fixed={1: torch.ones(1, *SHAPES[1])}, generator=seed(1))
     found["labels"] = prior.sample_noise(3, labels={"class": "b"}, guidance=2.0, generator=seed(1))
@@ -122,7 +134,12 @@ def numbers() -> dict[str, Tensor]:
 
 def resumed(folder: Path) -> dict[str, Tensor]:
     """Weights and losses of a run that goes on from the checkpoint in a folder."""
-    return train(build(langevin=CHAINS, coupling=COUPLING), checkpoint_dir=folder, checkpoint_every=1, resume=True)
+    return train(
+        build(schedule=COSINE, langevin=CHAINS, coupling=COUPLING),
+        checkpoint_dir=folder,
+        checkpoint_every=1,
+        resume=True,
+    )
 
 
 def interrupt(folder: Path) -> None:
@@ -133,7 +150,12 @@ def interrupt(folder: Path) -> None:
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        train(build(langevin=CHAINS, coupling=COUPLING), checkpoint_dir=folder, checkpoint_every=1, callback=stop)
+        train(
+            build(schedule=COSINE, langevin=CHAINS, coupling=COUPLING),
+            checkpoint_dir=folder,
+            checkpoint_every=1,
+            callback=stop,
+        )
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hvae_ebm_prior import EnergyConfig
+from hvae_ebm_prior import DiffusionSchedule, EnergyConfig
 
 IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-SMALL = EnergyConfig(width=8, vector_width=8)
+# Networks without context, and with it.
+SMALL = EnergyConfig(context=False, width=8, vector_width=8)
+TINY = EnergyConfig(width=16, vector_width=16)
+COSINE = DiffusionSchedule.cosine(3)
 
 
 def seed(value: int = 0) -> torch.Generator:

@@ -18,11 +18,15 @@ from hvae_ebm_prior import (
 from hvae_ebm_prior.control import edit, interpolate, resample, sample_in_turn
 
 
-@pytest.fixture(scope="module")
-def prior():
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "context"])
+def prior(request):
     torch.manual_seed(0)
     sets = {"top": LabelSet(2, layers=(0,)), "low": LabelSet(2, layers=(1, 2))}
-    settings = {"energy": EnergyConfig(vector_width=8), "langevin": LangevinConfig(steps=3), "coupling": Coupling(sets)}
+    settings = {
+        "energy": EnergyConfig(context=request.param, vector_width=8),
+        "langevin": LangevinConfig(steps=3),
+        "coupling": Coupling(sets),
+    }
     prior = DiffusionEBMPrior(RandomBackbone([(2,), (3,), (4,)]), **settings)
     for name, parameter in prior.named_parameters():
         if "readout" in name:

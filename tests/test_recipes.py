@@ -76,7 +76,9 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("recipe", "preset"), [*((recipe, "paper") for recipe in RECIPES), ("cifar10-nvae", "fast")])
+@pytest.mark.parametrize(
+    ("recipe", "preset"), [*((recipe, "paper") for recipe in RECIPES), ("cifar10-nvae", "default")]
+)
 def test_smoke(runs, recipe, preset):
     folder, size = runs(recipe, preset), min(RECIPES[recipe].image_size, 64)
     results = json.loads((folder / "results.json").read_text())

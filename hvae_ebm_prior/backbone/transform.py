@@ -11,7 +11,7 @@ bottom; z is a tuple of tensors, one per layer.
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import einops
 import torch
@@ -19,6 +19,26 @@ from torch import Tensor
 
 # Draws layer i's latent from its index, mean and std.
 DrawLatent = Callable[[int, Tensor, Tensor], Tensor]
+
+
+class LayerState(NamedTuple):
+    """One latent layer at a state of the backbone; all (N, *shape).
+
+    Attributes:
+        u: its noise.
+        z: its latent, mean + std u.
+        mean: of its Gaussian given the latents above.
+        std: of its Gaussian given the latents above.
+    """
+
+    u: Tensor
+    z: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def to(self, dtype: torch.dtype) -> "LayerState":
+        """The same in another dtype."""
+        return LayerState(*(part.to(dtype) for part in self))
 
 
 @runtime_checkable
@@ -109,7 +129,11 @@ class NoiseTransform:
         Returns:
             Latents (N, *latent_shapes[i]), top to bottom.
         """
-        return self._draw_latents(u, layers)[0]
+        return tuple(state.z for state in self.states(u, layers))
+
+    def states(self, u: Tensor, layers: int | None = None) -> tuple[LayerState, ...]:
+        """The state of every layer at noise `u`; arguments as of `to_latents`."""
+        return self._draw_states(u, layers)[0]
 
     def to_noise(self, z: Sequence[Tensor]) -> Tensor:
         """T⁻¹: noise u (N, D) of the latents `z`, in one teacher-forced pass.
@@ -163,24 +187,24 @@ class NoiseTransform:
 
     def decode(self, u: Tensor) -> Tensor:
         """The backbone's images (N, C, H, W) for noise `u` (N, D)."""
-        return self.adapter.decode(self.to_latents_and_features(u)[1])
+        return self.adapter.decode(self.states_and_features(u)[1])
 
-    def to_latents_and_features(self, u: Tensor) -> tuple[tuple[Tensor, ...], Any]:
-        """Latents, as in `to_latents`, and the features for `adapter.decode`, by one walk to the backbone's end."""
-        return self._draw_latents(u, to_end=True)
+    def states_and_features(self, u: Tensor) -> tuple[tuple[LayerState, ...], Any]:
+        """The layers' states, and the features for `adapter.decode`, by one walk to the backbone's end."""
+        return self._draw_states(u, to_end=True)
 
-    def _draw_latents(
+    def _draw_states(
         self, u: Tensor, layers: int | None = None, *, to_end: bool = False
-    ) -> tuple[tuple[Tensor, ...], Any]:
+    ) -> tuple[tuple[LayerState, ...], Any]:
         parts = einops.unpack(u, list(self.latent_shapes[:layers]), "n *")
-        latents: list[Tensor] = []
+        states: list[LayerState] = []
 
         def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
-            latents.append(mean + std * parts[i])
-            return latents[-1]
+            states.append(LayerState(parts[i], mean + std * parts[i], mean, std))
+            return states[-1].z
 
         features = self._walk(u, draw, layers, to_end=to_end)
-        return tuple(latents), features
+        return tuple(states), features
 
     def check_layers(self, parts: Sequence[Tensor], what: str) -> None:
         """Raise TypeError or ValueError unless `parts` is one tensor (N, *latent_shapes[i]) per layer, with one N."""

@@ -25,18 +25,20 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..backbone.transform import BackboneAdapter
+from ..backbone.transform import BackboneAdapter, LayerState
 from ..backbone.validation import check_count
 from ..chains.execution import ExecutionConfig
 from ..chains.langevin import LangevinConfig
 from ..chains.schedule import DiffusionSchedule
 from ..chains.streams import draw_key, open_streams
 from ..density.conditional import draw_conditional
+from ..energies.build import without_context
 from ..energies.coupling import Coupling, Labels
 from ..energies.networks import EnergyConfig
 from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
-from ..training.recovery import RecoveryLoss, add_chain_figures, contrast, recovery_loss
+from ..training.objective import BatchLoss, Objective
+from ..training.recovery import add_chain_figures, contrast, recovery_loss
 
 Chains = Literal["noise", "persistent"]
 Target = Literal["u", "published"]
@@ -79,9 +81,9 @@ class JointEBMPrior(DiffusionEBMPrior):
         chains: Chains = "noise",
         target: Target = "u",
         langevin: LangevinConfig | None = None,
-        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(context=False),
         coupling: Coupling | None = None,
-        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
+        execution: ExecutionConfig = ExecutionConfig(),
         kept: int = 1000,
         renewal: float = 0.05,
     ) -> None:
@@ -98,7 +100,7 @@ class JointEBMPrior(DiffusionEBMPrior):
             backbone,
             schedule=DiffusionSchedule.marginal(),
             langevin=langevin,
-            energy=energy,
+            energy=without_context(energy, "JointEBMPrior"),
             coupling=coupling,
             execution=execution,
         )
@@ -114,15 +116,20 @@ class JointEBMPrior(DiffusionEBMPrior):
         names = ("chains", "target", "langevin", "execution", "kept", "renewal")
         return {name: getattr(self, name) for name in names}
 
-    def analytic_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
+    def analytic_corrections(self, states: Sequence[LayerState]) -> Tensor | None:
         """-log|det J_T| by layer on the published target."""
         if self.target == "u":
             return None
-        return -torch.stack([std.log().flatten(1).sum(1) for _, std in self.transform.gaussians(z)], dim=1)
+        return -torch.stack([state.std.log().flatten(1).sum(1) for state in states], dim=1)
 
     def batch_loss(
-        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
-    ) -> RecoveryLoss:
+        self,
+        u: Tensor,
+        labels: Tensor | Labels | None,
+        generator: torch.Generator | None,
+        rows: range | None = None,
+        objective: Objective | None = None,
+    ) -> BatchLoss:
         """The loss that `fit` learns from; see `recovery_loss`, and for persistent chains `persistent_loss`."""
         if self.chains == "noise":
             return recovery_loss(self, u, labels, generator, rows)
@@ -135,7 +142,7 @@ class JointEBMPrior(DiffusionEBMPrior):
 
     def persistent_loss(
         self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None
-    ) -> RecoveryLoss:
+    ) -> BatchLoss:
         """The loss against chains that go on where they ended before; they move on.
 
         Args:

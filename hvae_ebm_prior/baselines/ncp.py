@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone.transform import BackboneAdapter, drive
+from ..backbone.transform import BackboneAdapter, LayerState, drive
 from ..backbone.validation import check_count
 from ..chains.execution import ExecutionConfig
 from ..chains.langevin import LangevinConfig
@@ -35,11 +35,12 @@ from ..chains.schedule import DiffusionSchedule
 from ..chains.streams import Streams, draw_key, open_streams
 from ..density.energy_model import Shapes
 from ..density.sampling import SamplingRequest, make_request
+from ..energies.build import without_context
 from ..energies.coupling import Labels, check_labels
 from ..energies.networks import EnergyConfig
 from ..presets import PRESETS
 from ..training.learned_prior import LearnedPrior
-from ..training.recovery import RecoveryLoss
+from ..training.objective import BatchLoss, Objective
 
 Sampler = Literal["sir", "langevin"]
 # Latents that the networks see side by side: z, u, mean and log std.
@@ -80,14 +81,18 @@ class NCPPrior(LearnedPrior):
         sampler: Sampler = "sir",
         proposals: int = 100,
         langevin: LangevinConfig = PRESETS["ncp"].langevin,
-        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
-        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(context=False),
+        execution: ExecutionConfig = ExecutionConfig(),
     ) -> None:
         if sampler not in ("sir", "langevin"):
             raise ValueError(f'sampler: expected "sir" or "langevin", got {sampler!r}')
         check_count(proposals, "proposals")
         super().__init__(
-            backbone, schedule=DiffusionSchedule.marginal(), langevin=langevin, energy=energy, execution=execution
+            backbone,
+            schedule=DiffusionSchedule.marginal(),
+            langevin=langevin,
+            energy=without_context(energy, "NCPPrior"),
+            execution=execution,
         )
         self.sampler = sampler
         self.proposals = proposals
@@ -100,12 +105,9 @@ class NCPPrior(LearnedPrior):
         """Shapes of the classifiers' inputs for latents of the given shapes: `STACKED` times as many channels."""
         return tuple((STACKED * shape[0], *shape[1:]) for shape in latent_shapes)
 
-    def inputs(self, z: Sequence[Tensor]) -> list[Tensor]:
-        """The classifiers' inputs (N, *input_shapes[i]) for latents `z` of all layers, or of the first ones."""
-        return [
-            stack(((z_i - mean) / std)[:, None], mean, std)
-            for z_i, (mean, std) in zip(z, self.transform.gaussians(z), strict=True)
-        ]
+    def inputs(self, states: Sequence[LayerState]) -> list[Tensor | LayerState]:
+        """The classifiers' inputs (N, *input_shapes[i]) for the states of all layers, or of the first ones."""
+        return [stack(state.u[:, None], state.mean, state.std).to(self.dtype) for state in states]
 
     @property
     def gradients_per_step(self) -> int:
@@ -113,8 +115,13 @@ class NCPPrior(LearnedPrior):
         return 1
 
     def batch_loss(
-        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
-    ) -> RecoveryLoss:
+        self,
+        u: Tensor,
+        labels: Tensor | Labels | None,
+        generator: torch.Generator | None,
+        rows: range | None = None,
+        objective: Objective | None = None,
+    ) -> BatchLoss:
         """The classifiers' loss, less that of chance: `total` is the sum over layers, `recovery` their mean.
 
         All layers learn in one teacher-forced walk, each from the data and one draw of the backbone's prior.
@@ -124,6 +131,7 @@ class NCPPrior(LearnedPrior):
             labels: of the images; ValueError unless None.
             generator: source of all noise.
             rows: numbers of these samples in a batch of which they are a part; None for a whole batch.
+            objective: of no matter, as there is one alone.
 
         Returns:
             The loss of every sample.
@@ -152,7 +160,7 @@ class NCPPrior(LearnedPrior):
             f = [network(x, levels).unflatten(0, (n, 2)) for network, x in zip(self.energies, inputs, strict=True)]
         logits = torch.stack(f, dim=1).to(u)
         losses = classification_loss(logits)
-        return RecoveryLoss(
+        return BatchLoss(
             total=losses.sum(1),
             recovery=losses.mean(1),
             squares=logits.sum(1).square().mean(1),
@@ -216,7 +224,7 @@ class NCPPrior(LearnedPrior):
         request = make_request(self, n, fixed=fixed, temperature=temperature)
         return self._draw_images(n, request, chunk_size, generator)
 
-    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:  # noqa: B008
+    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:
         if self.sampler == "langevin":
             return super()._draw(key, samples, request)
         size, chunks = self.samples_per_chunk, []

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 
 from ..backbone.lock import backbone_modules
 from ..backbone.registry import find_adapter
-from ..backbone.transform import BackboneAdapter, NoiseTransform, drive
+from ..backbone.transform import BackboneAdapter, LayerState, NoiseTransform, drive
 from ..chains.execution import ExecutionConfig
 from ..chains.langevin import LangevinConfig
 from ..chains.schedule import DiffusionSchedule
 from ..density.energy_model import DEFAULT_SCHEDULE
+from ..energies.build import without_context
 from ..energies.coupling import Labels
 from ..energies.networks import EnergyConfig
 from ..training.learned_prior import LearnedPrior
-from ..training.recovery import RecoveryLoss, gradients_of_recovery, recovery_loss
+from ..training.objective import BatchLoss, Objective
+from ..training.recovery import gradients_of_recovery, recovery_loss
 
 Base = Literal["backbone", "normal"]
 
@@ -80,25 +82,32 @@ class LatentDiffusionPrior(LearnedPrior):
         backbone: BackboneAdapter | nn.Module,
         *,
         schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
-        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
-        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
-        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
+        langevin: LangevinConfig = LangevinConfig(),
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(context=False),
+        execution: ExecutionConfig = ExecutionConfig(),
         base: Base = "backbone",
     ) -> None:
         if base not in ("backbone", "normal"):
             raise ValueError(f'base: expected "backbone" or "normal", got {base!r}')
         flat = backbone if isinstance(backbone, FlatAdapter) else FlatAdapter(NoiseTransform(find_adapter(backbone)))
-        super().__init__(flat, schedule=schedule, langevin=langevin, energy=energy, execution=execution)
+        super().__init__(
+            flat,
+            schedule=schedule,
+            langevin=langevin,
+            energy=without_context(energy, "LatentDiffusionPrior"),
+            execution=execution,
+        )
         self.base = base
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "base": self.base}
 
-    def analytic_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
+    def analytic_corrections(self, states: Sequence[LayerState]) -> Tensor | None:
         """log p0(z) - log N(z; 0, I) by layer, over the backbone's prior."""
         if self.base == "normal":
             return None
         flat: FlatAdapter = self.backbone  # type: ignore[assignment]
+        z = [state.z for state in states]
         parts = [
             (z_i**2 - ((z_i - mean) / std) ** 2).flatten(1).sum(1) / 2 - std.log().flatten(1).sum(1)
             for z_i, (mean, std) in zip(z, flat.transform.gaussians(z), strict=True)
@@ -111,7 +120,12 @@ class LatentDiffusionPrior(LearnedPrior):
         return gradients_of_recovery(self.langevin)
 
     def batch_loss(
-        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
-    ) -> RecoveryLoss:
+        self,
+        u: Tensor,
+        labels: Tensor | Labels | None,
+        generator: torch.Generator | None,
+        rows: range | None = None,
+        objective: Objective | None = None,
+    ) -> BatchLoss:
         """The loss that `fit` learns from; see `recovery_loss`."""
         return recovery_loss(self, u, labels, generator, rows)

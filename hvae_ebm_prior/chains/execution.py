@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrize
 
+from ..backbone.transform import LayerState
+from ..energies.context import ContextEnergy
 from ..energies.networks import LayerEnergy
 from .kernels import Backend
 
@@ -29,7 +31,9 @@ BATCHED_INPUTS = 2**17
 # Largest relative difference from the plain gradient at which a compiled one is trusted.
 COMPILED_ERROR = 1e-3
 
-Corrections = Callable[[Sequence[Tensor], Tensor], Tensor]
+# What a network takes: a latent (N, *shape), or with context a layer's state.
+Input = Tensor | LayerState
+Corrections = Callable[[Sequence[Input], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,16 @@ def chain_gradient(
     return gradient
 
 
-def one_by_one(energies: Sequence[Callable[[Tensor, Tensor], Tensor]], z: Sequence[Tensor], t: Tensor) -> Tensor:
-    """f_i(z_i, t), (N, L), of all layers or of the first ones."""
-    return torch.stack([network(z_i, t) for network, z_i in zip(energies, z, strict=False)], dim=1)
+def one_by_one(energies: Sequence[Callable[[Any, Tensor], Tensor]], inputs: Sequence[Input], t: Tensor) -> Tensor:
+    """f_i, (N, L), of the inputs of all layers or of the first ones."""
+    return torch.stack([network(x, t) for network, x in zip(energies, inputs, strict=False)], dim=1)
 
 
 def batched_energies(
     energies: Sequence[nn.Module], shapes: Sequence[Sequence[int]], n: int, device: torch.device
 ) -> Corrections:
-    """f_i(z_i, t), (N, L), of a chain's energies as one function, default networks of equal shape as one call where
-    that is faster.
+    """f_i, (N, L), of a chain's energies as one function, default networks of equal shape as one call where that is
+    faster.
 
     Args:
         energies: one network per layer; their weights are taken as they are now.
@@ -119,24 +123,24 @@ def batched_energies(
         device: where they run.
 
     Returns:
-        The function of the latents of all layers, or of the first ones, and of the levels.
+        The function of the inputs of all layers, or of the first ones, and of the levels.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
     for i, (network, shape) in enumerate(zip(energies, shapes, strict=True)):
         small = device.type != "cpu" or n * math.prod(shape) <= BATCHED_INPUTS
-        groups[tuple(shape) if small and isinstance(network, LayerEnergy) else i].append(i)
+        groups[tuple(shape) if small and isinstance(network, LayerEnergy | ContextEnergy) else i].append(i)
     single = [frozen(network) for network in energies]
     alone = [members[0] for members in groups.values() if len(members) == 1]
     together = [(members, stacked([energies[i] for i in members])) for members in groups.values() if len(members) > 1]
 
-    def corrections(z: Sequence[Tensor], t: Tensor) -> Tensor:
-        if len(z) < len(energies):
-            return one_by_one(single, z, t)
-        values: list[Tensor] = [t] * len(z)
+    def corrections(inputs: Sequence[Input], t: Tensor) -> Tensor:
+        if len(inputs) < len(energies):
+            return one_by_one(single, inputs, t)
+        values: list[Tensor] = [t] * len(inputs)
         for i in alone:
-            values[i] = single[i](z[i], t)
+            values[i] = single[i](inputs[i], t)
         for members, networks in together:
-            of_members = networks(torch.stack([z[i] for i in members]), t)
+            of_members = networks(stack_inputs([inputs[i] for i in members]), t)
             for i, value in zip(members, of_members, strict=True):
                 values[i] = value
         return torch.stack(values, dim=1)
@@ -144,24 +148,29 @@ def batched_energies(
     return corrections
 
 
-def stacked(networks: Sequence[nn.Module]) -> Callable[[Tensor, Tensor], Tensor]:
-    """f_i(z_i, t), (G, N), of G networks alike but for their weights, as one call of latents (G, N, *shape) and levels
-    (N,).
-    """
+def stack_inputs(inputs: Sequence[Input]) -> Input:
+    """The inputs of G networks alike as one, each part (G, N, *shape)."""
+    if isinstance(inputs[0], LayerState):
+        return LayerState(*(torch.stack(parts) for parts in zip(*inputs, strict=True)))
+    return torch.stack(inputs)  # type: ignore[arg-type]
+
+
+def stacked(networks: Sequence[nn.Module]) -> Callable[[Input, Tensor], Tensor]:
+    """f_i, (G, N), of G networks alike but for their weights, as one call of inputs (G, N, *shape) and levels (N,)."""
     # Stacking copies already; another copy is needed only where weights are to be worked out first.
     plain = [plain_copy(network) if is_parametrized(network) else network for network in networks]
     parameters, buffers = stack_module_state(plain)
     weights = {name: value.detach() for name, value in parameters.items()}
     weightless = copy.deepcopy(plain[0]).to("meta")
 
-    def call(weights: dict[str, Tensor], state: dict[str, Tensor], z_i: Tensor, t: Tensor) -> Tensor:
-        return functional_call(weightless, (weights, state), (z_i, t))
+    def call(weights: dict[str, Tensor], state: dict[str, Tensor], x: Input, t: Tensor) -> Tensor:
+        return functional_call(weightless, (weights, state), (x, t))
 
     over_networks = vmap(call, in_dims=(0, 0, 0, None))
-    return lambda z, t: over_networks(weights, buffers, z, t)
+    return lambda x, t: over_networks(weights, buffers, x, t)
 
 
-def frozen(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def frozen(network: nn.Module) -> Callable[[Any, Tensor], Tensor]:
     """`network` with weights that ask for no gradients, so that a backward pass keeps and computes nothing for them."""
     weights = {name: value.detach() for name, value in network.named_parameters()}
     return lambda z, t: functional_call(network, weights, (z, t))

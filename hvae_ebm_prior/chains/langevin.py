@@ -68,10 +68,10 @@ class LangevinConfig:
         kernel_at_top: keep the term N(u_T; alpha u_{T-1}, sigma^2) at t = T-1; the published code drops it.
     """
 
-    steps: int = 15
-    step_size: float = 0.15
+    steps: int = 5
+    step_size: float = 0.3
     integrator: Integrator = "exponential"
-    start: Start = "next"
+    start: Start = "gaussian"
     step_rule: StepRule = "relative"
     drift_limit: float = 1.0
     top_steps: int = 1

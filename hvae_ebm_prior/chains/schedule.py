@@ -81,6 +81,13 @@ class DiffusionSchedule:
         """Std of the noise at level t, shape (T + 1,)."""
         return self._levels[3]
 
+    @property
+    def angle(self) -> Tensor:
+        """Noise as an angle, from 0 for none to pi/2 for pure noise, u_t = cos(angle_t) u_data + sin(angle_t) eps,
+        shape (T + 1,).
+        """
+        return torch.atan2(self.sigma_bar, self.alpha_bar)
+
     @classmethod
     def from_snr(cls, snr: list[float] | tuple[float, ...]) -> "DiffusionSchedule":
         """Schedule with the given signal-to-noise ratios.

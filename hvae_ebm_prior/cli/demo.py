@@ -150,8 +150,8 @@ def vary(prior: LearnedPrior, settings: Settings, hold: list[int], source: int |
 def watch(prior: LearnedPrior, settings: Settings, steps: int) -> tuple[Tensor, list[int]]:
     """What a few chains go through, decoded, from noise to samples.
 
-    Within the levels' chains of `steps` Langevin steps where nothing else is asked for; under labels and at another
-    temperature, the state that every level ends with. Of a prior that has no such states, the samples alone.
+    Within the levels' chains of `steps` Langevin steps where samples are drawn by such and nothing else is asked for; of
+    energies with context, under labels and at another temperature, the state that every level ends with. Of a prior that has no such states, the samples alone.
 
     Args:
         prior: the prior.
@@ -169,7 +169,8 @@ def watch(prior: LearnedPrior, settings: Settings, steps: int) -> tuple[Tensor, 
     check_bounds("steps", steps, 1, MAX_STEPS)
     n = min(settings.count, MAX_CHAINS)
     has_chains = not (isinstance(prior, NCPPrior) and prior.sampler == "sir")
-    if has_chains and not settings.labels and settings.temperature == 1:
+    jointly = not getattr(prior, "has_context", False)
+    if has_chains and jointly and not settings.labels and settings.temperature == 1:
         run = langevin_transitions(prior, n, steps=steps, generator=settings.generator)
         states = run.states.flip(0).flatten(0, 1)
         levels = [t for t in reversed(range(len(run.states))) for _ in run.shown]

@@ -54,7 +54,7 @@ def add_train(commands: Commands) -> None:
     command.add_argument(
         "--preset",
         choices=SUITED,
-        default="fast",
+        default="default",
         help="settings of the prior and its training (%(default)s)",
     )
     command.add_argument("--iterations", type=int, help="optimiser steps (the preset's)")

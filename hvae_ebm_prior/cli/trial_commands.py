@@ -26,22 +26,24 @@ from ..training.image_data import IMAGES, load_images
 from .evaluate_command import find_extractor
 from .loading import FORM, Commands, add_loader, load_model
 
-# What each command trains, and its help.
+# What each command trains, its help, and the preset that stands for ours.
 TRIALS = {
     "compare": (
         candidates,
         "train our prior and baselines on your model, for an equal time and equal gradients, and see which is best",
+        "default",
     ),
     "ablate": (
         ablations,
         "train our prior with one thing changed at a time: K, T, integrator, space, schedule, batch, moving average",
+        "joint-recovery",
     ),
 }
 
 
 def add_trials(commands: Commands) -> None:
     """Both commands and their options."""
-    for name, (available, text) in TRIALS.items():
+    for name, (available, text, preset) in TRIALS.items():
         description = f"{text[0].upper()}{text[1:]}. Goes on where it was interrupted."
         command = commands.add_parser(name, help=text, description=description)
         add_loader(command, "your trained model or an adapter of it", seed=False)
@@ -68,7 +70,7 @@ def add_trials(commands: Commands) -> None:
         command.add_argument("--iterations", type=int, help="and, or instead, for so many optimiser steps")
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (0 1 2)")
         command.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(available())}")
-        command.add_argument("--preset", choices=PRESETS, default="fast", help="settings of ours (%(default)s)")
+        command.add_argument("--preset", choices=PRESETS, default=preset, help="settings of ours (%(default)s)")
         command.add_argument(
             "--out",
             type=Path,

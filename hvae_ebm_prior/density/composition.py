@@ -142,7 +142,7 @@ def log_weight(expression: Expression, sampled: EnergyModel, terms: TermsOf) -> 
     if isinstance(expression, Negation) and isinstance(expression.part, Expert):
         return -expression.strength * F.softplus(log_weight(expression.part, sampled, terms))
     label = expression.part if isinstance(expression, Negation) else expression
-    assert isinstance(label, Label) and isinstance(label.value, Tensor)  # noqa: PT018
+    assert isinstance(label, Label) and isinstance(label.value, Tensor)
     f, log_probabilities = terms(sampled)
     if label.name not in log_probabilities:  # not coupled at this level
         return torch.zeros_like(f)
@@ -199,31 +199,42 @@ class Condition:
 
         return replace(self, expression=self.expression and rebuild(self.expression, change))
 
+    @property
+    def experts(self) -> list[EnergyModel]:
+        """The priors that the expression names."""
+        parts = () if self.expression is None else atoms(self.expression)
+        return [part.prior for part in parts if isinstance(part, Expert)]
+
+    def log_weight(self, prior: EnergyModel, terms: TermsOf) -> Tensor:
+        """What takes the place of F, (N,): labels alone multiply the prior, an expression of priors takes its place.
+
+        Args:
+            prior: the prior that is sampled.
+            terms: F and log p(y | u_t) of a prior at the present state.
+
+        Returns:
+            log w in nats, (N,), without the log-likelihood.
+        """
+        # An expression may name a prior several times, whose networks run once.
+        terms = functools.cache(terms)
+        if self.expression is None:
+            return terms(prior)[0]
+        log_w = log_weight(self.expression, prior, terms)
+        return log_w if self.experts else terms(prior)[0] + self.guidance * log_w
+
     def target(self, prior: EnergyModel, t: Tensor) -> Target:
         """log w (N,) of noise u (N, D) at levels `t`, as target(u, t, layers=None), for one chain of `prior`."""
-        parts = [] if self.expression is None else list(atoms(self.expression))
-        experts = [part.prior for part in parts if isinstance(part, Expert)]
-        terms_at = {each: each.terms_at(t) for each in (prior, *experts)}
+        terms_at = {each: each.terms_at(t) for each in (prior, *self.experts)}
 
         def target(u: Tensor, t: Tensor, layers: int | None = None) -> Tensor:
             log_likelihood = None
             if self.log_likelihood is None or layers is not None:
-                z = prior.transform.to_latents(u, layers)
+                states = prior.transform.states(u, layers)
             else:
-                z, features = prior.transform.to_latents_and_features(u)
+                states, features = prior.transform.states_and_features(u)
                 log_likelihood = check_likelihood(self.log_likelihood(prior.backbone.decode(features)), len(u))
 
-            # An expression may name a prior several times, whose networks run once.
-            @functools.cache
-            def terms(each: EnergyModel) -> Terms:
-                return terms_at[each](z, t)
-
-            if self.expression is None:
-                log_w = terms(prior)[0]
-            else:
-                log_w = log_weight(self.expression, prior, terms)
-                # Labels alone multiply the prior; an expression of priors takes its place.
-                log_w = log_w if experts else terms(prior)[0] + self.guidance * log_w
+            log_w = self.log_weight(prior, lambda each: terms_at[each](states, t))
             return log_w if log_likelihood is None else log_w + log_likelihood
 
         return target

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..backbone.transform import BackboneAdapter
+from ..backbone.transform import BackboneAdapter, LayerState
 from ..backbone.validation import check_levels, check_noise
 from ..chains.execution import (
     CompiledTotal,
@@ -26,17 +26,20 @@ from ..chains.execution import (
 )
 from ..chains.langevin import LangevinConfig, published_step
 from ..chains.schedule import DiffusionSchedule
+from ..energies.build import build_energies
+from ..energies.context import takes_context
 from ..energies.coupling import Coupling, Heads, evidence, label_logits
-from ..energies.networks import EnergyConfig, build_energies
+from ..energies.networks import EnergyConfig
 from .latent_prior import LatentPrior
 
-DEFAULT_SCHEDULE = DiffusionSchedule.cosine(3)
+# A little noise is left at level 0, as posteriors without can be too sharp for chains to follow.
+DEFAULT_SCHEDULE = DiffusionSchedule.from_snr([200, 15, 3, 0])
 KINDS = {"schedule": DiffusionSchedule, "langevin": LangevinConfig, "execution": ExecutionConfig}
 Shapes = tuple[tuple[int, ...], ...]
 # F (N,), and log p(y | u_t) (N, K) of every label set.
 Terms = tuple[Tensor, dict[str, Tensor]]
-# The terms of latents z of all layers, or of the first ones, at levels t (N,).
-TermsAt = Callable[[Sequence[Tensor], Tensor], Terms]
+# The terms of the states of all layers, or of the first ones, at levels t (N,).
+TermsAt = Callable[[Sequence[LayerState], Tensor], Terms]
 
 
 class EnergyModel(LatentPrior):
@@ -68,9 +71,9 @@ class EnergyModel(LatentPrior):
         backbone: BackboneAdapter | nn.Module,
         *,
         schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
-        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
-        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
-        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
+        langevin: LangevinConfig = LangevinConfig(),
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),
+        execution: ExecutionConfig = ExecutionConfig(),
     ) -> None:
         super().__init__(backbone)
         self.schedule = schedule
@@ -87,6 +90,10 @@ class EnergyModel(LatentPrior):
                     "the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm"
                 )
             self.energies = build_energies(energy, self.input_shapes, schedule.steps, self.transform.device)
+            if langevin.step_rule == "published" and self.has_context:
+                raise ValueError(
+                    "the published step rule scales energies of the published kind; set EnergyConfig(context=False)"
+                )
         except BaseException:
             self.release()
             raise
@@ -113,9 +120,26 @@ class EnergyModel(LatentPrior):
         """Shapes of the energies' inputs without batch, top to bottom."""
         return self.network_shapes(self.latent_shapes)
 
-    def inputs(self, z: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The energies' inputs for latents `z` of all layers, or of the first ones: here the latents."""
-        return z
+    @property
+    def has_context(self) -> bool:
+        """Whether the energies see their context, as f_i(u_i, phi; c_i), rather than f_i(z_i, t)."""
+        return all(takes_context(network) for network in self.energies)
+
+    def inputs(self, states: Sequence[LayerState]) -> Sequence[Tensor | LayerState]:
+        """The energies' inputs for the states of all layers, or of the first ones: with context the states themselves,
+        without it the latents.
+        """
+        if self.has_context:
+            return [state.to(self.dtype) for state in states]
+        return [state.z.to(self.dtype) for state in states]
+
+    def network_levels(self, t: Tensor) -> Tensor:
+        """Levels `t` (N,) as the energies take them: without context as they are; with it the angles of the noise in a
+        layer and in those above, which are equal here, (N, 2).
+        """
+        if not self.has_context:
+            return t
+        return self.schedule.angle.to(t.device, self.dtype)[t][:, None].expand(-1, 2)
 
     def layer_energies(self, u: Tensor, t: int | Tensor) -> Tensor:
         """Energies -f_i(z_i, t) in nats, (N, L), low where the data are.
@@ -129,7 +153,7 @@ class EnergyModel(LatentPrior):
         """
         check_noise(u, self.dim, self.device)
         levels = check_levels(t, len(u), self.schedule.steps, u.device)
-        return -self.corrections(self.transform.to_latents(u), levels)[0]
+        return -self.corrections(self.transform.states(u), levels)[0]
 
     def energy(self, u: Tensor, t: int | Tensor) -> Tensor:
         """Energy -F(T(u), t) in nats, (N,): the sum of `layer_energies`."""
@@ -142,66 +166,66 @@ class EnergyModel(LatentPrior):
         return walk_gradient(self._total, u, levels) - u
 
     def corrections(
-        self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
+        self, states: Sequence[LayerState], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The terms of F, learned and analytic, (N, L), and the logits of every label set.
 
         Args:
-            z: latents (N, *latent_shapes[i]) of all layers, or of the first ones.
+            states: of all layers, or of the first ones.
             t: levels (N,) long.
-            energies: computes f_i(z_i, t), (N, L); None for the networks one after the other.
+            energies: computes f_i, (N, L), from `inputs` and `network_levels`; None for one network after the other.
             heads: the label networks by set and layer; None for the prior's own.
 
         Returns:
             One term of F per sample and layer, and logits (N, K) by label set.
         """
-        f, logits = self.learned_corrections(z, t, energies, heads)
-        analytic = self.analytic_corrections(z)
+        f, logits = self.learned_corrections(states, t, energies, heads)
+        analytic = self.analytic_corrections(states)
         return f if analytic is None else f + analytic.to(f), logits
 
-    def analytic_corrections(self, z: Sequence[Tensor]) -> Tensor | None:
-        """The terms of F without parameters, (N, L), of latents `z`; None if there are none, as here."""
+    def analytic_corrections(self, states: Sequence[LayerState]) -> Tensor | None:
+        """The terms of F without parameters, (N, L); None if there are none, as here."""
         return None
 
     def learned_corrections(
-        self, z: Sequence[Tensor], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
+        self, states: Sequence[LayerState], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The terms of F with parameters, f_i(z_i, t) and the label sets' evidence; as `corrections`.
+        """The terms of F with parameters, f_i and the label sets' evidence; as `corrections`.
 
         A set's evidence counts to the lowest of its layers. The published step rule's networks stand for F = f / s_t.
         """
         energies = energies or partial(one_by_one, list(self.energies))
-        f = energies([x.to(self.dtype) for x in self.inputs(z)], t)
+        inputs, levels = self.inputs(states), self.network_levels(t)
+        f = energies(inputs, levels)
         if self.langevin.step_rule == "published":
             f = f / published_step(t, self.schedule, self.langevin, f.dtype)[:, None]
         if self.coupling is None:
             return f, {}
-        z = [z_i.to(self.dtype) for z_i in z]
-        logits = label_logits(self.heads if heads is None else heads, self.coupling, z, t)  # type: ignore[arg-type]
+        logits = label_logits(self.heads if heads is None else heads, self.coupling, inputs, levels, t)  # type: ignore[arg-type]
         parts = list(f.unbind(1))
         for name, values in logits.items():
-            bound = [i for i in self.coupling.layers(name, len(self.energies)) if i < len(z)]
+            bound = [i for i in self.coupling.layers(name, len(self.energies)) if i < len(states)]
             if bound:
                 parts[bound[-1]] = parts[bound[-1]] + evidence(values)
         return torch.stack(parts, dim=1), logits
 
     def terms_at(self, t: Tensor) -> TermsAt:
-        """F (N,) and log p(y | u_t) by label set, as a function of latents for one chain at levels `t` (N,)."""
+        """F (N,) and log p(y | u_t) by label set, as a function of states for one chain at levels `t` (N,)."""
         energies = batched_energies(list(self.energies), self.input_shapes, len(t), t.device)
         uncoupled = self.coupling is not None and not bool(self.coupling.coupled(t).any())
         heads: Heads = {}
         if not uncoupled:
             heads = {name: frozen_heads(networks) for name, networks in self.heads.items()}  # type: ignore[arg-type]
 
-        def terms(z: Sequence[Tensor], t: Tensor) -> Terms:
-            f, logits = self.corrections(z, t, energies, heads)
+        def terms(states: Sequence[LayerState], t: Tensor) -> Terms:
+            f, logits = self.corrections(states, t, energies, heads)
             return f.sum(1), {name: values.log_softmax(1) for name, values in logits.items()}
 
         return terms
 
     def _total(self, u: Tensor, t: Tensor) -> Tensor:
         """Sum of F(T(u), t) over samples."""
-        return self.corrections(self.transform.to_latents(u), t)[0].sum()
+        return self.corrections(self.transform.states(u), t)[0].sum()
 
     @cached_property
     def compiled_total(self) -> CompiledTotal:

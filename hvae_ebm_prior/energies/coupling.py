@@ -17,17 +17,21 @@ label already. `levels=(0,)` is the paper's.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backbone.transform import LayerState
+from .build import make_network
+from .context import ContextEnergy, takes_context
 from .networks import EnergyConfig, LayerEnergy
 
 # Labels of one call: a tensor (N,) per set, with -1 where unknown.
 Labels = Mapping[str, Tensor]
 # Networks by set and by layer.
-Heads = Mapping[str, Mapping[str, Callable[[Tensor, Tensor], Tensor]]]
+Heads = Mapping[str, Mapping[str, Callable[[Any, Tensor], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class Coupling:
         sets: label sets by name.
         levels: levels t at which labels take part; None for all, (0,) as in the paper.
         weight: weight of the cross-entropy beside the recovery loss.
-        networks: size of the networks that give logits.
+        networks: size of the networks that give logits; they see what the prior's energies see, so `context` does not
+            matter.
     """
 
     sets: Mapping[str, LabelSet]
@@ -130,7 +135,7 @@ def build_heads(
         device: where to make them.
 
     Returns:
-        By set and by layer, network(z_i, t) -> (N, K).
+        By set and by layer, network(z_i, t) -> (N, K); with context where the energies have it, see `ContextEnergy`.
 
     Raises:
         ValueError: a set is bound to a layer that does not exist, or a level does not exist.
@@ -138,6 +143,7 @@ def build_heads(
     for level in coupling.levels or ():
         if level not in range(steps):
             raise ValueError(f"levels: expected levels 0..{steps - 1}, got {level!r}")
+    config = replace(coupling.networks, context=all(takes_context(energy) for energy in energies))
     heads = nn.ModuleDict()
     for name, labels in coupling.sets.items():
         for i in labels.layers or ():
@@ -147,22 +153,33 @@ def build_heads(
                 )
         networks = nn.ModuleDict()
         for i in coupling.layers(name, len(shapes)):
-            networks[str(i)] = network = LayerEnergy(shapes[i], steps, coupling.networks, labels.size).to(device)
-            energy = energies[i]
-            if isinstance(energy, LayerEnergy) and not energy.activity.is_meta and bool((energy.activity != 1).any()):
-                network.set_activity(energy.activity)
+            networks[str(i)] = network = make_network(shapes[i], steps, config, labels.size).to(device)
+            take_statistics(network, energies[i])
         heads[name] = networks
     return heads
 
 
-def label_logits(heads: Heads, coupling: Coupling, z: Sequence[Tensor], t: Tensor) -> dict[str, Tensor]:
-    """l_s(z, t) of every set, (N, K): the sum over the layers that are given, zero at levels that are not coupled.
+def take_statistics(network: nn.Module, energy: nn.Module) -> None:
+    """Give a new label network what the data told the energy of its layer: the activity, and the context's moments."""
+    if not isinstance(energy, LayerEnergy | ContextEnergy) or energy.activity.is_meta:
+        return
+    if isinstance(network, LayerEnergy) and bool((energy.activity != 1).any()):
+        network.set_activity(energy.activity)
+    if isinstance(network, ContextEnergy) and isinstance(energy, ContextEnergy):
+        network.load_statistics(energy)
+
+
+def label_logits(
+    heads: Heads, coupling: Coupling, inputs: Sequence[Tensor | LayerState], levels: Tensor, t: Tensor
+) -> dict[str, Tensor]:
+    """l_s of every set, (N, K): the sum over the layers that are given, zero at levels that are not coupled.
 
     Args:
         heads: networks by set and layer.
         coupling: the label sets.
-        z: latents (N, *latent_shapes[i]) of all layers, or of the first ones.
-        t: levels (N,) long.
+        inputs: of the networks of all layers, or of the first ones: latents, or with context states.
+        levels: of the networks: (N,) long, or with context angles (N, 2).
+        t: levels (N,) long, at which labels take part or not.
 
     Returns:
         Logits by set.
@@ -170,8 +187,9 @@ def label_logits(heads: Heads, coupling: Coupling, z: Sequence[Tensor], t: Tenso
     by_set = {}
     coupled = coupling.coupled(t)[:, None]
     for name, networks in heads.items():
-        parts = [network(z[int(i)], t) for i, network in networks.items() if int(i) < len(z)]
-        logits = torch.stack(parts).sum(0) if parts else z[0].new_zeros(len(t), coupling.sets[name].size)
+        parts = [network(inputs[int(i)], levels) for i, network in networks.items() if int(i) < len(inputs)]
+        first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0].u
+        logits = torch.stack(parts).sum(0) if parts else first.new_zeros(len(t), coupling.sets[name].size)
         by_set[name] = logits * coupled
     return by_set
 

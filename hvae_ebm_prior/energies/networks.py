@@ -1,4 +1,4 @@
-"""The energies: one small network f_i per latent layer, shared over the noise levels t.
+"""Energies without context, as in the paper: one small network f_i per latent layer, shared over the noise levels t.
 
     F(z, t) = sum_i f_i(z_i, t)                                                                             (Eq. 13)
     p(u_t | u_{t+1}) proportional to exp(F(T(u_t), t)) p0(u_t) N(u_{t+1}; alpha u_t, sigma^2)               (Eq. 9)
@@ -32,17 +32,23 @@ class EnergyConfig:
         width: feature channels of maps at the coarsest resolution; half as many at each finer one, but no fewer than 16
             (or `width`).
         vector_width: features of vectors and of maps up to 4x4, which are read as vectors.
-        blocks: residual blocks at the coarsest resolution, and of vectors; finer resolutions have one each.
+        blocks: residual blocks at the coarsest resolution (with context the last of them over the whole map as one
+            vector), and of vectors; finer resolutions have one each, with context one on the way down and one up.
         spectral_norm: divide the weight of every layer but the readout by its largest singular value, estimated once
-            per chain.
+            per chain. For energies without context.
+        context: whether f_i sees u_i and the Gaussian that the layers above give it
+            (`hvae_ebm_prior.energies.context`), or z_i alone, as in the paper.
     """
 
     width: int = 64
     vector_width: int = 256
     blocks: int = 2
     spectral_norm: bool = False
+    context: bool = True
 
     def __post_init__(self) -> None:
+        if self.context and self.spectral_norm:
+            raise ValueError("spectral_norm: it is for energies without context; set context=False as well")
         for name in ("width", "vector_width", "blocks"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
@@ -161,48 +167,3 @@ class LayerEnergy(nn.Module):
             return h.gather(1, t[:, None]).squeeze(1)
         level = t[:, None, None].expand(-1, 1, self.categories)
         return h.unflatten(1, (-1, self.categories)).gather(1, level).squeeze(1)
-
-
-def build_energies(
-    energy: EnergyConfig | Sequence[nn.Module], shapes: Sequence[Sequence[int]], steps: int, device: torch.device
-) -> nn.ModuleList:
-    """One energy network per latent layer.
-
-    Args:
-        energy: settings of the default network, or the user's own networks, one per layer: network(z, t) returns f of
-            shape (N,) for latents z (N, *shape) and levels t (N,) long.
-        shapes: shapes of the latents without batch, top to bottom.
-        steps: number of conditional priors T.
-        device: where default networks are made.
-
-    Returns:
-        The networks, top to bottom.
-
-    Raises:
-        TypeError: `energy` is neither.
-        ValueError: there is not one network per layer, or one returns another shape than (N,).
-    """
-    if isinstance(energy, EnergyConfig):
-        return nn.ModuleList(LayerEnergy(shape, steps, energy) for shape in shapes).to(device)
-    if not isinstance(energy, list | tuple | nn.ModuleList) or not all(
-        isinstance(network, nn.Module) for network in energy
-    ):
-        raise TypeError(
-            f"energy: expected an EnergyConfig or a list of one nn.Module per layer, got {type(energy).__name__}"
-        )
-    if len(energy) != len(shapes):
-        raise ValueError(f"energy: expected one network per layer, {len(shapes)} in all, got {len(energy)}")
-    for i, (network, shape) in enumerate(zip(energy, shapes, strict=True)):
-        parameter = next(network.parameters(), torch.empty((), device=device))
-        z = parameter.new_zeros(2, *shape)
-        t = torch.zeros(2, dtype=torch.long, device=parameter.device)
-        training = network.training
-        with torch.no_grad():
-            out = network.eval()(z, t)
-        network.train(training)
-        if tuple(out.shape) != (2,):
-            raise ValueError(
-                f"energy network {i}: for 2 latents of shape {tuple(shape)} expected an output of shape (2,), "
-                f"got {tuple(out.shape)}"
-            )
-    return nn.ModuleList(energy)

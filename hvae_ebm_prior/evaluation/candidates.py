@@ -24,7 +24,7 @@ def build(preset: Preset, backbone: BackboneAdapter | nn.Module, kind: Any = Dif
     return kind(backbone, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
 
 
-def candidates(preset: Preset = PRESETS["fast"]) -> dict[str, Candidate]:
+def candidates(preset: Preset = PRESETS["default"]) -> dict[str, Candidate]:
     """Ours and all baselines, by the names that `compare` takes.
 
     Args:
@@ -33,26 +33,28 @@ def candidates(preset: Preset = PRESETS["fast"]) -> dict[str, Candidate]:
     Returns:
         The candidates.
     """
+    plain = PRESETS["joint-recovery"]
     joint = PRESETS["joint-ebm"].training
     ncp = PRESETS["ncp"].training
     return {
         OURS: Candidate(partial(build, preset), preset.training),
+        "joint-recovery": Candidate(partial(build, plain), plain.training),
         "joint-ebm": Candidate(JointEBMPrior, joint),
         "joint-ebm-persistent": Candidate(partial(JointEBMPrior, chains="persistent"), joint),
         "joint-ebm-published": Candidate(partial(JointEBMPrior, target="published"), joint),
         "ncp-sir": Candidate(partial(NCPPrior, sampler="sir"), ncp),
         "ncp-langevin": Candidate(partial(NCPPrior, sampler="langevin"), ncp),
-        "z-diffusion": Candidate(partial(build, preset, kind=LatentDiffusionPrior), preset.training),
+        "z-diffusion": Candidate(partial(build, plain, kind=LatentDiffusionPrior), plain.training),
         "mixture": Candidate(GaussianMixturePrior),
         **{f"gaussian-{t:g}": Candidate(partial(GaussianPrior, temperature=t)) for t in (0.9, 0.8, 0.7, 0.6)},
     }
 
 
-def ablations(preset: Preset = PRESETS["fast"]) -> dict[str, Candidate]:
+def ablations(preset: Preset = PRESETS["joint-recovery"]) -> dict[str, Candidate]:
     """The preset, and with one change each: K, T (Table 3 of the paper), integrator, space, schedule, batch, averaging.
 
     Args:
-        preset: what to change.
+        preset: what to change; one of joint recovery, as chains are what most changes are about.
 
     Returns:
         The candidates; the preset itself is the first.

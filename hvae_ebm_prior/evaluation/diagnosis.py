@@ -168,8 +168,33 @@ def classifier_accuracy(u: Tensor, generator: torch.Generator | None) -> float:
     return correct / (2 * u.shape[1])
 
 
-def train_classifier(real: Tensor, steps: int = 200, width: int = 64) -> Callable[[Tensor], Tensor]:
-    """Logits (n,) of a network trained to separate rows of `real` (n, d), positive, from standard normal ones."""
+def two_sample_accuracy(real: Tensor, drawn: Tensor, generator: torch.Generator | None) -> float:
+    """Held-out accuracy of the same network between two sets of noise.
+
+    Args:
+        real: noise (N, d).
+        drawn: noise (N, d); networks are trained on each half of both and tested on the other.
+        generator: source of the networks' weights and of all noise.
+
+    Returns:
+        The share of both that is classified correctly.
+    """
+    half, correct = len(real) // 2, 0
+    first, last = slice(None, half), slice(half, None)
+    with seeded(draw_seeds(1, generator)[0], real.device), torch.enable_grad(), torch.inference_mode(False):
+        for train, test in ((first, last), (last, first)):
+            logits = train_classifier(real[train].clone(), drawn[train].clone())
+            with torch.no_grad():
+                correct += int((logits(real[test]) > 0).sum() + (logits(drawn[test]) <= 0).sum())
+    return correct / (len(real) + len(drawn))
+
+
+def train_classifier(
+    real: Tensor, drawn: Tensor | None = None, steps: int = 200, width: int = 64
+) -> Callable[[Tensor], Tensor]:
+    """Logits (n,) of a network trained to separate rows of `real` (n, d), positive, from those of `drawn` (m, d), or
+    from standard normal ones.
+    """
     scale = math.sqrt(width / (2 * real.shape[1]))
     network = nn.Sequential(nn.Linear(2 * real.shape[1], width), nn.SiLU(), nn.Linear(width, 1)).to(real.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
@@ -180,7 +205,10 @@ def train_classifier(real: Tensor, steps: int = 200, width: int = 64) -> Callabl
 
     for _ in range(steps):
         batch = real[torch.randint(len(real), (128,), device=real.device)]
-        loss = F.softplus(-logits(batch)) + F.softplus(logits(torch.randn_like(batch)))
+        other = (
+            torch.randn_like(batch) if drawn is None else drawn[torch.randint(len(drawn), (128,), device=real.device)]
+        )
+        loss = F.softplus(-logits(batch)) + F.softplus(logits(other))
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()

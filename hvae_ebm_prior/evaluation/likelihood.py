@@ -126,7 +126,7 @@ def values_and_gradient(prior: EnergyModel, terms: TermsAt, t: Tensor, u: Tensor
     """F(T(u), t) (N,) at states `u` (N, D) and levels `t` (N,), and its gradient in u (N, D)."""
 
     def layer_values(u: Tensor, t: Tensor) -> Tensor:
-        return terms(prior.transform.to_latents(u), t)[0]
+        return terms(prior.transform.states(u), t)[0]
 
     return walk_values_and_gradient(layer_values, u, t)
 

@@ -141,7 +141,7 @@ def restoration_scores(
     adapter = density_adapter(prior.backbone)
 
     def log_likelihood(images: Tensor, u: Tensor) -> Tensor:
-        _, features = prior.transform.to_latents_and_features(u)
+        _, features = prior.transform.states_and_features(u)
         return adapter.log_likelihood(features, images)
 
     def score(chunk: Chunk) -> Tensor:

@@ -13,7 +13,7 @@ stay where the data are: no drift of energies, no loss of quality, no oversatura
 - mean, std and share of saturated pixels of the decoded states.
 
 The chain is `langevin_chain` itself, watched where it asks for its gradient, once per step: all its settings are
-supported, and the samples are those of `sample_noise` from the same generator. The tests' proposals are plain steps
+supported, and the samples are those of `sample_noise`, drawn jointly, from the same generator. The tests' proposals are plain steps
 with noise of their own. Where `top_steps` > 1 the chain's step is a composite of several and has no simple test: the
 figure is then that of a plain step of the same size, with top_steps=1, which is less exact than the chain's. So it is
 with `leimkuhler-matthews`, whose plain step is Euler's.
@@ -171,7 +171,7 @@ def watched_chain(
     records: dict[str, list[Tensor]] = {name: [] for name in ("energies", "acceptance", "pixels", "states")}
 
     def layer_values(u: Tensor, t: Tensor) -> Tensor:
-        return prior.corrections(prior.transform.to_latents(u), t, energies)[0]
+        return prior.corrections(prior.transform.states(u), t, energies)[0]
 
     def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
         with prior.execution.precision(u.device):
@@ -201,7 +201,7 @@ def watched_chain(
         return gradient
 
     def top_total(u: Tensor, t: Tensor) -> Tensor:
-        return prior.corrections(prior.transform.to_latents(u, 1), t, energies)[0].sum()
+        return prior.corrections(prior.transform.states(u, 1), t, energies)[0].sum()
 
     config = replace(prior.langevin, steps=steps)
     top = math.prod(prior.latent_shapes[0]), chain_gradient(top_total, t, 1.0, prior.execution)

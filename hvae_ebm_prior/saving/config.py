@@ -16,6 +16,8 @@ from ..backbone.transform import BackboneAdapter
 from ..chains.execution import ExecutionConfig
 from ..chains.schedule import DiffusionSchedule
 from ..density.energy_model import EnergyModel
+from ..energies.build import make_network
+from ..energies.context import ContextEnergy
 from ..energies.coupling import Coupling
 from ..energies.networks import EnergyConfig, LayerEnergy
 from .fingerprint import Fingerprint
@@ -132,7 +134,9 @@ def make_config(
             f"expected one of {', '.join(kinds)}, got {name}; of your own class save prior.state_dict() and its "
             "arguments yourself"
         )
-    energies = [network.config if isinstance(network, LayerEnergy) else None for network in prior.energies]
+    energies = [
+        network.config if isinstance(network, LayerEnergy | ContextEnergy) else None for network in prior.energies
+    ]
     if any(energy != energies[0] for energy in energies):
         raise TypeError(
             "the energies are default networks of several sizes, or only some of them are; "
@@ -182,7 +186,7 @@ def read_config(values: Mapping[str, Any]) -> PriorConfig:
             f"config.json: expected a schema from 1 to {SCHEMA}, got {schema!r:.80}; "
             "it is no saved prior, or one of a newer version"
         )
-    config = from_json(PriorConfig, dict(values), "config.json")
+    config = from_json(PriorConfig, in_present_form(values), "config.json")
     kinds = saved_kinds()
     if config.kind in GONE:
         raise InvalidPrior(
@@ -204,6 +208,23 @@ def read_config(values: Mapping[str, Any]) -> PriorConfig:
         name: read_value(kind, config.settings[name], f"config.json.settings.{name}") for name, kind in types.items()
     }
     return replace(config, settings=settings)
+
+
+def in_present_form(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of a file, where it is older than energies with context said to be without, and drawn as then."""
+
+    def plain(size: Any) -> Any:
+        return {"context": False, **size} if isinstance(size, dict) else size
+
+    read = dict(values)
+    if "energy" in read:
+        read["energy"] = plain(read["energy"])
+    if read.get("kind") == "DiffusionEBMPrior" and isinstance(read.get("settings"), dict):
+        read["settings"] = {"drawing": {}, **read["settings"]}
+    coupling = read.get("coupling")
+    if isinstance(coupling, dict) and "networks" in coupling:
+        read["coupling"] = {**coupling, "networks": plain(coupling["networks"])}
+    return read
 
 
 def check_size(config: PriorConfig) -> None:
@@ -252,7 +273,7 @@ def build_prior(
     try:
         with torch.device("meta"):
             shapes = kind.network_shapes(config.backbone.latent_shapes)
-            networks = energy or [LayerEnergy(shape, schedule.steps, config.energy) for shape in shapes]  # type: ignore[arg-type]
+            networks = energy or [make_network(shape, schedule.steps, config.energy) for shape in shapes]  # type: ignore[arg-type]
         prior = kind(backbone, energy=list(networks), execution=execution, **config.settings)
         if config.coupling is not None:
             with torch.device("meta"):

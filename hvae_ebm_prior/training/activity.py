@@ -7,7 +7,9 @@ them.
 """
 
 import torch
+from torch import Tensor
 
+from ..energies.context import ContextEnergy
 from ..energies.networks import LayerEnergy
 from .batches import Batches
 from .posterior_cache import PosteriorCache
@@ -30,7 +32,7 @@ def measure_activity(prior: TrainablePrior, batches: Batches, count: int, genera
         (i, network)
         for i, networks in enumerate(networks_by_layer(prior))
         for network in networks
-        if isinstance(network, LayerEnergy) and bool((network.activity == 1).all())
+        if isinstance(network, LayerEnergy | ContextEnergy) and bool((network.activity == 1).all())
     ]
     if not fresh or count == 0:
         return
@@ -40,24 +42,62 @@ def measure_activity(prior: TrainablePrior, batches: Batches, count: int, genera
             "of each; build it with draws=2 or more, call measure_activity on images before, or set "
             "TrainingConfig(activity_images=0)"
         )
-    activity = posterior_correlation(prior, batches, count, generator)
+    activity, moments, n = measure(prior, batches, count, generator)
     layers = prior.split(activity[None])
     for i, network in fresh:
-        network.set_activity(layers[i][0])
+        if isinstance(network, LayerEnergy):
+            network.set_activity(layers[i][0])
+        else:
+            # What n images cannot tell from none is none: these dimensions stay Gaussian.
+            active = torch.where(layers[i][0] > 2 * n**-0.5, layers[i][0], 0.0)
+            network.set_statistics(active, *moments[i])
 
 
-def posterior_correlation(
+def measure(
     prior: TrainablePrior, batches: Batches, count: int, generator: torch.Generator | None
-) -> torch.Tensor:
-    """Correlation (D,) of two posterior draws of an image, over `count` images or more, in [0, 1]; 0 for constants."""
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]], int]:
+    """Statistics of `count` images or more.
+
+    Args:
+        prior: the prior.
+        batches: the images.
+        count: how many to take.
+        generator: source of the posterior draws.
+
+    Returns:
+        Correlation (D,) of two posterior draws of an image, in [0, 1], 0 for constants; for every layer the mean and
+        the std of the backbone's means and log stds, (2, *latent_shapes[i]), those of a map over its positions too; and
+        the number of images.
+    """
     # Running sums over images of a, b, a b, a^2 and b^2, a and b being the two draws.
     sums = torch.zeros(5, prior.dim, dtype=torch.float64)
+    # Likewise of a layer's contexts and their squares.
+    contexts: list[Tensor] = [torch.zeros(())] * len(prior.latent_shapes)
     n = 0
     while n < count:
         images = next(batches)[0]
         a, b = (batches.noise(prior, images, draw, generator).cpu().double() for draw in range(2))
         sums += torch.stack((a, b, a * b, a * a, b * b)).sum(1)
         n += len(images)
+        with torch.no_grad():
+            states = prior.transform.states(a.to(prior.device, prior.dtype))
+        for i, state in enumerate(states):
+            context = torch.stack((state.mean, state.std.log())).cpu().double()
+            contexts[i] = contexts[i] + torch.stack((context, context.square())).sum(2)
     mean_a, mean_b, product, square_a, square_b = sums / n
     correlation = (product - mean_a * mean_b) / ((square_a - mean_a**2) * (square_b - mean_b**2)).sqrt()
-    return correlation.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+    moments = [context_moments(*each / n) for each in contexts]
+    return correlation.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1), moments, n
+
+
+def context_moments(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and a std for each channel, (2, *shape), from means (2, *shape) of contexts and of their squares; where
+    nothing varies the std is 1, so that contexts less their mean are 0.
+    """
+    variance = square - mean**2
+    constant = variance <= 1e-6 * square.clamp(min=1e-6)
+    variance = torch.where(constant, 0.0, variance)
+    by_channel = variance.reshape(*variance.shape[:2], -1).mean(2)
+    by_channel = by_channel.reshape(*by_channel.shape, *[1] * (variance.ndim - 2))
+    scale = torch.where(by_channel > 0, by_channel, 1.0).sqrt()
+    return mean, scale.expand_as(mean)

@@ -41,6 +41,8 @@ def scalars(record: TrainingRecord) -> dict[str, float]:
         "chain/displacement": record.displacement,
         "chain/acceptance": record.acceptance,
         "cross_entropy": record.cross_entropy,
+        "score": record.score,
+        "calibration": record.calibration,
         "learning_rate": record.learning_rate,
         "gradients_per_second": record.gradients_per_second,
     }

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..saving.digest import digest_file
 from ..saving.files import write_json
 from ..saving.fingerprint import Fingerprint, check_backbone, fingerprint
-from ..saving.typed_json import from_json, to_json, without_former_settings
+from ..saving.typed_json import LATER_SETTINGS, from_json, to_json, without_former_settings
 from ..saving.weights_file import write_weights
 from .record import TrainingRecord
 from .run import Run
@@ -36,7 +36,8 @@ SPEED = ("micro_batch", "workers")
 # Differences between two runs that an error names.
 SHOWN = 5
 ADAM = {"step", "exp_avg", "exp_avg_sq"}
-# Numbers of a record in the history; the gap of every level and the gradient norm of every layer follow.
+# Numbers of a record in the history; the gap of every level and the gradient norm of every layer follow, and then those
+# that older checkpoints have not.
 COLUMNS = (
     "loss",
     "gradient_norm",
@@ -47,6 +48,7 @@ COLUMNS = (
     "acceptance",
     "gradients_per_second",
 )
+LATER_COLUMNS = ("score", "calibration")
 
 
 class BrokenCheckpoint(ValueError):
@@ -193,7 +195,8 @@ def list_differences(saved: Any, current: Any, name: str = "") -> list[str]:
     """How the settings of two runs differ, one line for each, by dotted name."""
     if isinstance(saved, dict) and isinstance(current, dict):
         saved = without_former_settings(saved, current)
-        names = [*current, *(each for each in saved if each not in current)]
+        names = [each for each in current if each in saved or each not in LATER_SETTINGS]
+        names += [each for each in saved if each not in current]
         return [
             line
             for each in names
@@ -229,7 +232,13 @@ def state_of_run(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts[f"adam.{i}"] = moments
     tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
     rows = [
-        [*(getattr(record, name) for name in COLUMNS), *record.gaps, *record.gradient_norms] for record in run.history
+        [
+            *(getattr(record, name) for name in COLUMNS),
+            *record.gaps,
+            *record.gradient_norms,
+            *(getattr(record, name) for name in LATER_COLUMNS),
+        ]
+        for record in run.history
     ]
     tensors["history"] = torch.tensor(rows, dtype=torch.float64)
     numbers = {
@@ -267,13 +276,15 @@ def restore_run(run: Run, tensors: Mapping[str, Tensor], numbers: Mapping[str, A
         moments.setdefault(int(i), {})[name] = value
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": moments})
     levels = run.prior.schedule.steps
+    layers = len(run.prior.energies)
     run.history = []
     for step, row in enumerate(tensors["history"].tolist(), 1):
-        columns = dict(zip(COLUMNS, row, strict=False))
         rest = row[len(COLUMNS) :]
-        run.history.append(
-            TrainingRecord(iteration=step, gaps=tuple(rest[:levels]), gradient_norms=tuple(rest[levels:]), **columns)
+        columns = dict(zip(COLUMNS, row, strict=False)) | dict(
+            zip(LATER_COLUMNS, rest[levels + layers :], strict=False)
         )
+        gaps, norms = tuple(rest[:levels]), tuple(rest[levels : levels + layers])
+        run.history.append(TrainingRecord(iteration=step, gaps=gaps, gradient_norms=norms, **columns))
     run.last_checkpoint = len(run.history)
     for name, generator in generators(run).items():
         generator.set_state(tensors[f"random.{name}"])
@@ -299,6 +310,9 @@ def find_damage(run: Run, step: int, tensors: Mapping[str, Tensor], numbers: Map
         if not name.startswith(("adam.", "kept."))
     }
     columns = len(COLUMNS) + run.prior.schedule.steps + len(run.prior.energies)
+    history = tensors.get("history")
+    if history is None or tuple(history.shape) != (step, columns):
+        columns += len(LATER_COLUMNS)
     expected["history"] = torch.float64, (step, columns)
     parameters = list(run.trainee.parameters())
     for i in {name.split(".")[1] for name in tensors if name.startswith("adam.")}:

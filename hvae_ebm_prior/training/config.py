@@ -1,8 +1,12 @@
 """Settings of training."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ..backbone.validation import check_count
+
+ObjectiveName = Literal["score", "score-recovery", "recovery", "joint-recovery"]
 
 
 @dataclass(frozen=True)
@@ -35,25 +39,49 @@ class TrainingConfig:
             not on how many processes there are. Several processes encode a whole batch each for None, and otherwise the
             parts of this size that they need.
         workers: processes that read a dataset ahead; 0 for none. Results do not depend on it.
+        objective: "score" for denoising score matching of energies with context; "score-recovery" for that, with
+            teacher-forced recovery likelihood and the calibration of levels beside it at the end; "recovery" for
+            teacher-forced recovery likelihood alone; "joint-recovery" for Alg. 1, whose chains run through the
+            backbone. None for "score-recovery" where energies have context, and "joint-recovery" where not.
+        recovery_share: share of the iterations, the last ones, that have recovery in "score-recovery".
+        noise_draws: noise levels of every image in a step of "score", an even number; vectors have four times as many.
     """
 
-    iterations: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.5, 0.99)
+    iterations: int = 1900
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    warmup: int = 50
-    final_learning_rate: float = 0.1
+    warmup: int = 100
+    final_learning_rate: float = 0.0
     epoch_decay: float = 1.0
     energy_penalty: float = 0.0
-    clip_norm: float = 10.0
-    ema_decay: float = 0.99
+    clip_norm: float = 100.0
+    ema_decay: float = 0.998
     gap_limit: float = 0.5
     restarts: int = 3
     activity_images: int = 1024
     micro_batch: int | None = None
     encode_batch: int | None = None
     workers: int = 0
+    objective: ObjectiveName | None = None
+    recovery_share: float = 0.1
+    noise_draws: int = 2
+
+    @classmethod
+    def for_images(cls, images: int | None) -> "TrainingConfig":
+        """The defaults, with as many iterations as so many images bear: 1,900 for 10,000, and otherwise in proportion to
+        their square root, from 500 to 20,000.
+
+        Args:
+            images: number of images; None where it is not known.
+
+        Returns:
+            The settings.
+        """
+        if images is None:
+            return cls()
+        return cls(iterations=min(max(round(1900 * math.sqrt(images / 10_000)), 500), 20_000))
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size"):
@@ -67,6 +95,15 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate!r}")
+        if self.objective not in (None, *get_args(ObjectiveName)):
+            raise ValueError(
+                f"objective: expected one of {', '.join(get_args(ObjectiveName))}, or None, got {self.objective!r}"
+            )
+        if not 0 < self.recovery_share <= 1:
+            raise ValueError(f"recovery_share must be in (0, 1], got {self.recovery_share!r}")
+        check_count(self.noise_draws, "noise_draws")
+        if self.noise_draws % 2:
+            raise ValueError(f"noise_draws must be even, got {self.noise_draws!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         for name in ("energy_penalty", "weight_decay", "warmup", "restarts", "activity_images", "workers"):

@@ -47,13 +47,24 @@ class Guard:
         # State dicts of the average: `candidate` becomes `good` at the next snapshot, if nothing happens until then.
         self.good = self.candidate = copy.deepcopy(prior.state_dict())
 
-    def trouble(self, loss: float, gradient_norm: float) -> str:
-        """What is wrong with a step, given its loss and its gradient's norm; empty for a healthy one."""
+    def trouble(self, loss: float, recovery: float, gradient_norm: float) -> str:
+        """What is wrong with a step; empty for a healthy one.
+
+        Args:
+            loss: mean loss.
+            recovery: mean loss of recovery, minus the energy gap between chains and data; NaN without chains.
+            gradient_norm: norm of the gradient.
+
+        Returns:
+            The trouble.
+        """
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(gradient_norm):
             return f"the gradient's norm is {gradient_norm}"
-        self.smoothed += (loss - self.smoothed) / GAP_MEMORY
+        if math.isnan(recovery):
+            return ""
+        self.smoothed += (recovery - self.smoothed) / GAP_MEMORY
         if abs(self.smoothed) > self.limit:
             return (
                 f"the energy gap between chains and data, averaged over {GAP_MEMORY} steps, is {-self.smoothed:.4g} "
@@ -86,7 +97,7 @@ class Guard:
             raise TrainingDiverged(
                 f"training diverged {self.restarts + 1} times, last at step {len(history) + 1}: {trouble}. The prior "
                 "is at its last good state. Lower learning_rate or LangevinConfig.step_size, raise the number of noise "
-                "levels, or set EnergyConfig(spectral_norm=True)",
+                "levels, or learn by objective='score', which has no chains",
                 history,
             )
         self.restarts_left -= 1

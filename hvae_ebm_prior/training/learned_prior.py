@@ -1,8 +1,8 @@
 """A prior that is learned, saved and shared.
 
 sample, sample_noise               from this prior, some layers held if asked (sampling.py)
-fit(data)                          Alg. 1 over batches of images (loop.py, step.py)
-loss(images)                       the same loss, for training loops of one's own (recovery.py)
+fit(data)                          step after step over batches of images (loop.py, step.py)
+loss(images)                       its loss, for training loops of one's own (score.py, recovery.py)
 save_pretrained, push_to_hub       to a folder, and to the Hugging Face Hub
 from_pretrained                    and back
 """
@@ -27,7 +27,7 @@ from ..saving.card import Card
 from ..saving.config import Metric
 from ..saving.folder import load, save
 from ..saving.hub import fetch, upload
-from .config import TrainingConfig
+from .config import ObjectiveName, TrainingConfig
 from .loop import Checkpoints, Data, train
 from .memory import MemoryEstimate, estimate_memory
 from .record import Callback, TrainingRecord
@@ -84,7 +84,7 @@ class LearnedPrior(TrainablePrior):
         """
         return self._draw_images(n, make_request(self, n, fixed=fixed), chunk_size, generator)
 
-    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:  # noqa: B008
+    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:
         """Noise (N, D) of the given samples of a call; baselines may draw in ways of their own."""
         return sample_levels(self, request, key, samples)[0]
 
@@ -102,7 +102,8 @@ class LearnedPrior(TrainablePrior):
     def loss(
         self, images: Tensor, *, labels: Tensor | Labels | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Recovery-likelihood loss of every image at a random level (Alg. 1, Eq. 11-12).
+        """Loss of every image: of score matching for energies with context, of recovery likelihood at a random level
+        (Alg. 1, Eq. 11-12) for others.
 
         Args:
             images: (N, C, H, W) in [0, 1].
@@ -110,8 +111,9 @@ class LearnedPrior(TrainablePrior):
             generator: source of the posterior draw, the levels and the chains' noise; None takes torch's global ones.
 
         Returns:
-            F(T(u_t^-), t) - F(T(u_t), t) in nats, (N,), whose gradient is the learning gradient. Its value is no
-            measure of quality: it is near 0 where data and chain agree.
+            (N,), whose gradient is the learning gradient. In score matching the squared error of the velocity, less that
+            of an untrained prior; else F(T(u_t^-), t) - F(T(u_t), t) in nats, whose value is no measure of quality, as it
+            is near 0 where data and chain agree.
 
         Raises:
             TypeError, ValueError: images of a wrong type, shape or range, or wrong labels.
@@ -141,6 +143,7 @@ class LearnedPrior(TrainablePrior):
         iterations: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
+        objective: ObjectiveName | None = None,
         training: TrainingConfig | None = None,
         callback: Callback | Sequence[Callback] | None = None,
         progress: bool | None = None,
@@ -155,10 +158,11 @@ class LearnedPrior(TrainablePrior):
             data: images (N, C, H, W) in [0, 1], a dataset, a posterior cache, or a loader of batches; of tuples the
                 first entry is taken as images and the second as labels.
             labels: of the images of a tensor, by label set (or of the only one): (N,) indices, -1 or NaN for none.
-            iterations: optimiser steps; None as in `training`.
+            iterations: optimiser steps; None as in `training`, and without that as `TrainingConfig.for_images` has it.
             batch_size: images per step; None as in `training`; not to be given with a loader, which has its own.
             learning_rate: largest learning rate; None as in `training`.
-            training: all other settings; None takes the defaults of `TrainingConfig`.
+            objective: what is minimised; None as in `training`.
+            training: all other settings; None takes the defaults.
             callback: called as callback(prior, record) after every step; or several; see `hvae_ebm_prior.callbacks`.
             progress: show a progress bar; None shows one on a terminal only.
             checkpoint_dir: a folder for checkpoints, each the whole state of the run; None for none.
@@ -180,12 +184,17 @@ class LearnedPrior(TrainablePrior):
             raise ValueError(
                 f"labels: they go with a tensor of images; a {type(data).__name__} gives (images, labels) itself"
             )
-        settings = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
+        settings = {
+            "iterations": iterations,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "objective": objective,
+        }
         changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
         return train(
             self,
             data,
-            replace(training or TrainingConfig(), **changes),
+            replace(training or TrainingConfig.for_images(count_images(data)), **changes),
             labels=labels,
             callbacks=list_callbacks(callback),
             checkpoints=Checkpoints(checkpoint_dir, checkpoint_every, resume),
@@ -333,6 +342,11 @@ class LearnedPrior(TrainablePrior):
         )
         prior.trained = trained
         return prior
+
+
+def count_images(data: Data) -> int | None:
+    """How many images there are; None for batches of unknown number."""
+    return len(data) if isinstance(data, Tensor | Dataset) and hasattr(data, "__len__") else None
 
 
 def list_callbacks(callback: Callback | Sequence[Callback] | None) -> list[Callback]:

@@ -34,7 +34,7 @@ from .config import TrainingConfig
 from .guard import Guard
 from .optimizer import make_optimizer
 from .posterior_cache import PosteriorCache
-from .record import Callback, TrainingRecord
+from .record import Callback, StopTraining, TrainingRecord
 from .run import Run
 from .step import Unhealthy, training_step
 from .trainable import TrainablePrior
@@ -166,7 +166,10 @@ def take_steps(run: Run, callbacks: Sequence[Callback], progress: bool | None, f
             bar.update()
             due = folder is not None and (len(history) % every == 0 or len(history) == config.iterations)
             if callbacks or due:
-                collect(partial(finish_step, run, callbacks, folder if due else None))
+                try:
+                    collect(partial(finish_step, run, callbacks, folder if due else None))
+                except StopTraining:
+                    return
 
 
 def go_back(run: Run, trouble: str) -> None:
@@ -189,9 +192,10 @@ def finish_step(run: Run, callbacks: Sequence[Callback], folder: Path | None) ->
 
 def progress_text(record: TrainingRecord) -> str:
     """A record as the progress bar shows it."""
-    gaps = " ".join(f"{gap:.1f}" for gap in record.gaps)
+    chains = not all(math.isnan(gap) for gap in record.gaps)
+    gaps = f", gap per t {' '.join(f'{gap:.1f}' for gap in record.gaps)}" if chains else ""
     labels = "" if math.isnan(record.cross_entropy) else f", labels {record.cross_entropy:.2f}"
-    return f"loss {record.loss:.2f}, gap per t {gaps}{labels}"
+    return f"loss {record.loss:.2f}{gaps}{labels}"
 
 
 def check_same_step(folder: Path, steps: Sequence[int]) -> None:

@@ -10,13 +10,15 @@ share: leave a third of the memory free.
 import copy
 import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..backbone.lock import backbone_modules
 from ..backbone.validation import check_count
+from .config import TrainingConfig
+from .objective import Objective
 from .trainable import TrainablePrior
 
 
@@ -90,10 +92,19 @@ def peak_activations(prior: TrainablePrior, n: int) -> int:
         generator = torch.Generator().manual_seed(0)
         u = torch.randn(n, prior.dim, generator=generator, dtype=prior.dtype).to(prior.device)
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
-            trainee.batch_loss(u, None, generator).total.sum().backward()
+            trainee.batch_loss(u, None, generator, objective=heaviest_objective(prior)).total.sum().backward()
         return saved.peak
     finally:
         trainee.release()
+
+
+def heaviest_objective(prior: TrainablePrior) -> Objective | None:
+    """What the last steps of training minimise by default, which keeps the most; each image has as many noise levels, so
+    that two keep twice what one does.
+    """
+    config = TrainingConfig()
+    objective = prior.objective(config, config.iterations - 1)
+    return None if objective is None else replace(objective, noisy_context=0.0)
 
 
 class SavedTensor:

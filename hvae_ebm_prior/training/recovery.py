@@ -8,40 +8,19 @@ differentiated. Labels add the cross-entropy of p(y | u_t).
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..chains.langevin import LangevinConfig
-from ..chains.streams import draw_key, open_streams
+from ..backbone.transform import LayerState
+from ..chains.execution import batched_energies, chain_gradient, one_by_one, repeat
+from ..chains.langevin import LangevinConfig, langevin_chain
+from ..chains.streams import Streams, draw_key, open_streams
 from ..density.conditional import draw_conditional
 from ..density.energy_model import EnergyModel
 from ..energies.coupling import Labels, check_labels, cross_entropy
-
-
-class RecoveryLoss(NamedTuple):
-    """The loss of every sample of a batch, and the figures of it that a training record averages; all (N,).
-
-    Attributes:
-        total: what is differentiated, F(T(u_t^-), t) - F(T(u_t), t) and the weighted cross-entropy, in nats.
-        recovery: its first part.
-        squares: F^2, the mean over chain and data.
-        cross_entropy: -log p(y | u_t) summed over label sets; 0 where a sample has no label.
-        labelled: how many labels the sample has, of sets that are coupled at its level.
-        levels: the level t at which the sample was taken.
-        displacement: |u_t^- - start| / sqrt(D), the start being u_{t+1} or a persistent chain's last state, or None.
-        acceptance: mean acceptance probability of the Metropolis steps; None without any.
-    """
-
-    total: Tensor
-    recovery: Tensor
-    squares: Tensor
-    cross_entropy: Tensor
-    labelled: Tensor
-    levels: Tensor
-    displacement: Tensor | None = None
-    acceptance: Tensor | None = None
+from .objective import BatchLoss
 
 
 def recovery_loss(
@@ -50,7 +29,7 @@ def recovery_loss(
     labels: Tensor | Labels | None = None,
     generator: torch.Generator | None = None,
     rows: range | None = None,
-) -> RecoveryLoss:
+) -> BatchLoss:
     """The loss of posterior noise of images (Alg. 1, Eq. 11-12).
 
     Args:
@@ -70,13 +49,7 @@ def recovery_loss(
     """
     samples = range(len(u)) if rows is None else rows
     streams = open_streams(draw_key(generator), samples, u.device, u.dtype, prior.execution.backend)
-    schedule = prior.schedule
-    t = streams.levels(schedule.steps)
-    alpha, sigma, alpha_bar, sigma_bar = (
-        level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar)
-    )
-    u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(prior.dim)
-    u_next = alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(prior.dim)
+    t, u_t, u_next = diffuse(prior, u, streams)
     acceptance: list[Tensor] = []
     negative = draw_conditional(prior, u_next, t, streams, report=acceptance.append)
     return add_chain_figures(contrast(prior, negative, u_t, t, labels), u_next, negative, acceptance)
@@ -89,9 +62,75 @@ def gradients_of_recovery(langevin: LangevinConfig) -> int:
     return langevin.steps + 1 + (corrector_steps + 1 if corrector_steps else 0)
 
 
+def diffuse(prior: EnergyModel, u: Tensor, streams: Streams) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels t (N,), drawn uniformly, and states u_t and u_{t+1} (N, D) of one diffusion of noise `u` (N, D)."""
+    schedule = prior.schedule
+    t = streams.levels(schedule.steps)
+    alpha, sigma, alpha_bar, sigma_bar = (
+        level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar)
+    )
+    u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(prior.dim)
+    return t, u_t, alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(prior.dim)
+
+
+def teacher_forced_loss(
+    prior: EnergyModel, u: Tensor, generator: torch.Generator | None = None, rows: range | None = None
+) -> BatchLoss:
+    """Recovery likelihood of every layer given the data's own layers above it.
+
+    Given those, p(u_{t,i} | u_{t+1,i}, z_<i) of different layers are independent: their chains run at once, as one
+    packed state whose gradient is that of the networks alone.
+
+    Args:
+        prior: the prior to learn; its energies have context.
+        u: posterior noise of the data (N, D).
+        generator: source of the levels and of all other noise.
+        rows: as of `recovery_loss`.
+
+    Returns:
+        The loss, summed over layers.
+
+    Raises:
+        ChainDiverged: a chain left the finite numbers.
+    """
+    n = len(u)
+    samples = range(n) if rows is None else rows
+    streams = open_streams(draw_key(generator), samples, u.device, u.dtype, prior.execution.backend)
+    with torch.no_grad(), prior.execution.precision(u.device):
+        contexts = [(state.mean, state.std) for state in prior.transform.states(u)]
+    t, u_t, u_next = diffuse(prior, u, streams)
+    angle = prior.schedule.angle.to(u)[t]
+    angles = torch.stack((angle, torch.zeros_like(angle)), dim=1)
+
+    def states(u: Tensor, copies: int = 1) -> list[LayerState]:
+        layers = []
+        for part, (mean, std) in zip(prior.split(u), contexts, strict=True):
+            mean, std = (x.repeat(copies, *[1] * (x.ndim - 1)) for x in (mean, std))
+            layers.append(LayerState(part, mean + std * part, mean, std).to(prior.dtype))
+        return layers
+
+    energies = batched_energies(list(prior.energies), prior.input_shapes, n, u.device)
+    negative = langevin_chain(
+        chain_gradient(lambda u, _: energies(states(u), angles).sum(), t, 1.0, prior.execution),
+        u_next,
+        t,
+        schedule=prior.schedule,
+        config=replace(prior.langevin, top_steps=1),
+        streams=streams,
+        repeat=repeat if prior.execution.graph else None,
+    )
+    with prior.execution.loss_precision(u.device):
+        both = states(torch.cat((negative, u_t)), 2)
+        f = one_by_one(list(prior.energies), both, angles.repeat(2, 1)).to(u).sum(1)
+    from_chain, from_data = f.chunk(2)
+    loss = from_chain - from_data
+    squares = (from_chain**2 + from_data**2) / 2
+    return add_chain_figures(BatchLoss(loss, levels=t, recovery=loss, squares=squares), u_next, negative, [])
+
+
 def contrast(
     prior: EnergyModel, negative: Tensor, u_t: Tensor, t: Tensor, labels: Tensor | Labels | None = None
-) -> RecoveryLoss:
+) -> BatchLoss:
     """The loss of states from chains against states of the data; see `recovery_loss`.
 
     Args:
@@ -111,8 +150,8 @@ def contrast(
     with prior.execution.loss_precision(u_t.device):
         # Nothing of the backbone is learned, so its walk needs no graph.
         with torch.no_grad():
-            z = prior.transform.to_latents(torch.cat((negative, u_t)))
-        f, logits = prior.learned_corrections(z, t.repeat(2))
+            states = prior.transform.states(torch.cat((negative, u_t)))
+        f, logits = prior.learned_corrections(states, t.repeat(2))
     from_chain, from_data = f.to(u_t).sum(1).chunk(2)
     recovery = from_chain - from_data
     squares = (from_chain**2 + from_data**2) / 2
@@ -127,10 +166,10 @@ def contrast(
             entropy = entropy + cross_entropy(logits[name][n:].to(u_t), values)
             labelled = labelled + (values >= 0)
         total = recovery + prior.coupling.weight * entropy
-    return RecoveryLoss(total, recovery, squares, entropy, labelled, t)
+    return BatchLoss(total, levels=t, recovery=recovery, squares=squares, cross_entropy=entropy, labelled=labelled)
 
 
-def add_chain_figures(loss: RecoveryLoss, start: Tensor, end: Tensor, acceptance: Sequence[Tensor]) -> RecoveryLoss:
+def add_chain_figures(loss: BatchLoss, start: Tensor, end: Tensor, acceptance: Sequence[Tensor]) -> BatchLoss:
     """The loss with figures of its chains.
 
     Args:
@@ -144,14 +183,3 @@ def add_chain_figures(loss: RecoveryLoss, start: Tensor, end: Tensor, acceptance
     """
     displacement = torch.linalg.vector_norm(end - start, dim=1) / math.sqrt(start.shape[1])
     return loss._replace(displacement=displacement, acceptance=acceptance[0] if acceptance else None)
-
-
-def detach_loss(loss: RecoveryLoss) -> RecoveryLoss:
-    """The same numbers without a graph, on the CPU."""
-    return RecoveryLoss(*(None if values is None else values.detach().cpu() for values in loss))  # type: ignore[arg-type]
-
-
-def join_losses(parts: Sequence[RecoveryLoss]) -> RecoveryLoss:
-    """The loss of all samples of a batch from those of its parts, in their order."""
-    fields = zip(*parts, strict=True)
-    return RecoveryLoss(*(None if values[0] is None else torch.cat(values) for values in fields))  # type: ignore[arg-type]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..chains.streams import draw_key, sample_seeds
 from ..energies.coupling import Labels, check_labels
 from ..processes import add_gradients, collect, share, world
+from .objective import BatchLoss, detach_loss, join_losses
 from .optimizer import learning_rate, update_average
 from .posterior_cache import PosteriorCache
 from .record import TrainingRecord
-from .recovery import RecoveryLoss, detach_loss, join_losses
 from .run import Run
 from .trainable import TrainablePrior, networks_by_layer
 
@@ -61,7 +61,7 @@ def training_step(run: Run, began: float) -> TrainingRecord:
     losses = add_batch_gradient(run, images, labels)
     layer_norms = gradient_norms(parameters_by_layer(trainee))
     norm = nn.utils.clip_grad_norm_(list(trainee.parameters()), config.clip_norm).item()
-    if trouble := run.guard.trouble(mean(losses.recovery), norm):
+    if trouble := run.guard.trouble(mean(losses.total), mean(losses.recovery), norm):
         raise Unhealthy(trouble)
 
     # The batch has just shown the weights before this update to be healthy, so these enter the average.
@@ -75,20 +75,22 @@ def training_step(run: Run, began: float) -> TrainingRecord:
     now = time.monotonic()
     return TrainingRecord(
         iteration=step + 1,
-        loss=mean(losses.recovery),
-        gaps=tuple(-mean(losses.recovery[losses.levels == t]) for t in range(prior.schedule.steps)),
+        loss=mean(losses.recovery if losses.score is None else losses.score),
+        gaps=energy_gaps(losses, prior.schedule.steps),
         gradient_norm=norm,
         learning_rate=rate,
         seconds=now - began,
-        cross_entropy=(losses.cross_entropy.double().sum() / losses.labelled.sum()).item(),
+        cross_entropy=label_entropy(losses),
         gradient_norms=layer_norms,
         displacement=mean(losses.displacement),
         acceptance=mean(losses.acceptance),
+        score=mean(losses.score),
+        calibration=mean(losses.calibration),
         gradients_per_second=len(images) * prior.gradients_per_step / max(now - start, 1e-9),
     )
 
 
-def add_batch_gradient(run: Run, images: Tensor, labels: Tensor | Labels | None) -> RecoveryLoss:
+def add_batch_gradient(run: Run, images: Tensor, labels: Tensor | Labels | None) -> BatchLoss:
     """Put the gradient of a batch into the trainee's parameters: every process computes its share, and all get the sum.
 
     Args:
@@ -105,7 +107,7 @@ def add_batch_gradient(run: Run, images: Tensor, labels: Tensor | Labels | None)
     if labels is not None and prior.coupling is not None:
         own_labels = pick_rows(check_labels(labels, prior.coupling, n, prior.device), rows)
 
-    def compute_share() -> tuple[int, float, list[RecoveryLoss]]:
+    def compute_share() -> tuple[int, float, list[BatchLoss]]:
         brightness = images.float().mean().item() if world() > 1 else 0.0
         u = posterior_noise(run, images, rows)
         return n, brightness, add_gradient_of_rows(run, u, own_labels, rows, n)
@@ -139,7 +141,7 @@ def posterior_noise(run: Run, images: Tensor, rows: range) -> Tensor:
         raise
 
 
-def add_gradient_of_rows(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) -> list[RecoveryLoss]:
+def add_gradient_of_rows(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) -> list[BatchLoss]:
     """Add the gradients of rows of a batch of `n`, in parts of `run.micro_batch`, or of half as many until they fit.
 
     Args:
@@ -187,14 +189,17 @@ def add_gradient_of_rows(run: Run, u: Tensor, labels: Labels | None, rows: range
         )
 
 
-def add_gradient_of_part(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) -> list[RecoveryLoss]:
+def add_gradient_of_part(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) -> list[BatchLoss]:
     """Add the gradient of the given rows of a batch of `n`; their loss, or none where there are no rows."""
     if not rows:  # more processes than images; the generator moves on as in the others
         draw_key(run.generator)
         return []
-    losses = run.trainee.batch_loss(u, labels, run.generator, None if len(rows) == n else rows)
-    penalty = run.config.energy_penalty / math.sqrt(run.prior.dim)
-    ((losses.total + penalty * losses.squares).sum() / n).backward()
+    objective = run.prior.objective(run.config, len(run.history))
+    losses = run.trainee.batch_loss(u, labels, run.generator, None if len(rows) == n else rows, objective)
+    total = losses.total
+    if losses.squares is not None:
+        total = total + run.config.energy_penalty / math.sqrt(run.prior.dim) * losses.squares
+    (total.sum() / n).backward()
     return [detach_loss(losses)]
 
 
@@ -217,6 +222,20 @@ def pick_rows(labels: Labels, rows: range) -> dict[str, Tensor]:
 def mean(values: Tensor | None) -> float:
     """The mean, summed in double precision; NaN of nothing."""
     return math.nan if values is None else values.double().mean().item()
+
+
+def energy_gaps(losses: BatchLoss, steps: int) -> tuple[float, ...]:
+    """Mean energy gap of every level; NaN where there was no chain."""
+    if losses.recovery is None or losses.levels is None:
+        return (math.nan,) * steps
+    return tuple(-mean(losses.recovery[losses.levels == t]) for t in range(steps))
+
+
+def label_entropy(losses: BatchLoss) -> float:
+    """Mean cross-entropy of labels; NaN without any."""
+    if losses.cross_entropy is None or losses.labelled is None:
+        return math.nan
+    return (losses.cross_entropy.double().sum() / losses.labelled.sum()).item()
 
 
 def parameters_by_layer(prior: TrainablePrior) -> list[list[nn.Parameter]]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..density.energy_model import EnergyModel
 from ..energies.coupling import Labels
 from ..saving.config import TrainingSummary
-from .recovery import RecoveryLoss
+from .config import TrainingConfig
+from .objective import BatchLoss, Objective
 
 
 class TrainablePrior(EnergyModel):
@@ -20,10 +21,32 @@ class TrainablePrior(EnergyModel):
 
     trained: TrainingSummary | None = None
 
+    def objective(self, config: TrainingConfig, step: int) -> Objective | None:
+        """What `fit` minimises at a step, from 0; None, as here, where a class has an objective of its own.
+
+        Args:
+            config: the settings.
+            step: number of the step.
+
+        Returns:
+            The objective.
+
+        Raises:
+            ValueError: an objective that the energies cannot be learned by.
+        """
+        if config.objective is not None:
+            raise ValueError(f"objective: {type(self).__name__} has one of its own, got {config.objective!r}")
+        return None
+
     @abstractmethod
     def batch_loss(
-        self, u: Tensor, labels: Tensor | Labels | None, generator: torch.Generator | None, rows: range | None = None
-    ) -> RecoveryLoss:
+        self,
+        u: Tensor,
+        labels: Tensor | Labels | None,
+        generator: torch.Generator | None,
+        rows: range | None = None,
+        objective: Objective | None = None,
+    ) -> BatchLoss:
         """What a training step learns from.
 
         Args:
@@ -31,6 +54,7 @@ class TrainablePrior(EnergyModel):
             labels: of the images; None for none.
             generator: source of all further noise.
             rows: numbers of these samples in a batch of which they are a part; None for a whole batch.
+            objective: what to minimise, where `objective` gives a choice; None for the default.
 
         Returns:
             The loss of every sample.

@@ -206,21 +206,23 @@ def test_contract(family):
     assert faults == []
 
 
-def test_a_prior_is_trained_and_sampled_on_every_family(family):
+@pytest.mark.parametrize("context", [False, True])
+def test_a_prior_is_trained_and_sampled_on_every_family(family, context):
+    """With context, recovery begins at the third step; eight images tell no active dimension then."""
     model, adapter, images = family
-    settings = {"energy": EnergyConfig(width=8, vector_width=16), "langevin": LangevinConfig(steps=2)}
+    settings = {"energy": EnergyConfig(context=context, width=8, vector_width=16), "langevin": LangevinConfig(steps=2)}
     prior = DiffusionEBMPrior(model, **settings)
     assert type(prior.backbone) is type(adapter)
-    before = copy.deepcopy(prior.energies.state_dict())
+    before = copy.deepcopy(dict(prior.energies.named_parameters()))
     weights = [parameter.clone() for parameter in model.parameters()]
     prior.fit(
         images,
         batch_size=4,
-        training=TrainingConfig(iterations=3, activity_images=8),
+        training=TrainingConfig(iterations=3, activity_images=0 if context else 8, recovery_share=0.5),
         generator=seed(0),
         progress=False,
     )
-    assert any(not torch.equal(value, before[name]) for name, value in prior.energies.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in prior.energies.named_parameters())
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), weights, strict=True))
     samples = prior.sample(3, generator=seed(0))
     assert samples.shape == (3, *images.shape[1:])

@@ -68,7 +68,7 @@ def check_training(model, adapter, images):
     prior.fit(
         images,
         batch_size=2,
-        training=TrainingConfig(iterations=2, activity_images=4),
+        training=TrainingConfig(iterations=2, activity_images=4, recovery_share=0.5),
         generator=seed(0),
         progress=False,
     )

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from backbones import TRUTH, IdentityBackbone, Pair, Quadratic, RandomBackbone, images_of, minimize_batch_loss
-from helpers import seed
+from helpers import TINY, seed
 from scipy import stats
 from torch import nn
 
@@ -25,12 +25,13 @@ from hvae_ebm_prior.baselines.ncp import pick
 from hvae_ebm_prior.chains.execution import walk_gradient
 from hvae_ebm_prior.chains.langevin import gaussian_part, langevin_coefficients
 from hvae_ebm_prior.control import resample
+from hvae_ebm_prior.energies.context import ContextEnergy
 from hvae_ebm_prior.evaluation.likelihood import log_normalizer
 from hvae_ebm_prior.evaluation.outliers import diffusion_scores, inference_scores
 from hvae_ebm_prior.evaluation.transitions import langevin_transitions
 
 SHAPES = [(2,), (1, 2, 2)]
-SMALL = EnergyConfig(width=8, vector_width=16)
+SMALL = EnergyConfig(context=False, width=8, vector_width=16)
 SHORT = LangevinConfig(steps=2)
 
 
@@ -163,7 +164,7 @@ def log_target(prior, published):
         total = sum(network(z_i, t) for network, z_i in zip(prior.energies, z, strict=True)) - u.square().sum(1) / 2
         if not published:
             return total
-        flat = lambda u: torch.cat([z_i.flatten(1) for z_i in prior.to_latents(u[None])], dim=1)[0]  # noqa: E731
+        flat = lambda u: torch.cat([z_i.flatten(1) for z_i in prior.to_latents(u[None])], dim=1)[0]
         jacobian = torch.autograd.functional.jacobian(flat, u[0], create_graph=True)
         return total - torch.linalg.slogdet(jacobian)[1]
 
@@ -182,7 +183,7 @@ def test_joint_target_against_autograd(target):
         t = torch.zeros(1, dtype=torch.long)
         terms = prior.terms_at(t)
         torch.testing.assert_close(
-            walk_gradient(lambda u, t, terms=terms: terms(prior.transform.to_latents(u), t)[0].sum(), one, t) - one,
+            walk_gradient(lambda u, t, terms=terms: terms(prior.transform.states(u), t)[0].sum(), one, t) - one,
             expected,
         )
     assert gaussian_part(torch.zeros(1, dtype=torch.long), prior.schedule, prior.langevin, torch.float64)[0].item() == 0
@@ -323,15 +324,15 @@ def test_nce_recovers_a_known_density_ratio():
     u = prior.encode(images_of(z))
     minimize_batch_loss(prior, u, steps=25, seed=1)
     where = pair_data(500)
-    parts = [where[:, :1], where[:, 1:]]
+    states = prior.transform.states(prior.to_noise((where[:, :1], where[:, 1:])))
     expected = torch.stack([torch.from_numpy(values) for values in log_ratios(where)], dim=1).float()
-    found = prior.learned_corrections(parts, torch.zeros(500, dtype=torch.long))[0]
+    found = prior.learned_corrections(states, torch.zeros(500, dtype=torch.long))[0]
     assert (found - expected).abs().mean().item() < 0.08
     # At the exact ratio, the mean gradient is zero but for the data's spread.
     for network, w in zip(prior.energies, exact_ratio(), strict=True):
         network.w.data.copy_(w)
     torch.testing.assert_close(
-        prior.learned_corrections(parts, torch.zeros(500, dtype=torch.long))[0], expected, atol=1e-4, rtol=1e-4
+        prior.learned_corrections(states, torch.zeros(500, dtype=torch.long))[0], expected, atol=1e-4, rtol=1e-4
     )
     loss = prior.batch_loss(u, None, seed(1)).total.mean()
     assert max(g.abs().max().item() for g in torch.autograd.grad(loss, list(prior.parameters()))) < 0.04
@@ -440,6 +441,18 @@ def test_priors_without_labels_have_no_methods_of_them(kind):
             TypeError, match=rf"{name}: {kind.__name__}\.sample takes no {name}; take a DiffusionEBMPrior"
         ):
             resample(prior, u, [0], **given)
+
+
+@pytest.mark.parametrize("kind", [JointEBMPrior, NCPPrior, LatentDiffusionPrior])
+def test_networks_of_baselines_see_no_context(kind):
+    backbone = RandomBackbone(SHAPES)
+    assert not kind(backbone).has_context
+    for energy in (TINY, [ContextEnergy(shape, TINY) for shape in SHAPES]):
+        with pytest.raises(ValueError, match=rf"networks of a {kind.__name__} see no context"):
+            kind(backbone, energy=energy)
+    prior = kind(backbone, energy=SMALL, langevin=SHORT)
+    with pytest.raises(ValueError, match="objective: "):
+        prior.fit(torch.rand(8, 1, 2, 2, generator=seed(0)), iterations=1, objective="score", progress=False)
 
 
 def test_ncp_activity_reaches_all_that_is_stacked():

@@ -7,10 +7,11 @@ import warnings
 import pytest
 import torch
 from backbones import RandomBackbone
-from helpers import seed
+from helpers import TINY, seed
+from stand_ins import perturb
 from torch import nn
 
-from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, ExecutionConfig, LangevinConfig
+from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, EnergyConfig, ExecutionConfig, LangevinConfig
 from hvae_ebm_prior.chains.execution import (
     CompiledTotal,
     batched_energies,
@@ -21,7 +22,7 @@ from hvae_ebm_prior.chains.execution import (
 )
 from hvae_ebm_prior.chains.langevin import langevin_chain
 from hvae_ebm_prior.chains.streams import open_streams
-from hvae_ebm_prior.energies.networks import build_energies
+from hvae_ebm_prior.energies.build import build_energies
 
 CPU = torch.device("cpu")
 
@@ -38,12 +39,22 @@ def make_prior(**settings):
     torch.manual_seed(0)
     prior = DiffusionEBMPrior(
         RandomBackbone([(2,), (1, 4, 4), (1, 4, 4)]),
-        energy=EnergyConfig(width=8),
+        energy=EnergyConfig(context=False, width=8),
         langevin=LangevinConfig(steps=4, start="gaussian"),
         **settings,
     )
     loud(prior.energies)
     return prior
+
+
+def with_context(**settings):
+    """Energies with context, all layers drawn together unless asked otherwise, so that chains walk the backbone."""
+    torch.manual_seed(0)
+    settings = {"drawing": DrawingConfig(ancestral=False), "langevin": LangevinConfig(steps=4)} | settings
+    return perturb(DiffusionEBMPrior(RandomBackbone([(2,), (1, 4, 4), (1, 5, 5)]), energy=TINY, **settings))
+
+
+EITHER = pytest.mark.parametrize("make", [make_prior, with_context])
 
 
 @pytest.mark.parametrize("spectral_norm", [False, True])
@@ -52,7 +63,9 @@ def test_batched_energies_are_the_networks_one_by_one(spectral_norm):
     torch.manual_seed(0)
     shapes = [(3,), (2, 8, 8), (2, 8, 8), (3,), (2, 8, 8)]
     energies = loud(
-        build_energies(EnergyConfig(width=8, vector_width=16, spectral_norm=spectral_norm), shapes, 3, CPU)
+        build_energies(
+            EnergyConfig(context=False, width=8, vector_width=16, spectral_norm=spectral_norm), shapes, 3, CPU
+        )
     ).eval()
     before = {name: value.clone() for name, value in energies.state_dict().items()}
     t = torch.tensor([0, 2, 1, 1])
@@ -76,7 +89,7 @@ def test_networks_of_equal_shape_are_called_once(monkeypatch):
     original = execution.LayerEnergy.forward
     monkeypatch.setattr(execution.LayerEnergy, "forward", lambda self, z, t: (calls.append(1), original(self, z, t))[1])
     shapes = [(2, 8, 8)] * 3
-    energies = list(build_energies(EnergyConfig(width=8), shapes, 3, CPU))
+    energies = list(build_energies(EnergyConfig(context=False, width=8), shapes, 3, CPU))
     for n, expected in ((2, 1), (execution.BATCHED_INPUTS // 128 + 1, 3)):
         corrections = batched_energies(energies, shapes, n, CPU)
         calls.clear()
@@ -99,7 +112,9 @@ def test_plain_copies_have_the_effective_weights():
 def test_spectral_norm_has_converged_in_a_chain():
     """The weights a chain uses after some training steps have a largest singular value within 3 per cent of 1."""
     torch.manual_seed(0)
-    prior = DiffusionEBMPrior(RandomBackbone([(2,), (1, 8, 8)]), energy=EnergyConfig(width=8, spectral_norm=True))
+    prior = DiffusionEBMPrior(
+        RandomBackbone([(2,), (1, 8, 8)]), energy=EnergyConfig(context=False, width=8, spectral_norm=True)
+    )
     prior.fit(torch.rand(20, 1, 2, 2), iterations=5, batch_size=4, generator=seed(0), progress=False)
     for network in prior.energies:
         for module in plain_copy(network).features.modules():
@@ -126,7 +141,7 @@ def test_repeated_steps_are_the_loop_with_fresh_noise(integrator, top_steps):
         streams = open_streams(4, range(3), CPU, torch.float32, "naive")
         top = (
             2,
-            lambda u: walk_gradient(lambda u, t: prior.corrections(prior.transform.to_latents(u, 1), t)[0].sum(), u, t),
+            lambda u: walk_gradient(lambda u, t: prior.corrections(prior.transform.states(u, 1), t)[0].sum(), u, t),
         )
         settings = {"schedule": prior.schedule, "config": config, "streams": streams, "top": top}
         results.append(langevin_chain(lambda u: walk_gradient(prior._total, u, t), u_next, t, repeat=again, **settings))
@@ -134,13 +149,14 @@ def test_repeated_steps_are_the_loop_with_fresh_noise(integrator, top_steps):
     assert len(recorded) == 1
 
 
-def test_graphs_are_for_cuda():
+@EITHER
+def test_graphs_are_for_cuda(make):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA; benchmarks/gpu_check.py compares graphs with eager steps")
     with pytest.raises(ValueError, match="CUDA alone"):
-        make_prior(execution=ExecutionConfig(graph=True, backend="naive")).sample(2, generator=seed(0))
+        make(execution=ExecutionConfig(graph=True, backend="naive")).sample(2, generator=seed(0))
     with pytest.raises(ValueError, match="counted noise"):
-        make_prior(execution=ExecutionConfig(graph=True)).sample(2, generator=seed(0))
+        make(execution=ExecutionConfig(graph=True)).sample(2, generator=seed(0))
 
 
 def planted(error):
@@ -148,10 +164,11 @@ def planted(error):
     return lambda function, **_: lambda u, t: (1 + error) * function(u, t)
 
 
-def test_the_compile_gate_catches_a_wrong_gradient(monkeypatch):
+@EITHER
+def test_the_compile_gate_catches_a_wrong_gradient(make, monkeypatch):
     monkeypatch.setattr(torch, "compile", planted(0.02))
-    plain = make_prior().sample_noise(3, generator=seed(0))
-    prior = make_prior(execution=ExecutionConfig(compile=True))
+    plain = make().sample_noise(3, generator=seed(0))
+    prior = make(execution=ExecutionConfig(compile=True))
     with pytest.warns(UserWarning, match=r"differs from the plain one by 2\.0%"):
         caught = prior.sample_noise(3, generator=seed(0))
     assert torch.equal(caught, plain)
@@ -174,7 +191,8 @@ def test_a_compiler_that_fails_is_survived(monkeypatch):
         torch.testing.assert_close(walk_gradient(total, u, t), 2 * u)
 
 
-def test_a_right_gradient_passes_the_gate(monkeypatch):
+@EITHER
+def test_a_right_gradient_passes_the_gate(make, monkeypatch):
     """A compiler that changes nothing is used, and asked for once."""
     asked = []
 
@@ -183,35 +201,45 @@ def test_a_right_gradient_passes_the_gate(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compiler)
-    prior = make_prior(execution=ExecutionConfig(compile=True))
+    prior = make(execution=ExecutionConfig(compile=True))
     torch.testing.assert_close(
-        prior.sample_noise(3, generator=seed(0)), make_prior().sample_noise(3, generator=seed(0)), atol=1e-5, rtol=1e-5
+        prior.sample_noise(3, generator=seed(0)), make().sample_noise(3, generator=seed(0)), atol=1e-5, rtol=1e-5
     )
     assert len(asked) == 1
 
 
-def test_the_walk_compiles_in_dynamo():
+@EITHER
+def test_the_walk_compiles_in_dynamo(make):
     """The real compiler's front end (without its back end, which takes minutes): the gradient through an adapter's
     coroutine is the plain one.
     """
     if not hasattr(
         torch._dynamo.variables.functions, "LocalGeneratorObjectVariable"
     ):  # before PyTorch 2.7 generators are not traced
-        prior = make_prior(execution=ExecutionConfig(compile=True))
+        prior = make(execution=ExecutionConfig(compile=True))
         with pytest.warns(UserWarning, match=r"(?s)torch.compile failed .* the plain gradient is used"):
             samples = prior.sample_noise(3, generator=seed(0))
-        assert torch.equal(samples, make_prior().sample_noise(3, generator=seed(0)))
+        assert torch.equal(samples, make().sample_noise(3, generator=seed(0)))
         return
-    prior = make_prior()
+    prior = make()
     u, t = torch.randn(3, prior.dim, generator=seed(0)), torch.tensor([0, 1, 2])
     compiled = torch.compile(prior._total, backend="aot_eager")
     torch.testing.assert_close(walk_gradient(compiled, u, t), walk_gradient(prior._total, u, t), atol=1e-5, rtol=1e-5)
 
 
-def test_half_precision_is_the_gradient_to_its_own():
-    """bfloat16 in the walk, states in float32: samples within a few per cent, and not the same bits."""
-    plain = make_prior().sample_noise(4, generator=seed(0))
-    half = make_prior(execution=ExecutionConfig(autocast="bfloat16")).sample_noise(4, generator=seed(0))
+@pytest.mark.parametrize(
+    "drawing", [None, DrawingConfig(ancestral=False), DrawingConfig(), DrawingConfig(flow_steps=0)]
+)
+def test_half_precision_is_the_gradient_to_its_own(drawing):
+    """bfloat16 in the walk or in a layer's network, states in float32: samples within a few per cent, and not the same
+    bits.
+    """
+
+    def draw(**settings):
+        prior = make_prior(**settings) if drawing is None else with_context(drawing=drawing, **settings)
+        return prior.sample_noise(4, generator=seed(0))
+
+    plain, half = draw(), draw(execution=ExecutionConfig(autocast="bfloat16"))
     assert half.dtype == torch.float32
     assert not torch.equal(half, plain)
     assert (half - plain).norm() / plain.norm() < 0.05
@@ -220,8 +248,9 @@ def test_half_precision_is_the_gradient_to_its_own():
 def test_execution_is_kept_by_copies_and_checked():
     import copy
 
-    prior = make_prior(execution=ExecutionConfig(backend="naive"))
-    assert copy.deepcopy(prior).execution == prior.execution
+    for make in (make_prior, with_context):
+        prior = make(execution=ExecutionConfig(backend="naive"))
+        assert copy.deepcopy(prior).settings() == prior.settings()
     for settings, message in (
         ({"backend": "cuda"}, "backend: expected one of auto"),
         ({"autocast": "int8"}, 'expected None, "bfloat16"'),

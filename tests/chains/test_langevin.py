@@ -132,7 +132,7 @@ def test_leimkuhler_matthews_adds_the_noise_of_the_step_before():
     from hvae_ebm_prior.chains.kernels.noise import philox_normal
 
     schedule, t = DiffusionSchedule.marginal(), torch.zeros(2, dtype=torch.long)
-    config = LangevinConfig(steps=3, step_size=0.4, integrator="leimkuhler-matthews")
+    config = LangevinConfig(steps=3, step_size=0.4, integrator="leimkuhler-matthews", start="next")
     source = open_streams(9, range(2), torch.device("cpu"), torch.float32, "naive")
     key, used = torch.tensor([9, 0]), []
     for first in (1, 5):

@@ -92,7 +92,7 @@ def test_acceptance_is_the_ratio_of_densities(integrator, drift_limit):
 @pytest.mark.parametrize("integrator", ["exponential", "euler"])
 def test_proposals_are_the_langevin_chains_own_steps(integrator):
     """With the same noise, also where the drift limit acts."""
-    config = LangevinConfig(steps=1, step_size=0.7, integrator=integrator, drift_limit=0.5)
+    config = LangevinConfig(steps=1, step_size=0.7, integrator=integrator, start="next", drift_limit=0.5)
     u, t = SampleStreams([1, 2, 3], CPU, torch.float32).normal(10), torch.arange(3)
     f = quadratic(2.0, -1.5)
     expected = langevin_chain(

@@ -31,7 +31,7 @@ def load_ncp():
     from hvae_ebm_prior import EnergyConfig, LangevinConfig
     from hvae_ebm_prior.baselines import NCPPrior
     torch.manual_seed(0)
-    return NCPPrior(load(), langevin=LangevinConfig(steps=2), energy=EnergyConfig(width=8))
+    return NCPPrior(load(), langevin=LangevinConfig(steps=2), energy=EnergyConfig(context=False, width=8))
 """
 
 

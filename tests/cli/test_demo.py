@@ -29,22 +29,23 @@ needs_gradio = pytest.mark.skipif(
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def make_prior(kind=DiffusionEBMPrior, coupled=True, channels=1, **own):
+def make_prior(kind=DiffusionEBMPrior, coupled=True, channels=1, context=False, **own):
     """A tiny prior that is not the Gaussian one: its energies' last layers do not start at zero."""
     torch.manual_seed(0)
     model = HVAE(HVAEConfig(image_size=8, image_channels=channels, widths=(8, 8), latent_channels=(2, 1)))
-    prior = kind(model, energy=EnergyConfig(vector_width=4), langevin=LangevinConfig(steps=2), **own)
+    energy = EnergyConfig(context=context, vector_width=4)
+    prior = kind(model, energy=energy, langevin=LangevinConfig(steps=2), **own)
     if coupled:
         prior.couple(Coupling({"class": LabelSet(("cup", "hat"), layers=(0,)), "smile": LabelSet(3)}))
     with torch.no_grad():
         for parameter in prior.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_((0.05 if context else 0.3) * torch.randn_like(parameter))
     return prior
 
 
-@pytest.fixture(scope="module")
-def prior():
-    return make_prior()
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "context"])
+def prior(request):
+    return make_prior(context=request.param)
 
 
 def test_same_settings_give_the_same_pictures_and_samples_keep_their_number(prior):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, same, seed
+from helpers import SMALL, TINY, same, seed
 from safetensors.torch import load_file
 
 from hvae_ebm_prior import DiffusionEBMPrior
@@ -48,6 +48,9 @@ def folder(files):
     return files / "pictures"
 
 
+PRESETS_ARE = pytest.mark.parametrize("preset", ["default", "joint-recovery"])
+
+
 def command(data, *more, out="run"):
     return [
         "train",
@@ -69,11 +72,13 @@ def weights(out):
     return load_file(out / "model.safetensors")
 
 
-def test_a_prior_is_trained_from_an_array_as_fit_does_it(files, capsys):
+@PRESETS_ARE
+def test_a_prior_is_trained_from_an_array_as_fit_does_it(preset, files, capsys):
     from mine_loaded import load
 
-    assert main(command("images.npz:train", "--seed", "3", "--learning-rate", "0.002")) == 0
-    preset = PRESETS["fast"]
+    more = [] if preset == "default" else ["--preset", preset]
+    assert main(command("images.npz:train", "--seed", "3", "--learning-rate", "0.002", *more)) == 0
+    preset = PRESETS[preset]
     torch.manual_seed(3)
     backbone_then_energies = load()
     torch.manual_seed(3)
@@ -87,12 +92,14 @@ def test_a_prior_is_trained_from_an_array_as_fit_does_it(files, capsys):
     assert "6 steps" in capsys.readouterr().err
     loaded = DiffusionEBMPrior.from_pretrained(files / "run", backbone=backbone_then_energies)
     assert (loaded.schedule, loaded.langevin) == (preset.schedule, preset.langevin)
+    assert loaded.has_context == preset.energy.context
     assert loaded.trained.iterations == 6
     assert loaded.trained.settings["learning_rate"] == 0.002
 
 
-def test_what_was_trained_can_be_sampled_and_described(files, capsys):
-    assert main(command("images.npz:train", "--iterations", "2")) == 0
+@PRESETS_ARE
+def test_what_was_trained_can_be_sampled_and_described(preset, files, capsys):
+    assert main(command("images.npz:train", "--iterations", "2", "--preset", preset)) == 0
     assert main(["sample", "mine.py:load", "--prior", "run", "--count", "2", "--out", "samples.png"]) == 0
     assert (files / "samples.png").exists()
     assert main(["info", "run"]) == 0
@@ -101,10 +108,12 @@ def test_what_was_trained_can_be_sampled_and_described(files, capsys):
 
 @pytest.fixture(autouse=True)
 def _small_preset(monkeypatch):
-    preset = PRESETS["fast"]
-    langevin = replace(preset.langevin, steps=2, top_steps=2)
-    training = replace(preset.training, activity_images=8)
-    monkeypatch.setitem(PRESETS, "fast", replace(preset, energy=SMALL, langevin=langevin, training=training))
+    # Eight images tell no active dimension, which energies with context would leave alone.
+    for name, energy, measured in (("default", TINY, 0), ("joint-recovery", SMALL, 8)):
+        preset = PRESETS[name]
+        langevin = replace(preset.langevin, steps=2)
+        training = replace(preset.training, activity_images=measured, recovery_share=0.4)
+        monkeypatch.setitem(PRESETS, name, replace(preset, energy=energy, langevin=langevin, training=training))
 
 
 @pytest.fixture(autouse=True)
@@ -125,8 +134,14 @@ def test_a_folder_gives_the_same_prior_as_its_array(folder, files):
     assert same(weights(files / "run"), weights(files / "other"))
 
 
-def test_the_same_command_goes_on(files, monkeypatch, capsys):
-    assert main(command("images.npz:train", out="whole")) == 0
+@PRESETS_ARE
+def test_the_same_command_goes_on(preset, files, monkeypatch, capsys):
+    """Interrupted at the fourth step; with context, recovery begins at the fifth."""
+
+    def command_of(*more, out="run"):
+        return command("images.npz:train", "--preset", preset, *more, out=out)
+
+    assert main(command_of(out="whole")) == 0
     save, steps = loop.save_checkpoint, []
 
     def interrupted(where, run):
@@ -138,15 +153,15 @@ def test_the_same_command_goes_on(files, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", interrupted)
         with pytest.raises(SystemExit, match="130"):
-            main(command("images.npz:train", "--checkpoint-every", "2"))
+            main(command_of("--checkpoint-every", "2"))
     assert steps == [2, 4]
     assert not (files / "run" / "model.safetensors").exists()
     assert "the same command goes on from the last checkpoint in run" in capsys.readouterr().err
-    assert main(command("images.npz:train", "--checkpoint-every", "2")) == 0
+    assert main(command_of("--checkpoint-every", "2")) == 0
     assert "going on from run" in capsys.readouterr().err
     assert same(weights(files / "run"), weights(files / "whole"))
     # Done already: once more changes nothing.
-    assert main(command("images.npz:train")) == 0
+    assert main(command_of()) == 0
     assert same(weights(files / "run"), weights(files / "whole"))
 
 
@@ -220,7 +235,7 @@ def test_another_run_in_the_same_folder_is_refused(files, capsys):
         (["--limit", "5"], "limit was None and is 5"),
         (
             ["--learning-rate", "0.1"],
-            "this checkpoint is of another run: training.learning_rate is 0.0035 there and 0.1 here",
+            "this checkpoint is of another run: training.learning_rate is 0.002 there and 0.1 here",
         ),
     ):
         assert main(command("images.npz:train", *arguments)) == 2

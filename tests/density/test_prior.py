@@ -5,26 +5,47 @@ import pickle
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
-from helpers import SMALL, seed
+from helpers import SMALL, TINY, seed
+from stand_ins import perturb
 from torch import nn
 
-from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, DrawingConfig, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.chains.langevin import ChainDiverged
 from hvae_ebm_prior.chains.streams import SampleStreams, draw_seeds
 from hvae_ebm_prior.training.recovery import recovery_loss
 
+# Every way of drawing: energies without context, and with it by the flow, by chains of layers, and all layers together.
+WAYS = {
+    "plain": {"energy": EnergyConfig(context=False, width=8)},
+    "flow": {"energy": TINY},
+    "layers": {
+        "energy": TINY,
+        "drawing": DrawingConfig(flow_steps=0),
+        "langevin": LangevinConfig(steps=3, corrector_steps=2),
+    },
+    "joint": {"energy": TINY, "drawing": DrawingConfig(ancestral=False)},
+}
+
+
+def make_prior(way):
+    torch.manual_seed(0)
+    return DiffusionEBMPrior(RandomBackbone([(2,), (1, 4, 4)]), **{"langevin": LangevinConfig(steps=3), **WAYS[way]})
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request):
+    return request.param
+
 
 @pytest.fixture(scope="module")
-def prior():
+def prior(way):
     """A prior with energies that matter."""
-    torch.manual_seed(0)
-    prior = DiffusionEBMPrior(
-        RandomBackbone([(2,), (1, 4, 4)]), energy=EnergyConfig(width=8), langevin=LangevinConfig(steps=3)
-    )
-    g = seed(5)
-    for network in prior.energies:
-        nn.init.normal_(network.readout.weight, std=0.3, generator=g)
-    return prior
+    return perturb(make_prior(way), scale=0.2)
+
+
+@pytest.fixture(scope="module")
+def default():
+    return make_prior("flow")
 
 
 def test_same_seed_same_samples_at_any_chunking(prior):
@@ -188,14 +209,11 @@ def test_loss_is_reproducible_and_one_value_per_image(prior):
     assert torch.equal(prior.loss(images, generator=seed(1)), first)
 
 
-def test_state_dict_device_and_dtype(prior):
-    other = DiffusionEBMPrior(
-        RandomBackbone([(2,), (1, 4, 4)]), energy=EnergyConfig(width=8), langevin=LangevinConfig(steps=3)
-    )
+def test_state_dict_device_and_dtype(way, prior):
+    other = make_prior(way)
     other.load_state_dict(prior.state_dict())
     assert torch.equal(other.sample(3, generator=seed(0)), prior.sample(3, generator=seed(0)))
-    adapter = RandomBackbone([(2,), (1, 4, 4)])
-    double = DiffusionEBMPrior(adapter, energy=EnergyConfig(width=8), langevin=LangevinConfig(steps=3)).double()
+    double = make_prior(way).double()
     double.load_state_dict(prior.state_dict())
     u = torch.randn(3, prior.dim, generator=seed(0))
     # Energies in float64 over a float32 backbone.
@@ -210,6 +228,7 @@ def test_state_dict_device_and_dtype(prior):
 def test_deep_copies_share_the_backbone_and_pickling_is_refused(prior):
     twin = copy.deepcopy(prior)
     assert twin.backbone is prior.backbone
+    assert twin.settings() == prior.settings()
     assert torch.equal(twin.sample(2, generator=seed(0)), prior.sample(2, generator=seed(0)))
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in prior.parameters()}
     with pytest.raises(TypeError, match=r"save prior.state_dict\(\)"):
@@ -222,15 +241,18 @@ def test_inference_mode(prior):
     with torch.inference_mode():
         assert torch.equal(prior.sample(2, generator=seed(0)), expected)
         torch.testing.assert_close(prior.score(u.clone(), 0), prior.score(u, 0))
+        densities = prior.log_prob(u.clone(), steps=2) if prior.has_context else None
+    if prior.has_context:
+        torch.testing.assert_close(densities, prior.log_prob(u, steps=2))
 
 
-def test_double_images_are_accepted(prior):
+def test_double_images_are_accepted():
     adapter = IdentityBackbone((4,))
     u = DiffusionEBMPrior(adapter).encode(torch.full((2, 1, 1, 4), 0.5, dtype=torch.float64))
     assert u.dtype == torch.float32
 
 
-def test_backbone_on_another_device_is_named(prior):
+def test_backbone_on_another_device_is_named():
     class Moved(RandomBackbone):
         def top_down(self, batch_size):
             h = yield from super().top_down(batch_size)
@@ -355,9 +377,9 @@ IMAGES = torch.zeros(2, 1, 2, 2)
         (lambda p: p.sample_noise(3, fixed={0: [1.0]}), TypeError, r"fixed\[0\]: expected a floating-point tensor"),
     ],
 )
-def test_bad_input_is_refused(prior, call, error, message):
+def test_bad_input_is_refused(default, call, error, message):
     with pytest.raises(error, match=message):
-        call(prior)
+        call(default)
 
 
 @pytest.mark.parametrize(
@@ -366,10 +388,21 @@ def test_bad_input_is_refused(prior, call, error, message):
         ({"schedule": 3}, TypeError, "schedule: expected a DiffusionSchedule, got int"),
         ({"langevin": 15}, TypeError, "langevin: expected a LangevinConfig, got int"),
         (
-            {"langevin": LangevinConfig(integrator="euler", step_rule="published")},
+            {
+                "langevin": LangevinConfig(integrator="euler", step_rule="published"),
+                "schedule": DiffusionSchedule.cosine(3),
+                "energy": SMALL,
+            },
             ValueError,
             "use DiffusionSchedule.ddpm",
         ),
+        (
+            {"langevin": LangevinConfig(integrator="euler", step_rule="published")},
+            ValueError,
+            r"set EnergyConfig\(context=False\)",
+        ),
+        ({"drawing": 15}, TypeError, "drawing: expected a DrawingConfig, got int"),
+        ({"drawing": DrawingConfig(ancestral=True), "energy": SMALL}, ValueError, r"EnergyConfig\(context=True\)"),
     ],
 )
 def test_bad_constructor_arguments_are_refused(settings, error, message):

@@ -3,8 +3,9 @@ import math
 
 import pytest
 import torch
-from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
+from backbones import ExactGaussian, IdentityBackbone, Quadratic, RandomBackbone, images_of
 from helpers import IMAGES, seed
+from stand_ins import perturb
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,29 +17,45 @@ from hvae_ebm_prior import (
     ExecutionConfig,
     LabelSet,
     LangevinConfig,
+    TrainingConfig,
 )
 from hvae_ebm_prior.density.composition import AND, NOT, OR, Expert, Label, log_weight, make_condition
+from hvae_ebm_prior.training.objective import SCORE, Objective
 from hvae_ebm_prior.training.recovery import recovery_loss
+from hvae_ebm_prior.training.score import score_loss
 
 SETS = {"kind": LabelSet(("cup", "hat", "bag"), layers=(0, 1)), "smile": LabelSet(2, layers=(1,))}
 
 
-def tiny(coupling=None, **settings):
+CONTEXT = pytest.mark.parametrize("context", [False, True])
+
+
+def tiny(coupling=None, context=False, **settings):
     torch.manual_seed(0)
-    networks = EnergyConfig(width=8, vector_width=8)
+    networks = EnergyConfig(context=context, width=8, vector_width=8)
     return DiffusionEBMPrior(
         RandomBackbone([(2,), (3,)]), energy=networks, langevin=LangevinConfig(steps=2), coupling=coupling, **settings
     )
 
 
-@pytest.fixture(scope="module")
-def prior():
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "context"])
+def prior(request):
     """Energies and logits that matter."""
-    prior = tiny(Coupling(SETS, networks=EnergyConfig(vector_width=8)))
+    prior = tiny(Coupling(SETS, networks=EnergyConfig(context=False, vector_width=8)), context=request.param)
+    if request.param:
+        return perturb(prior, scale=0.15)
     for name, parameter in prior.named_parameters():
         if "readout" in name:
             nn.init.normal_(parameter, std=0.5, generator=seed(len(name)))
     return prior
+
+
+def seen(prior, u, t):
+    """What the networks of every layer are given at noise and levels: latents and levels, or states and angles."""
+    states = prior.transform.states(u)
+    if prior.has_context:
+        return states, prior.schedule.angle[t][:, None].expand(-1, 2)
+    return [state.z for state in states], t
 
 
 class Linear(nn.Module):
@@ -87,38 +104,40 @@ def test_the_drift_under_labels_is_that_of_the_logits(prior):
         t = torch.full((6,), level)
         condition = make_condition(prior, 6, {"kind": kind, "smile": smile}, 1.0, None)
         actual = torch.autograd.grad(condition.target(prior, t)(u, t).sum(), u)[0]
-        z = prior.to_latents(u)
-        logits = prior.heads["kind"]["0"](z[0], t) + prior.heads["kind"]["1"](z[1], t)
-        by_hand = sum(network(z_i, t) for network, z_i in zip(prior.energies, z, strict=True)) + logits[range(6), kind]
-        by_hand = by_hand + prior.heads["smile"]["1"](z[1], t)[range(6), smile]
+        x, at = seen(prior, u, t)
+        logits = prior.heads["kind"]["0"](x[0], at) + prior.heads["kind"]["1"](x[1], at)
+        by_hand = sum(network(x_i, at) for network, x_i in zip(prior.energies, x, strict=True)) + logits[range(6), kind]
+        by_hand = by_hand + prior.heads["smile"]["1"](x[1], at)[range(6), smile]
         torch.testing.assert_close(actual, torch.autograd.grad(by_hand.sum(), u)[0])
 
 
 def test_energy_is_the_logsumexp_over_labels(prior):
     u, t = torch.randn(4, 5, generator=seed(0)), torch.tensor([0, 1, 2, 0])
-    z = prior.to_latents(u)
+    x, at = seen(prior, u, t)
     total = torch.zeros(4)
     for kind in range(3):
         for smile in range(2):
-            joint = sum(network(z_i, t) for network, z_i in zip(prior.energies, z, strict=True))
-            joint = joint + (prior.heads["kind"]["0"](z[0], t) + prior.heads["kind"]["1"](z[1], t))[:, kind]
-            total = total + (joint + prior.heads["smile"]["1"](z[1], t)[:, smile]).exp() / 6
+            joint = sum(network(x_i, at) for network, x_i in zip(prior.energies, x, strict=True))
+            joint = joint + (prior.heads["kind"]["0"](x[0], at) + prior.heads["kind"]["1"](x[1], at))[:, kind]
+            total = total + (joint + prior.heads["smile"]["1"](x[1], at)[:, smile]).exp() / 6
     torch.testing.assert_close(prior.energy(u, t), -total.log())
     torch.testing.assert_close(prior.layer_energies(u, t).sum(1), prior.energy(u, t))
     # A set's term counts to the lowest of its layers, so the top layer's energy is its own network's alone.
-    torch.testing.assert_close(prior.layer_energies(u, t)[:, 0], -prior.energies[0](z[0], t))
+    torch.testing.assert_close(prior.layer_energies(u, t)[:, 0], -prior.energies[0](x[0], at))
 
 
-def test_coupling_afterwards_changes_nothing_yet():
-    prior = tiny()
-    nn.init.normal_(prior.energies[0].readout.weight, generator=seed(1))
+@CONTEXT
+def test_coupling_afterwards_changes_nothing_yet(context):
+    prior = tiny(context=context)
+    perturb(prior.energies, scale=0.3)
     before, u = prior.sample_noise(3, generator=seed(0)), torch.randn(3, 5, generator=seed(2))
     score = prior.score(u, 1)
     prior.couple(Coupling(SETS))
     torch.testing.assert_close(prior.sample_noise(3, generator=seed(0)), before)
     torch.testing.assert_close(prior.score(u, 1), score)
     assert torch.allclose(prior.classify(IMAGES[:3], generator=seed(0))["kind"], torch.tensor(1 / 3))
-    prior.fit(IMAGES, labels={"kind": torch.arange(40) % 3}, iterations=2, progress=False, generator=seed(0))
+    training = TrainingConfig(iterations=2, activity_images=0)
+    prior.fit(IMAGES, labels={"kind": torch.arange(40) % 3}, training=training, progress=False, generator=seed(0))
     assert not torch.allclose(prior.score(u, 1), score)
 
 
@@ -172,7 +191,7 @@ def test_not_is_bounded():
     sampled, hostile = line(), line(w=50.0, v=0.0)
     z = torch.linspace(-8, 8, 101)[:, None].requires_grad_()
     t = torch.zeros(101, dtype=torch.long)
-    values = {prior: prior.terms_at(t)((z,), t) for prior in (sampled, hostile)}
+    values = {prior: prior.terms_at(t)(prior.transform.states(z), t) for prior in (sampled, hostile)}
     terms = values.__getitem__
     for part in (Label("class", torch.full((101,), 2)), Expert(hostile)):
         log_w = log_weight(NOT(part), sampled, terms)
@@ -207,16 +226,16 @@ def test_classify_is_the_mean_over_posterior_draws(prior):
     assert {name: tuple(p.shape) for name, p in probabilities.items()} == {"kind": (6, 3), "smile": (6, 2)}
     g, expected = seed(0), 0
     for _ in range(3):
-        z = prior.to_latents(prior.encode(IMAGES[:6], generator=g))
-        expected = expected + torch.softmax(prior.heads["smile"]["1"](z[1], torch.zeros(6, dtype=torch.long)), 1) / 3
+        x, at = seen(prior, prior.encode(IMAGES[:6], generator=g), torch.zeros(6, dtype=torch.long))
+        expected = expected + torch.softmax(prior.heads["smile"]["1"](x[1], at), 1) / 3
     torch.testing.assert_close(probabilities["smile"], expected)
 
 
-def test_levels_that_are_not_coupled_know_no_labels():
-    prior = tiny(Coupling(SETS, levels=(0,)))
-    for network in prior.heads["kind"].values():
-        nn.init.normal_(network.readout.weight, generator=seed(1))
-    u, plain = torch.randn(4, 5, generator=seed(0)), tiny()
+@CONTEXT
+def test_levels_that_are_not_coupled_know_no_labels(context):
+    prior = tiny(Coupling(SETS, levels=(0,), networks=EnergyConfig(vector_width=8)), context=context)
+    perturb(prior.heads["kind"], scale=0.2)
+    u, plain = torch.randn(4, 5, generator=seed(0)), tiny(context=context)
     for level in (1, 2):
         torch.testing.assert_close(prior.score(u, level), plain.score(u, level))
     assert not torch.allclose(prior.score(u, 0), plain.score(u, 0))
@@ -224,6 +243,11 @@ def test_levels_that_are_not_coupled_know_no_labels():
     free = prior.sample_noise(4, trajectory=True, generator=seed(0))
     assert torch.equal(states[1], free[1])
     assert not torch.allclose(states[0], free[0])
+
+
+def learns_nothing(networks, loss):
+    gradients = torch.autograd.grad(loss.sum(), list(networks.parameters()), retain_graph=True, allow_unused=True)
+    return all(gradient is None or bool((gradient == 0).all()) for gradient in gradients)
 
 
 def test_unknown_labels_are_left_out_of_the_cross_entropy(prior):
@@ -238,8 +262,66 @@ def test_unknown_labels_are_left_out_of_the_cross_entropy(prior):
     assert (found.cross_entropy[known] > 0).all()
     torch.testing.assert_close(found.total, free.total + prior.coupling.weight * found.cross_entropy)
     # The smile's networks learn nothing of it, nor of unknown labels.
-    learnt = torch.autograd.grad(found.cross_entropy.sum(), prior.heads["smile"]["1"].readout.weight)[0]
-    assert (learnt == 0).all()
+    assert learns_nothing(prior.heads["smile"], found.cross_entropy)
+
+
+@pytest.mark.parametrize("objective", [SCORE, Objective(score=1.0, calibration=1.0)])
+def test_images_without_labels_learn_in_score_matching_as_if_there_were_none(objective):
+    prior = perturb(tiny(Coupling(SETS, networks=EnergyConfig(vector_width=8)), context=True), scale=0.15)
+    u = torch.randn(8, 5, generator=seed(0))
+    labels = {"kind": torch.tensor([0.0, float("nan"), 2, -1, 1, float("nan"), 0, -1])}
+    found, free = (score_loss(prior, u, each, seed(1), None, objective) for each in (labels, None))
+    unknown, known = slice(1, None, 2), slice(0, None, 2)
+    assert found.labelled.tolist() == [1, 0] * 4
+    assert (found.cross_entropy[unknown] == 0).all()
+    assert (found.cross_entropy[known] > 0).all()
+    torch.testing.assert_close(found.total[unknown], free.total[unknown])
+    # With a label, every other noise level learns the energy under it.
+    assert ((found.score - free.score)[known].abs() > 1e-4).all()
+    torch.testing.assert_close(
+        found.total,
+        found.score + objective.calibration * found.calibration + prior.coupling.weight * found.cross_entropy,
+    )
+    assert learns_nothing(prior.heads["smile"], found.cross_entropy)
+    assert not learns_nothing(prior.heads["kind"], found.cross_entropy)
+
+
+class Classes(nn.Module):
+    """Logits with context of classes that are Gaussians: each logit is the exact energy of its class."""
+
+    context = True
+
+    def __init__(self, means, std):
+        super().__init__()
+        self.classes = nn.ModuleList(ExactGaussian(0.0, mean, std) for mean in means)
+
+    def forward(self, state, angles):
+        return torch.stack([energy(state, angles) for energy in self.classes], dim=1)
+
+
+def test_labels_of_exact_energies_are_drawn_from_layer_by_layer():
+    """Two classes, N(-1, .6^2) and N(1, .6^2), as likely as each other, and a second layer that knows none."""
+    schedule = DiffusionSchedule.from_snr([2000, 15, 3, 0])
+    sets = {"side": LabelSet(("left", "right"), layers=(0,))}
+    prior = DiffusionEBMPrior(
+        IdentityBackbone((1,), (1,)), schedule=schedule, energy=[ExactGaussian(0.0, 0.0, 1.0)] * 2
+    )
+    prior.couple(Coupling(sets))
+    prior.heads["side"]["0"] = Classes((-1.0, 1.0), 0.6)
+    for side, mean in (("left", -1.0), ("right", 1.0)):
+        u = prior.sample_noise(6000, labels={"side": side}, generator=seed(0))
+        assert u.mean(0).tolist() == pytest.approx([mean, 0.0], abs=0.05)
+        assert u.std(0).tolist() == pytest.approx([0.6, 1.0], abs=0.03)
+    u = prior.sample_noise(6000, generator=seed(0))
+    assert (u[:, 0] > 0).float().mean().item() == pytest.approx(0.5, abs=0.04)
+    assert u[:, 0].std().item() == pytest.approx(math.hypot(1, 0.6), abs=0.03)
+    nothing = prior.sample_noise(5, labels={"side": "left"}, guidance=0.0, generator=seed(0))
+    torch.testing.assert_close(nothing, prior.sample_noise(5, generator=seed(0)))
+    either = prior.sample_noise(6000, labels=Label("side", "left") | Label("side", "right"), generator=seed(0))
+    torch.testing.assert_close(either, u, atol=1e-4, rtol=1e-4)
+    at = torch.linspace(-1, 1, 5)
+    found = prior.classify(images_of(torch.stack((at, 0 * at), dim=1)), generator=seed(0))["side"][:, 1]
+    torch.testing.assert_close(found, torch.sigmoid(2 * at / 0.36), atol=0.01, rtol=0)
 
 
 def test_cross_entropy_is_that_of_the_diffused_data(prior):
@@ -254,10 +336,12 @@ def test_cross_entropy_is_that_of_the_diffused_data(prior):
 
 
 @pytest.mark.usefixtures("counters")
-def test_learning_finds_bayes_rule():
+@pytest.mark.parametrize("objective", ["joint-recovery", "score", "score-recovery"])
+def test_learning_finds_bayes_rule(objective):
     """Two Gaussian classes on a line, known a posteriori: p(y = 1 | z) = sigmoid(2 m z) for means -m and m and unit
     variances.
     """
+    context = objective != "joint-recovery"
     m, g = 0.8, seed(0)
     y = torch.arange(2000) % 2
     z = m * (2 * y - 1) + torch.randn(2000, generator=g)
@@ -266,25 +350,29 @@ def test_learning_finds_bayes_rule():
     prior = DiffusionEBMPrior(
         IdentityBackbone((1,)),
         schedule=DiffusionSchedule.cosine(2),
-        energy=EnergyConfig(vector_width=16, blocks=1),
+        energy=EnergyConfig(context=context, vector_width=16, blocks=1),
         coupling=Coupling({"side": LabelSet(("left", "right"))}, networks=EnergyConfig(vector_width=16, blocks=1)),
         langevin=LangevinConfig(steps=4, step_size=0.4, start="gaussian"),
     )
     y = torch.where(torch.rand(2000, generator=g) < 0.5, y, -1)  # half of the labels are known
-    history = prior.fit(
-        images, labels=y, iterations=120, batch_size=128, learning_rate=1e-2, progress=False, generator=g
+    training = TrainingConfig(
+        iterations=120, batch_size=128, learning_rate=1e-2, warmup=20, ema_decay=0.95, recovery_share=0.3
     )
+    history = prior.fit(images, labels=y, training=training, objective=objective, progress=False, generator=g)
     assert history[-1].cross_entropy < 0.69
     at = torch.linspace(-2, 2, 9)
     probability = prior.classify(images_of(at[:, None]), generator=g)["side"][:, 1]
     assert (probability - torch.sigmoid(2 * m * at)).abs().max() < 0.12
     right = prior.sample_noise(2000, labels={"side": "right"}, generator=g)
     assert right.mean().item() == pytest.approx(m, abs=0.25)
+    if context:
+        assert right.std().item() == pytest.approx(1, abs=0.15)
 
 
+@CONTEXT
 @pytest.mark.parametrize("kind", ["loader", "dataset", "dict"])
-def test_labels_come_with_the_batches(kind):
-    prior = tiny(Coupling({"kind": LabelSet(3)}))
+def test_labels_come_with_the_batches(kind, context):
+    prior = tiny(Coupling({"kind": LabelSet(3)}), context=context)
     data = TensorDataset(IMAGES, torch.arange(40) % 3)
     if kind == "loader":
         data = DataLoader(data, 8)
@@ -292,7 +380,7 @@ def test_labels_come_with_the_batches(kind):
         data = [(IMAGES[:8], {"kind": torch.arange(8) % 3})]
     history = prior.fit(data, iterations=3, progress=False, generator=seed(0))
     assert all(0 < record.cross_entropy < 3 for record in history)
-    plain = tiny()
+    plain = tiny(context=context)
     assert all(
         math.isnan(record.cross_entropy) for record in plain.fit(data, iterations=2, progress=False, generator=seed(0))
     )
@@ -304,7 +392,7 @@ def test_copies_and_states_hold_the_label_networks(prior):
     torch.testing.assert_close(
         new.sample(2, labels={"kind": 1}, generator=seed(0)), prior.sample(2, labels={"kind": 1}, generator=seed(0))
     )
-    fresh = tiny(Coupling(SETS, networks=EnergyConfig(vector_width=8)))
+    fresh = tiny(Coupling(SETS, networks=EnergyConfig(context=False, vector_width=8)), context=prior.has_context)
     fresh.load_state_dict(prior.state_dict())
     torch.testing.assert_close(fresh.classify(IMAGES, generator=seed(0)), prior.classify(IMAGES, generator=seed(0)))
     with pytest.raises(RuntimeError, match="heads"):

@@ -14,7 +14,7 @@ SHAPES = [(5,), (3, 1, 1), (2, 4, 4), (2, 5, 7), (1, 2, 33), (1, 128, 128), (2, 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_shape_starts_at_zero_and_depends_on_latent_and_level(shape):
     g = seed(0)
-    network = LayerEnergy(shape, 3, EnergyConfig(width=8))
+    network = LayerEnergy(shape, 3, EnergyConfig(context=False, width=8))
     z, t = torch.randn(4, *shape, generator=g), torch.tensor([0, 1, 2, 0])
     assert torch.equal(network(z, t), torch.zeros(4))
     nn.init.normal_(network.readout.weight, generator=g)
@@ -43,7 +43,7 @@ def test_spectral_norm_bounds_every_convolution_and_is_worked_out_once_per_chain
     torch.manual_seed(0)
     prior = DiffusionEBMPrior(
         RandomBackbone([(1, 8, 8)]),
-        energy=EnergyConfig(width=6, spectral_norm=True),
+        energy=EnergyConfig(context=False, width=6, spectral_norm=True),
         langevin=LangevinConfig(steps=7),
     )
     convolutions = [m for m in prior.energies.modules() if isinstance(m, nn.Conv2d)]
@@ -63,14 +63,14 @@ def test_spectral_norm_bounds_every_convolution_and_is_worked_out_once_per_chain
 def test_channels_double_where_maps_are_halved():
     widths = [
         m.out_channels
-        for m in LayerEnergy((3, 64, 40), 3, EnergyConfig(width=64)).modules()
+        for m in LayerEnergy((3, 64, 40), 3, EnergyConfig(context=False, width=64)).modules()
         if isinstance(m, nn.Conv2d) and m.stride == (2, 2)
     ]
     assert widths == [16, 16, 32, 64]
 
 
 def test_inactive_dimensions_are_not_looked_at():
-    network = LayerEnergy((3, 8, 8), 3, EnergyConfig(width=8))
+    network = LayerEnergy((3, 8, 8), 3, EnergyConfig(context=False, width=8))
     nn.init.ones_(network.readout.weight)
     activity = torch.ones(3, 8, 8)
     activity[1] = 0
@@ -84,7 +84,7 @@ def test_inactive_dimensions_are_not_looked_at():
 @pytest.mark.parametrize("shape", [(400,), (25, 4, 4)])
 def test_features_of_a_vector_vary_alike_whatever_part_of_it_is_active(shape):
     torch.manual_seed(0)
-    network = LayerEnergy(shape, 3, EnergyConfig(vector_width=512))
+    network = LayerEnergy(shape, 3, EnergyConfig(context=False, vector_width=512))
     activity = torch.zeros(400)
     activity[:8] = 0.9
     network.set_activity(activity.reshape(shape))
@@ -119,6 +119,6 @@ def test_network_of_wrong_output_is_refused():
 
 def test_bad_width_is_refused():
     with pytest.raises(ValueError, match="width must be a positive integer, got 0"):
-        EnergyConfig(width=0)
+        EnergyConfig(context=False, width=0)
     with pytest.raises(ValueError, match="blocks must be a positive integer, got 0"):
         EnergyConfig(blocks=0)

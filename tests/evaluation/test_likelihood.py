@@ -6,7 +6,7 @@ import operator
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
-from helpers import seed
+from helpers import COSINE, seed
 from torch import nn
 from torch.distributions import Normal
 
@@ -77,11 +77,11 @@ def quadratic_draws(schedule, u_next, t, noise):
     return (alpha * u_next / variance + W) / precision + noise / precision**0.5
 
 
-def quadratic_prior(size, schedule=DiffusionSchedule.cosine(3)):  # noqa: B008
+def quadratic_prior(size, schedule=COSINE):
     return DiffusionEBMPrior(IdentityBackbone((size,)), schedule=schedule, energy=[Quadratic(size, W, V)])
 
 
-@pytest.mark.parametrize("schedule", [DiffusionSchedule.cosine(3), PRESETS["fast"].schedule, DiffusionSchedule.ddpm(3)])
+@pytest.mark.parametrize("schedule", [COSINE, PRESETS["joint-recovery"].schedule, DiffusionSchedule.ddpm(3)])
 def test_normalizer_of_a_quadratic_energy(schedule):
     prior, u_next = quadratic_prior(3, schedule), torch.randn(6, 3, generator=seed(0))
     t = torch.tensor([0, 1, 2, 2, 1, 0])
@@ -132,7 +132,7 @@ def test_bounds_close_in_as_temperatures_grow():
 
 def test_normalizer_against_numerical_integration():
     """F = sum of sines of two layers, the second one's Gaussian a function of the first: E exp F(T(u)) on a grid."""
-    prior = DiffusionEBMPrior(RandomBackbone([(1,), (1,)]), energy=[Sine(), Sine()])
+    prior = DiffusionEBMPrior(RandomBackbone([(1,), (1,)]), schedule=COSINE, energy=[Sine(), Sine()])
     n, u_next, t = 1500, torch.tensor([[0.4, -1.2], [2.0, 0.3], [-0.7, 0.9]]), torch.tensor([0, 1, 2])
     states, config = u_next.repeat_interleave(n, 0), AnnealingConfig(6, 1, step_size=0.7)
     estimate = log_normalizer(
@@ -192,7 +192,7 @@ def test_reverse_bounds_the_density_of_the_sampler_for_any_state():
 def test_bound_is_exact_for_a_linear_gaussian_model_without_energies():
     """q is the exact posterior and the forward diffusion the exact reverse one: every draw gives log p(x)."""
     backbone, images = LinearGaussian(3), torch.rand(5, 1, 1, 3, generator=seed(0))
-    prior = DiffusionEBMPrior(backbone, schedule=PRESETS["fast"].schedule, energy=[Quadratic(3)])
+    prior = DiffusionEBMPrior(backbone, schedule=PRESETS["joint-recovery"].schedule, energy=[Quadratic(3)])
     bound = log_likelihood_bound(prior, images, annealing=AnnealingConfig(3, 2), generator=seed(1))
     truth = backbone.log_evidence(images, 0.0, 1.0)
     for value in (bound.elbo, bound.lower, bound.optimistic):

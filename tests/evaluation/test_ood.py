@@ -6,7 +6,7 @@ import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
 from helpers import seed
-from torch import nn
+from stand_ins import perturb
 from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
@@ -198,13 +198,15 @@ def test_scores_of_densities_do_not_depend_on_the_other_images(name, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["inference", "diffusion", "density", "typicality"])
-def test_scores_do_not_depend_on_the_other_images(name, monkeypatch):
+@pytest.mark.parametrize("context", [False, True])
+def test_scores_do_not_depend_on_the_other_images(context, name, monkeypatch):
     torch.manual_seed(0)
     prior = DiffusionEBMPrior(
-        RandomBackbone([(2,), (3,)]), energy=EnergyConfig(vector_width=8), langevin=LangevinConfig(steps=2)
+        RandomBackbone([(2,), (3,)]),
+        energy=EnergyConfig(context=context, vector_width=8),
+        langevin=LangevinConfig(steps=2),
     )
-    for network in prior.energies:
-        nn.init.normal_(network.readout.weight)
+    perturb(prior)
     images = torch.rand(7, 1, 2, 2, generator=seed(0))
     score = partial(
         SCHEMES[name],

@@ -10,9 +10,10 @@ import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
 from helpers import check_strip, find_color, read_strips, seed
 from matplotlib.image import imread
+from stand_ins import perturb
 from torch.distributions import Normal
 
-from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, DrawingConfig, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.chains.langevin import gaussian_part, langevin_coefficients
 from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.evaluation.pictures import save_energies, save_pixels, save_strips
@@ -35,7 +36,7 @@ def make(**langevin):
 
 
 @pytest.mark.parametrize("integrator", INTEGRATORS)
-@pytest.mark.parametrize("settings", [{"start": "gaussian", "top_steps": 3}, {"drift_limit": 0.2}])
+@pytest.mark.parametrize("settings", [{"start": "gaussian", "top_steps": 3}, {"start": "next", "drift_limit": 0.2}])
 def test_the_run_is_the_chain_of_sampling(integrator, settings):
     """Same generator: its samples are sample_noise's, and the states kept at the end of each level are that
     trajectory's.
@@ -48,7 +49,7 @@ def test_the_run_is_the_chain_of_sampling(integrator, settings):
 
 
 def test_records_are_those_of_the_states():
-    prior = make(step_size=0.3)
+    prior = make(step_size=0.3, start="next")
     run = langevin_transitions(prior, 5, steps=7, every=3, shown=5, columns=4, generator=seed(0))
     assert run.energies.shape == (3, 8, 5, 2)
     assert run.recorded.tolist() == run.shown.tolist() == [0, 3, 6, 7]
@@ -175,13 +176,17 @@ def test_oversaturation_is_told_from_none():
         oversaturation(run, real[:1])
 
 
-def test_default_energies_in_a_chunk_and_pictures(tmp_path):
+@pytest.mark.parametrize("context", [False, True])
+def test_default_energies_in_a_chunk_and_pictures(context, tmp_path):
+    """Chains through all layers, with context too."""
     torch.manual_seed(0)
     prior = DiffusionEBMPrior(
-        RandomBackbone([(2,), (2,), (1, 8, 8)]), energy=EnergyConfig(width=8), langevin=LangevinConfig(steps=3)
+        RandomBackbone([(2,), (2,), (1, 8, 8)]),
+        energy=EnergyConfig(context=context, width=8, vector_width=32),
+        langevin=LangevinConfig(steps=3),
+        drawing=DrawingConfig(ancestral=False),
     )
-    for network in prior.energies:
-        torch.nn.init.normal_(network.readout.weight, std=0.3, generator=seed(5))
+    perturb(prior)
     run = langevin_transitions(prior, 3, steps=3, generator=seed(0))
     torch.testing.assert_close(run.samples, prior.sample_noise(3, generator=seed(0)))
     torch.testing.assert_close(run.energies[0, -1], prior.layer_energies(run.samples, 0), atol=1e-4, rtol=1e-4)

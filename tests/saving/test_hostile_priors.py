@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 from backbones import RandomBackbone
+from helpers import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from test_saving import COUPLING, SHAPES, make_prior
+from test_saving import COUPLING, SHAPES, SMALL, make_prior
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.saving.fingerprint import BackboneMismatch
@@ -22,11 +23,11 @@ from hvae_ebm_prior.saving.typed_json import InvalidPrior
 ALLOWANCE = 2**30
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+@pytest.fixture(scope="module", params=[SMALL, TINY], ids=["plain", "context"])
+def saved(request, tmp_path_factory):
     """The files of a good prior, as bytes."""
     folder = tmp_path_factory.mktemp("saved")
-    make_prior(coupling=COUPLING).save_pretrained(folder)
+    make_prior(energy=request.param, coupling=COUPLING).save_pretrained(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -254,6 +255,11 @@ def changed(**changes):
             "expected the shape|unexpected tensor|lacks tensor|config.json",
         ),
         (changed(coupling__levels=[99]), "expected levels"),
+        (changed(energy__context=3), "expected true or false"),
+        (changed(settings__drawing__flow_steps=-1), "flow_steps must be an integer from 0"),
+        (changed(settings__drawing__flow_steps=10**30), "expected an integer"),
+        (changed(settings__drawing__ancestral="yes"), "expected"),
+        (changed(settings__drawing=None), "expected"),
     ],
 )
 def test_wrong_configs(saved, room, change, message):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import Pair, Quadratic, RandomBackbone
-from helpers import seed
+from helpers import TINY, seed
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,6 +19,7 @@ from hvae_ebm_prior import (
     Coupling,
     DiffusionEBMPrior,
     DiffusionSchedule,
+    DrawingConfig,
     EnergyConfig,
     LabelSet,
     LangevinConfig,
@@ -30,18 +31,19 @@ from hvae_ebm_prior.saving.typed_json import InvalidPrior
 from hvae_ebm_prior.training.learned_prior import LearnedPrior
 
 SHAPES = ((2, 5, 5), (3,))
-SMALL = EnergyConfig(width=4, vector_width=4, blocks=1)
+SMALL = EnergyConfig(context=False, width=4, vector_width=4, blocks=1)
 # Written by the first version of the format, with the numbers of its samples; never to be written again.
 FIXTURE = Path(__file__).parents[1] / "data" / "prior_schema_1"
 
 
-def randomised(prior):
+def randomised(prior, scale=0.2):
     with torch.no_grad():
         generator = seed(5)
         for parameter in prior.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         for network in prior.energies:
-            network.activity.copy_(torch.rand(network.activity.shape, generator=generator))
+            for value in network.buffers():
+                value.copy_(0.1 + 0.9 * torch.rand(value.shape, generator=generator))
     return prior
 
 
@@ -61,6 +63,13 @@ PRIORS = {
     "plain": make_prior,
     "coupled": lambda: make_prior(coupling=COUPLING),
     "spectral norm": lambda: make_prior(energy=replace(SMALL, spectral_norm=True)),
+    "default": lambda: randomised(DiffusionEBMPrior(RandomBackbone(SHAPES)), scale=0.04),
+    "context": lambda: make_prior(energy=TINY, drawing=DrawingConfig(flow_steps=7)),
+    "context, chains by layer": lambda: make_prior(energy=TINY, drawing=DrawingConfig(True, flow_steps=0)),
+    "context, all layers": lambda: make_prior(
+        energy=TINY, drawing=DrawingConfig(ancestral=False), coupling=replace(COUPLING, networks=TINY)
+    ),
+    "context, coupled": lambda: make_prior(energy=TINY, coupling=replace(COUPLING, levels=None)),
     "ncp by proposals": lambda: randomised(NCPPrior(RandomBackbone(SHAPES), proposals=5, energy=SMALL)),
     "ncp": lambda: randomised(NCPPrior(RandomBackbone(SHAPES), sampler="langevin", energy=SMALL)),
     "joint": lambda: randomised(
@@ -87,8 +96,9 @@ def test_round_trip_is_exact(name, tmp_path):
     assert torch.equal(prior.sample(3, generator=seed(1), **options), loaded.sample(3, generator=seed(1), **options))
 
 
-def test_a_fresh_process_draws_the_same(tmp_path):
-    prior = make_prior(coupling=COUPLING)
+@pytest.mark.parametrize("energy", [SMALL, TINY])
+def test_a_fresh_process_draws_the_same(energy, tmp_path):
+    prior = make_prior(energy=energy, coupling=COUPLING)
     prior.save_pretrained(tmp_path)
     code = f"""
         import json, torch
@@ -117,15 +127,51 @@ def test_what_the_first_version_wrote_still_loads():
     )
     assert prior.trained.iterations == 7
     assert prior.trained.settings["clip_norm"] == 10.0
+    assert not prior.has_context
+    assert prior.drawing == DrawingConfig()
+
+
+def without_names(values, names):
+    """JSON values without the fields of these names."""
+    if isinstance(values, dict):
+        return {name: without_names(value, names) for name, value in values.items() if name not in names}
+    return values
+
+
+@pytest.mark.parametrize("name", ["plain", "coupled", "spectral norm", "ncp", "ncp by proposals", "joint"])
+def test_files_from_before_energies_with_context_are_of_energies_without(name, tmp_path):
+    prior = PRIORS[name]()
+    prior.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    before = without_names(config, ("context", "drawing"))
+    assert before != config
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    loaded = type(prior).from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))
+    assert not loaded.has_context
+    assert loaded.settings() == prior.settings()
+    assert loaded.coupling == prior.coupling
+    assert torch.equal(prior.sample(3, generator=seed(1)), loaded.sample(3, generator=seed(1)))
+
+
+@pytest.mark.parametrize("name", ["plain", "coupled", "ncp", "joint", "context", "context, coupled"])
+def test_networks_with_context_are_told_from_those_without(name, tmp_path):
+    PRIORS[name]().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["energy"]["context"] = not config["energy"]["context"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidPrior):
+        LearnedPrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
-def test_other_dtypes_agree_within_rounding(dtype, rounding, tmp_path):
-    prior = make_prior()
+@pytest.mark.parametrize("energy", [SMALL, EnergyConfig(width=4, vector_width=4, blocks=1)])
+def test_other_dtypes_agree_within_rounding(energy, dtype, rounding, tmp_path):
+    prior = make_prior(energy=energy)
     prior.save_pretrained(tmp_path)
     loaded = DiffusionEBMPrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES), dtype=dtype)
     assert loaded.dtype == dtype
     u = torch.randn(8, prior.dim, generator=seed())
+    rounding *= 2 if prior.has_context else 1  # where an energy with context is a difference times up to 50
     torch.testing.assert_close(loaded.energy(u.to(dtype), 0).float(), prior.energy(u, 0), rtol=rounding, atol=rounding)
     loaded.save_pretrained(tmp_path / "again")  # and in its own dtype back
     again = DiffusionEBMPrior.from_pretrained(tmp_path / "again", backbone=RandomBackbone(SHAPES))
@@ -289,16 +335,18 @@ def test_what_cannot_be_described_is_not_saved(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_training_leaves_its_record_and_can_go_on(tmp_path):
+@pytest.mark.parametrize("energy", [SMALL, TINY])
+def test_training_leaves_its_record_and_can_go_on(energy, tmp_path):
     backbone, images = Pair((1,), (1,)), torch.rand(16, 1, 1, 2, generator=seed()) * 0.2 + 0.4
-    prior = DiffusionEBMPrior(backbone, energy=SMALL, langevin=LangevinConfig(steps=2))
+    prior = DiffusionEBMPrior(backbone, energy=energy, langevin=LangevinConfig(steps=2))
     assert prior.trained is None
     history = prior.fit(images, training=TrainingConfig(iterations=3, batch_size=4), generator=seed(), progress=False)
     prior.save_pretrained(tmp_path)
     loaded = DiffusionEBMPrior.from_pretrained(tmp_path, backbone=backbone)
     assert loaded.trained.iterations == 3
     assert loaded.trained.seconds == pytest.approx(history[-1].seconds)
-    assert loaded.trained.settings["betas"] == (0.5, 0.99)
+    assert loaded.trained.settings["betas"] == (0.9, 0.999)
+    assert "objective" not in loaded.trained.settings, "it was not set"
     before = {name: value.clone() for name, value in loaded.state_dict().items()}
     loaded.fit(images, iterations=2, batch_size=4, generator=seed(), progress=False)
     assert any(not torch.equal(value, before[name]) for name, value in loaded.state_dict().items())

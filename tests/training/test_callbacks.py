@@ -9,13 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
-from helpers import IMAGES, SMALL, same, seed, state
+from helpers import COSINE, IMAGES, SMALL, TINY, same, seed, state
 
 from hvae_ebm_prior import (
     ChainDiverged,
     Coupling,
     DiffusionEBMPrior,
-    DiffusionSchedule,
     LabelSet,
     LangevinConfig,
     TrainingConfig,
@@ -48,14 +47,19 @@ def make_prior(**settings):
     return prior
 
 
-def test_gradient_norms_are_those_of_autograd_by_layer():
-    """Before clipping, of energies and label networks: a layer's share is found by the names of its parameters."""
+@pytest.mark.parametrize("energy", [SMALL, TINY])
+def test_gradient_norms_are_those_of_autograd_by_layer(energy):
+    """Before clipping, of energies and label networks: a layer's share is found by the names of its parameters. With
+    context, score matching and recovery together.
+    """
     labels = {"class": torch.arange(40) % 3}
     coupling = Coupling({"class": LabelSet(3), "smile": LabelSet(2, layers=(1,))}, networks=SMALL)
-    prior = make_prior(coupling=coupling)
+    prior = make_prior(energy=energy, coupling=coupling)
+    settings = replace(SETTINGS, iterations=1, clip_norm=1e-3, recovery_share=1.0)
     expected_of, g = copy.deepcopy(prior).train(), seed(3)
     images, batch_labels, _ = next(Batches(IMAGES, 8, g, labels))
-    loss = expected_of.batch_loss(expected_of.encode(images, generator=g), batch_labels, g).total.mean()
+    u = expected_of.encode(images, generator=g)
+    loss = expected_of.batch_loss(u, batch_labels, g, objective=prior.objective(settings, 0)).total.mean()
     names, parameters = zip(*expected_of.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     squares = [0.0, 0.0]
@@ -66,7 +70,7 @@ def test_gradient_norms_are_those_of_autograd_by_layer():
     record = prior.fit(
         IMAGES,
         labels=labels,
-        training=replace(SETTINGS, iterations=1, clip_norm=1e-3),
+        training=settings,
         generator=seed(3),
         progress=False,
     )[0]
@@ -76,12 +80,12 @@ def test_gradient_norms_are_those_of_autograd_by_layer():
 
 def test_displacement_of_chains_without_energies_is_known():
     """Where F = 0, K exponential steps end at (A^K + (1 - A^K) w) u_{t+1} + sqrt((1 - A^2K)/lambda) noise."""
-    dim, h, steps, schedule = 4000, 0.3, 3, DiffusionSchedule.cosine(3)
+    dim, h, steps, schedule = 4000, 0.3, 3, COSINE
     prior = DiffusionEBMPrior(
         IdentityBackbone((dim,)),
         energy=[Quadratic(dim)],
         schedule=schedule,
-        langevin=LangevinConfig(steps=steps, step_size=h),
+        langevin=LangevinConfig(steps=steps, step_size=h, start="next"),
     )
     u = torch.full((60, dim), 1.5)
     loss = recovery_loss(prior, u, generator=seed())
@@ -126,7 +130,9 @@ def test_acceptance_is_the_share_of_steps_that_were_taken(monkeypatch):
     assert record.acceptance == pytest.approx(moved[0], abs=5 * 0.5 / math.sqrt(4000))
 
 
-def test_speed_counts_the_gradients_of_a_step_and_not_the_callbacks(monkeypatch):
+# Of one image 4 gradients of the chain and one to learn from; with context one at each of two noise levels.
+@pytest.mark.parametrize(("energy", "gradients"), [(SMALL, 5), (TINY, 2)])
+def test_speed_counts_the_gradients_of_a_step_and_not_the_callbacks(energy, gradients, monkeypatch):
     clock = [0.0]
     original = DiffusionEBMPrior.batch_loss
 
@@ -140,10 +146,10 @@ def test_speed_counts_the_gradients_of_a_step_and_not_the_callbacks(monkeypatch)
     monkeypatch.setattr(DiffusionEBMPrior, "batch_loss", slow)
     for module in (loop, step_module):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    prior = make_prior(langevin=LangevinConfig(steps=4))
+    prior = make_prior(energy=energy, langevin=LangevinConfig(steps=4))
     history = prior.fit(IMAGES, training=SETTINGS, callback=callback, generator=seed(), progress=False)
-    # 8 images, 4 gradients of the chain and one to learn from, in a quarter of a second.
-    assert [record.gradients_per_second for record in history] == [8 * 5 / 0.25] * 6
+    # 8 images in a quarter of a second.
+    assert [record.gradients_per_second for record in history] == [8 * gradients / 0.25] * 6
     assert history[-1].seconds == 6 * 0.25 + 5 * 100
 
 
@@ -158,8 +164,15 @@ def test_numbers_that_were_not_measured_are_not_shown():
         "gradients_per_second",
         "learning_rate",
     } <= shown.keys()
-    assert not {"chain/acceptance", "cross_entropy"} & shown.keys()
+    assert not {"chain/acceptance", "cross_entropy", "score", "calibration"} & shown.keys()
     assert all(math.isfinite(value) for value in shown.values())
+    settings = replace(SETTINGS, recovery_share=0.5)
+    history = make_prior(energy=TINY).fit(IMAGES, training=settings, generator=seed(), progress=False)
+    first, last = scalars(history[0]), scalars(history[-1])
+    assert first["score"] == first["loss"] == history[0].score
+    assert not {"chain/displacement", "calibration", "gap/t0", "gap/t1", "gap/t2"} & first.keys()
+    assert last["calibration"] == history[-1].calibration
+    assert "chain/displacement" in last
 
 
 class Stub:
@@ -192,8 +205,9 @@ def trackio(monkeypatch):
     return stub
 
 
-def test_trackio_is_told_everything_and_says_nothing(trackio, capsys):
-    prior = make_prior()
+@pytest.mark.parametrize("energy", [SMALL, TINY])
+def test_trackio_is_told_everything_and_says_nothing(energy, trackio, capsys):
+    prior = make_prior(energy=energy)
     history = prior.fit(
         IMAGES,
         training=SETTINGS,
@@ -212,7 +226,8 @@ def test_trackio_is_told_everything_and_says_nothing(trackio, capsys):
         assert (samples is not None) == (step == 4)
 
 
-def test_a_picture_is_of_the_moving_average_and_of_the_same_noise(trackio):
+@pytest.mark.parametrize("energy", [SMALL, TINY])
+def test_a_picture_is_of_the_moving_average_and_of_the_same_noise(energy, trackio):
     shown = {}
 
     def keep(prior, record):
@@ -220,7 +235,7 @@ def test_a_picture_is_of_the_moving_average_and_of_the_same_noise(trackio):
             torch.manual_seed(5)
             shown[4] = prior.sample(3, generator=seed(5))
 
-    make_prior().fit(
+    make_prior(energy=energy).fit(
         IMAGES,
         training=SETTINGS,
         callback=[Trackio("p", samples_every=2, samples=3, seed=5), keep],
@@ -237,11 +252,12 @@ def test_a_picture_is_of_the_moving_average_and_of_the_same_noise(trackio):
     assert torch.equal(torch.from_numpy(pixels), (expected * 255).round().byte()[:, :, None].expand(-1, -1, 3))
 
 
-def test_event_files_hold_the_records(tmp_path):
+@pytest.mark.parametrize("energy", [SMALL, TINY])
+def test_event_files_hold_the_records(energy, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    prior = make_prior()
+    prior = make_prior(energy=energy)
     callback = TensorBoard(tmp_path, samples_every=3, samples=4)
     history = prior.fit(IMAGES, training=SETTINGS, callback=callback, generator=seed(), progress=False)
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -280,20 +296,28 @@ def test_a_run_that_goes_on_hides_what_it_repeats(tmp_path):
 
 
 @pytest.mark.parametrize("generator", [lambda: seed(3), lambda: None], ids=["given", "global"])
-def test_training_is_the_same_with_and_without(generator, trackio):
+@pytest.mark.parametrize("energy", [replace(SMALL, spectral_norm=True), TINY], ids=["spectral norm", "context"])
+def test_training_is_the_same_with_and_without(energy, generator, trackio):
     """Networks whose buffers change, a backbone that draws from the global generator, and every step shown."""
     ends = []
     for callback in (None, [Trackio("p", samples_every=1, samples=2)]):
-        prior = make_prior(energy=replace(SMALL, spectral_norm=True))
+        prior = make_prior(energy=energy)
         torch.manual_seed(7)
-        prior.fit(IMAGES, training=SETTINGS, callback=callback, generator=generator(), progress=False)
+        prior.fit(
+            IMAGES,
+            training=replace(SETTINGS, recovery_share=0.5),
+            callback=callback,
+            generator=generator(),
+            progress=False,
+        )
         ends.append({**state(prior), "random": torch.get_rng_state()})
     assert sum("samples" in call[2] for call in trackio.calls[1:-1]) == 6
     assert same(*ends)
 
 
-def test_a_grid_leaves_the_prior_as_it_was():
-    prior = make_prior(energy=replace(SMALL, spectral_norm=True)).train()
+@pytest.mark.parametrize("energy", [replace(SMALL, spectral_norm=True), TINY], ids=["spectral norm", "context"])
+def test_a_grid_leaves_the_prior_as_it_was(energy):
+    prior = make_prior(energy=energy).train()
     before, random = state(prior), torch.get_rng_state()
     assert sample_grid(prior, 5, 0).shape == (1, 4, 6)
     assert prior.training

@@ -9,27 +9,12 @@ import numpy as np
 import pytest
 import torch
 from backbones import Seeing
-from helpers import IMAGES, SMALL, same, seed, state
-from test_processes import (
-    LABELS,
-    SETTINGS,
-    alike,
-    close,
-    coupled,
-    diffusion,
-    first_gradient,
-    joint,
-    labels_of,
-    moved,
-    ncp,
-    spectral,
-    train,
-)
+from helpers import IMAGES, SMALL, TINY, same, seed, state
+from test_processes import CASES, LABELS, SETTINGS, alike, close, diffusion, first_gradient, moved, of_case, train
 from torch.utils.data import Dataset
 
 from hvae_ebm_prior import (
     DiffusionEBMPrior,
-    EnergyConfig,
     ExecutionConfig,
     LangevinConfig,
     TrainingConfig,
@@ -40,19 +25,15 @@ from hvae_ebm_prior.training.memory import MemoryEstimate
 from hvae_ebm_prior.training.step import out_of_memory
 
 
-@pytest.mark.parametrize("make", [diffusion, spectral, coupled, ncp, joint])
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("size", [1, 4])
-def test_parts_have_the_gradient_of_the_whole(make, size):
+def test_parts_have_the_gradient_of_the_whole(name, size):
     """Nine images in parts of four are 4, 4 and 1; the same gradient, weights and figures but for rounding."""
-    settings = replace(SETTINGS, micro_batch=size)
-    for a, b in zip(
-        first_gradient(make(), settings=settings, **labels_of(make)),
-        first_gradient(make(), **labels_of(make)),
-        strict=True,
-    ):
+    (make, in_parts), (_, at_once) = of_case(name, replace(SETTINGS, micro_batch=size)), of_case(name)
+    for a, b in zip(first_gradient(make(), **in_parts), first_gradient(make(), **at_once), strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.allclose(a, b, rtol=1e-8, atol=1e-12)
-    (history, weights), (whole, expected) = train(make, settings, **labels_of(make)), train(make, **labels_of(make))
+    (history, weights), (whole, expected) = train(make, **in_parts), train(make, **at_once)
     assert alike(history, whole)
     assert close(weights, expected)
     assert moved(weights, state(make())) > 0.01
@@ -161,31 +142,43 @@ def kept_bytes(work):
     return storages
 
 
-@pytest.mark.parametrize("kind", [DiffusionEBMPrior, NCPPrior])
-def test_memory_of_activations_is_that_of_another_batch(kind):
+@pytest.mark.parametrize(
+    ("kind", "context"), [(DiffusionEBMPrior, False), (DiffusionEBMPrior, True), (NCPPrior, False)]
+)
+def test_memory_of_activations_is_that_of_another_batch(kind, context):
     """Against all that the loss of 12 images keeps, and a gradient of its chain, whichever is more; measured here anew,
-    on a larger batch.
+    on a larger batch. With context the last steps of a run take the most.
     """
     torch.manual_seed(0)
-    prior = kind(
-        Seeing([(4, 8, 8), (6,)], hidden=32), energy=EnergyConfig(width=16, vector_width=16, spectral_norm=False)
-    )
+    prior = kind(Seeing([(4, 8, 8), (6,)], hidden=32), energy=replace(TINY, context=context))
     before = state(prior)
     found = prior.estimate(12)
     assert same(before, state(prior))
     apart = {value.untyped_storage().data_ptr() for value in prior.state_dict().values()}
     apart |= {value.untyped_storage().data_ptr() for value in prior.backbone.model.state_dict().values()}
-    u = torch.randn(12, prior.dim, generator=seed(0))
-    sizes = []
-    if kind is DiffusionEBMPrior:
-        t = torch.zeros(12, dtype=torch.long)
-        terms = prior.terms_at(t)
-        sizes.append(kept_bytes(lambda: terms(prior.transform.to_latents(u.requires_grad_()), t)[0].sum()))
-        z, levels = prior.to_latents(torch.cat((u.detach(), u.detach()))), torch.zeros(24, dtype=torch.long)
-        sizes.append(kept_bytes(lambda: prior.learned_corrections(z, levels)[0].sum()))
-    else:
-        sizes.append(kept_bytes(lambda: prior.batch_loss(u, None, seed(0)).total.sum()))
-    expected = max(sum(nbytes for address, nbytes in each.items() if address not in apart) for each in sizes)
+    u, t = torch.randn(12, prior.dim, generator=seed(0)), torch.zeros(24, dtype=torch.long)
+    both = prior.transform.states(torch.cat((u, u)))
+    # What is kept at a time, each of it measured by itself: the loss alone, or a gradient of the chain; or two losses.
+    moments = [[lambda: prior.batch_loss(u, None, seed(0)).total.sum()]]
+    if kind is DiffusionEBMPrior and not context:
+        terms = prior.terms_at(t[:12])
+        moments = [
+            [lambda: terms(prior.transform.states(u.clone().requires_grad_()), t[:12])[0].sum()],
+            [lambda: prior.learned_corrections(both, t)[0].sum()],
+        ]
+    if context:
+        last = replace(prior.objective(TrainingConfig(), 10**6), recovery=0.0)
+        assert last.calibration
+        moments = [
+            [
+                lambda: prior.batch_loss(u, None, seed(0), objective=last).total.sum(),
+                lambda: prior.learned_corrections(both, t)[0].sum(),
+            ]
+        ]
+    expected = max(
+        sum(nbytes for part in parts for address, nbytes in kept_bytes(part).items() if address not in apart)
+        for parts in moments
+    )
     assert found.activations == pytest.approx(expected, rel=0.1)
     own, learned = (
         sum(value.nbytes for value in values) for values in (prior.state_dict().values(), prior.parameters())
@@ -209,17 +202,19 @@ def test_estimates_of_nothing_are_refused():
         diffusion().estimate(0)
 
 
-@pytest.mark.parametrize("kind", [DiffusionEBMPrior, NCPPrior])
-def test_bfloat16_is_for_what_is_computed_and_not_for_what_is_kept(kind):
+@pytest.mark.parametrize(
+    ("kind", "context"), [(DiffusionEBMPrior, False), (DiffusionEBMPrior, True), (NCPPrior, False)]
+)
+def test_bfloat16_is_for_what_is_computed_and_not_for_what_is_kept(kind, context):
     """The loss sees energies in bfloat16; weights, their gradients and u stay in float32, and the gradient is close to
-    the exact one.
+    the exact one. With context that is the loss at the end of a run, all of whose parts are in it.
     """
 
     def prior(autocast):
         torch.manual_seed(0)
         made = kind(
             Seeing([(4, 8, 8), (6,)]),
-            energy=EnergyConfig(width=16, vector_width=16),
+            energy=replace(TINY, context=context),
             execution=ExecutionConfig(autocast=autocast),
         )
         with torch.no_grad():
@@ -231,14 +226,15 @@ def test_bfloat16_is_for_what_is_computed_and_not_for_what_is_kept(kind):
     for autocast in (None, "bfloat16"):
         made = prior(autocast)
         seen = []
-        made.energies[0].readout.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out.dtype))
+        readout = made.energies[1].network.readout if context else made.energies[1].readout
+        readout.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out.dtype))
         u = torch.randn(32, made.dim, generator=seed(0))
-        losses = made.batch_loss(u, None, seed(1))
+        losses = made.batch_loss(u, None, seed(1), objective=made.objective(TrainingConfig(), 10**6))
         losses.total.mean().backward()
         assert losses.total.dtype == torch.float32
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in made.parameters()]))
-        dtypes.append(seen[-1])
-    assert dtypes == [torch.float32, torch.bfloat16]
+        dtypes.append(set(seen))
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
     assert gradients[1].dtype == torch.float32
     assert 0 < (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 0.1
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone
-from helpers import SMALL, seed
+from helpers import SMALL, TINY, seed
 from safetensors.torch import load_file
 from stand_ins import AutoEncoder, perturb
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -188,17 +188,23 @@ def test_training_from_the_cache_is_the_same_in_distribution(tmp_path):
         assert 0.5 < statistics.stdev(found[name]) / spread < 2
 
 
-def test_training_runs_no_encoder_and_goes_on_bit_for_bit(backbone, tmp_path):
+@pytest.mark.parametrize("energy", [SMALL, TINY])
+def test_training_runs_no_encoder_and_goes_on_bit_for_bit(energy, backbone, tmp_path):
+    """With context, recovery begins at the tenth step, after the interruption."""
+
     def prior():
         torch.manual_seed(0)
-        return DiffusionEBMPrior(backbone, energy=SMALL, langevin=LangevinConfig(steps=2))
+        return DiffusionEBMPrior(backbone, energy=energy, langevin=LangevinConfig(steps=2))
 
     def stop(prior, record):
         if record.iteration == 7:
             raise InterruptedError
 
     cache = PosteriorCache.build(prior(), images_of(40), tmp_path / "cache", generator=seed())
-    encoded, settings = backbone.encoded, TrainingConfig(iterations=12, batch_size=8, activity_images=40)
+    encoded, settings = (
+        backbone.encoded,
+        TrainingConfig(iterations=12, batch_size=8, activity_images=40, recovery_share=0.25),
+    )
     whole = prior()
     whole.fit(cache, training=settings, generator=seed(3), progress=False)
     assert whole.energies[0].activity.lt(1).all()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, Seeing
-from helpers import IMAGES, SMALL, same, seed, state
+from helpers import IMAGES, SMALL, TINY, same, seed, state
+from stand_ins import perturb
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 from two_processes import free_port, run
 
@@ -35,7 +36,7 @@ pytestmark = [
 ]
 LABELS = torch.arange(40) % 3 - 1
 # Nine images a step do not divide by two.
-SETTINGS = TrainingConfig(iterations=6, batch_size=9, activity_images=16, learning_rate=1e-2)
+SETTINGS = TrainingConfig(iterations=6, batch_size=9, activity_images=16, learning_rate=1e-2, warmup=0)
 
 
 def backbone():
@@ -56,6 +57,15 @@ def coupled():
     return diffusion(coupling=Coupling({"class": LabelSet(2)}, networks=SMALL))
 
 
+def with_context(**settings):
+    """With weights of which no gradient is 0."""
+    return perturb(diffusion(energy=TINY, **settings))
+
+
+def with_context_coupled():
+    return with_context(coupling=Coupling({"class": LabelSet(2, layers=(1,))}, networks=TINY))
+
+
 def ncp():
     torch.manual_seed(0)
     return NCPPrior(backbone(), energy=SMALL).double()
@@ -66,8 +76,36 @@ def joint():
     return JointEBMPrior(backbone(), energy=SMALL, langevin=LangevinConfig(steps=2)).double()
 
 
+# Priors, and what of the settings is their own: score matching alone, and what recovery adds at the end of training.
+CASES = {
+    "joint recovery": (diffusion, {}),
+    "spectral norm": (spectral, {}),
+    "coupled": (coupled, {"labels": LABELS}),
+    "ncp": (ncp, {}),
+    "joint": (joint, {}),
+    "score": (with_context, {"objective": "score"}),
+    "score-recovery": (with_context, {"recovery_share": 1.0}),
+    "score-recovery, coupled": (with_context_coupled, {"recovery_share": 1.0, "labels": LABELS}),
+    "recovery": (with_context, {"objective": "recovery"}),
+    "joint recovery with context": (with_context_coupled, {"objective": "joint-recovery", "labels": LABELS}),
+}
+# What is measured rather than learned.
+STATISTICS = ("activity", "context_mean", "context_scale")
+
+
+def of_case(name, settings=SETTINGS):
+    """How a case's prior is made, and what `train` and `first_gradient` are given."""
+    make, own = CASES[name]
+    arguments = {"labels": own["labels"]} if "labels" in own else {}
+    changes = {key: value for key, value in own.items() if key != "labels"}
+    return make, {"settings": replace(settings, **changes), **arguments}
+
+
 def figures(history):
-    return [(record.loss, *record.gaps, record.gradient_norm, record.cross_entropy) for record in history]
+    return [
+        (record.loss, *record.gaps, record.gradient_norm, record.cross_entropy, record.score, record.calibration)
+        for record in history
+    ]
 
 
 def first_gradient(prior, images=IMAGES, settings=SETTINGS, **arguments):
@@ -102,19 +140,16 @@ def alike(history, other):
 
 
 def moved(a, b):
-    return max((a[name] - b[name]).abs().max().item() for name in a if "activity" not in name)
+    return max((a[name] - b[name]).abs().max().item() for name in a if not name.endswith(STATISTICS))
 
 
-def labels_of(make):
-    return {"labels": LABELS} if make is coupled else {}
-
-
-@pytest.mark.parametrize("make", [diffusion, spectral, coupled, ncp, joint])
-def test_gradient_and_weights_are_those_of_one_process(make):
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_and_weights_are_those_of_one_process(name):
     """Of one step the gradient, of several the weights and figures; between the processes weights are the same bits."""
+    make, arguments = of_case(name)
 
     def work(rank):
-        return first_gradient(make(), **labels_of(make)), *train(make, **labels_of(make))
+        return first_gradient(make(), **arguments), *train(make, **arguments)
 
     gradient, history, weights = work(0)
     found = run(work)
@@ -142,9 +177,9 @@ def test_gradient_is_the_weighted_mean_of_the_shares():
         prior = diffusion()
         plain = DiffusionEBMPrior.batch_loss
 
-        def seen(self, u, labels, generator, rows=None):
+        def seen(self, u, labels, generator, rows=None, objective=None):
             calls.append(rows)
-            return plain(self, u, labels, generator, rows)
+            return plain(self, u, labels, generator, rows, objective)
 
         DiffusionEBMPrior.batch_loss = seen
         first_gradient(prior)
@@ -218,8 +253,8 @@ def test_trouble_in_one_process_is_trouble_in_all():
     def work(rank, sick):
         prior, plain, steps = diffusion(), DiffusionEBMPrior.batch_loss, []
 
-        def loss(self, u, labels, generator, rows=None):
-            found = plain(self, u, labels, generator, rows)
+        def loss(self, u, labels, generator, rows=None, objective=None):
+            found = plain(self, u, labels, generator, rows, objective)
             steps.append(None)
             if rank == sick and len(steps) == 3:
                 raise ChainDiverged("a chain ran away")
@@ -307,10 +342,12 @@ def test_callback_and_checkpoints_are_of_the_first_process_alone(tmp_path):
 
 
 @pytest.mark.parametrize("processes_before", [1, 2])
-def test_a_run_goes_on_from_a_checkpoint(processes_before, tmp_path):
+@pytest.mark.parametrize("make", [diffusion, with_context])
+def test_a_run_goes_on_from_a_checkpoint(make, processes_before, tmp_path):
     """Begun by one or two processes and interrupted, gone on with by two: in the latter case bit for bit what was never
-    interrupted.
+    interrupted. With context, recovery begins in between.
     """
+    settings = replace(SETTINGS, iterations=8, recovery_share=0.5)
 
     def begin(rank):
         def stop(prior, record):
@@ -318,17 +355,15 @@ def test_a_run_goes_on_from_a_checkpoint(processes_before, tmp_path):
                 raise InterruptedError
 
         try:
-            train(
-                diffusion, replace(SETTINGS, iterations=8), checkpoint_dir=tmp_path, checkpoint_every=3, callback=stop
-            )
+            train(make, settings, checkpoint_dir=tmp_path, checkpoint_every=3, callback=stop)
         except InterruptedError:
             return rank
 
     def go_on(rank):
-        return train(diffusion, replace(SETTINGS, iterations=8), generator=7, checkpoint_dir=tmp_path, resume=True)
+        return train(make, settings, generator=7, checkpoint_dir=tmp_path, resume=True)
 
     assert begin(0) == 0 if processes_before == 1 else run(begin) == [0, 1]
-    (whole, weights), _ = run(lambda rank: train(diffusion, replace(SETTINGS, iterations=8)))
+    (whole, weights), _ = run(lambda rank: train(make, settings))
     found = run(go_on)
     assert same(found[0][1], found[1][1])
     assert close(found[0][1], weights)
@@ -386,7 +421,7 @@ def test_samples_are_those_of_one_process_in_order(n):
     """Each process computes its share, and both have all."""
 
     def work(rank):
-        priors = [diffusion(), ncp(), GaussianPrior(backbone())]
+        priors = [diffusion(), with_context(), ncp(), GaussianPrior(backbone())]
         drawn, plain = [], diffusion().transform.__class__.decode
 
         def decode(self, u):
@@ -408,7 +443,7 @@ def test_samples_are_those_of_one_process_in_order(n):
     for images, _ in found:
         for a, b in zip(images, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    assert [count for _, count in found] == [4 * (n // 2), 4 * (n - n // 2)]
+    assert [count for _, count in found] == [5 * (n // 2), 5 * (n - n // 2)]
 
 
 def test_a_chain_that_runs_away_in_one_process_is_told_to_all():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ from itertools import pairwise
 import pytest
 import torch
 from backbones import IdentityBackbone, Seeing
-from helpers import IMAGES, SMALL, same, seed, state
+from helpers import IMAGES, SMALL, TINY, same, seed, state
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
@@ -36,7 +37,7 @@ from hvae_ebm_prior.training.checkpoint import COLUMNS, find_checkpoints, list_d
 
 LABELS = torch.arange(40) % 3
 SHAPES = [(2,), (3,)]
-SETTINGS = TrainingConfig(iterations=24, batch_size=8, activity_images=16)
+SETTINGS = TrainingConfig(iterations=24, batch_size=8, activity_images=16, learning_rate=1e-3, warmup=10)
 
 
 def diffusion():
@@ -48,6 +49,17 @@ def coupled():
     torch.manual_seed(0)
     coupling = Coupling({"class": LabelSet(3), "smile": LabelSet(2, layers=(1,))}, networks=SMALL)
     return DiffusionEBMPrior(Seeing(SHAPES), energy=SMALL, langevin=LangevinConfig(steps=2), coupling=coupling)
+
+
+def with_context():
+    torch.manual_seed(0)
+    return DiffusionEBMPrior(Seeing(SHAPES), energy=TINY, langevin=LangevinConfig(steps=2))
+
+
+def with_context_coupled():
+    prior = with_context()
+    prior.couple(Coupling({"class": LabelSet(3), "smile": LabelSet(2, layers=(1,))}, networks=TINY))
+    return prior
 
 
 def spectral():
@@ -171,6 +183,9 @@ def uninterrupted():
     return state(prior), figures(history)
 
 
+# Recovery begins at the sixth step, or of six steps at the fourth.
+RECOVERING = replace(SETTINGS, recovery_share=0.8)
+SIX = TrainingConfig(iterations=6, batch_size=8, activity_images=16, warmup=2, recovery_share=0.5)
 RUNS = {
     "tensor": (diffusion, lambda: IMAGES, {}),
     "tensor, global generator": (diffusion, lambda: IMAGES, {"generator": lambda: None}),
@@ -205,15 +220,28 @@ RUNS = {
     "dropout": (dropping, lambda: IMAGES, {}),
     "ncp": (ncp, lambda: IMAGES, {}),
     "persistent chains": (persistent, lambda: IMAGES, {}),
+    "context": (with_context, lambda: IMAGES, {"training": RECOVERING}),
+    "context, score alone": (with_context, lambda: IMAGES, {"training": replace(SETTINGS, objective="score")}),
+    "context, recovery alone": (with_context, lambda: IMAGES, {"training": replace(SETTINGS, objective="recovery")}),
+    "context, labels": (
+        with_context_coupled,
+        lambda: IMAGES,
+        {"labels": {"class": LABELS}, "training": RECOVERING, "generator": lambda: None},
+    ),
+    "context, loader with augmentation": (
+        with_context,
+        lambda: DataLoader(Augmented(), batch_size=7, shuffle=True),
+        {"training": RECOVERING},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", ["tensor", "loader, global generator", "persistent chains"])
+@pytest.mark.parametrize("name", ["tensor", "loader, global generator", "persistent chains", "context, labels"])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(name, tmp_path):
     make, data, arguments = RUNS[name]
     expected, whole = whole_run(make, data, **arguments, checkpoint_dir=tmp_path / "whole", checkpoint_every=100)
     # Before the first checkpoint, on one and between two, at the end of a pass (5 batches of 8 images), and twice
-    # between the same two.
+    # between the same two; with context before and after recovery begins.
     folder = tmp_path / "interrupted"
     prior, history = interrupted_run(make, data, folder, [3, 8, 11, 15, 18, 19], every=4, **arguments)
     assert same(state(prior), state(expected))
@@ -225,6 +253,21 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(name, tmp_path)
     ]
 
 
+@pytest.mark.parametrize("make", [with_context, with_context_coupled])
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_recovery_begins_as_in_a_run_that_was_never_interrupted(make, step, tmp_path):
+    """Interrupted before the fourth step, on the checkpoint before it, and after it."""
+    arguments = {"training": SIX, **({"labels": {"class": LABELS}} if make is with_context_coupled else {})}
+    expected, whole = whole_run(make, lambda: IMAGES, **arguments, checkpoint_dir=tmp_path / "whole")
+    prior, history = interrupted_run(make, lambda: IMAGES, tmp_path / "interrupted", [step], every=1, **arguments)
+    assert same(state(prior), state(expected))
+    assert same_state(tmp_path / "interrupted", tmp_path / "whole")
+    assert figures(history) == figures(whole)
+    assert [math.isnan(record.displacement) for record in whole] == [True] * 3 + [False] * 3
+    assert [math.isnan(record.calibration) for record in whole] == [True] * 3 + [False] * 3
+    assert not any(math.isnan(record.score) for record in history)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_goes_on_from_a_checkpoint(name, tmp_path):
     """From the fourth step over the end of a pass (5 or 6 batches) to the seventh, under other seeds: the checkpoint
@@ -233,7 +276,7 @@ def test_every_run_goes_on_from_a_checkpoint(name, tmp_path):
     make, data, arguments = RUNS[name]
     arguments = {"generator": lambda: seed(3), **arguments}
     given = arguments.pop("generator")
-    files = {"training": SETTINGS, "checkpoint_every": 1, "resume": True, "progress": False, **arguments}
+    files = {"training": SETTINGS, "checkpoint_every": 1, "resume": True, "progress": False} | arguments
 
     def callback(prior, record):
         if record.iteration == 5:
@@ -333,8 +376,8 @@ def test_the_guards_state_survives(steps, tmp_path):
             IdentityBackbone((2,)), energy=[Faulty({177, 183, 297})], langevin=LangevinConfig(steps=2)
         )
 
-    training = TrainingConfig(iterations=100, batch_size=8, warmup=10, restarts=5)
-    data = lambda: torch.full((16, 1, 1, 2), 0.55)  # noqa: E731
+    training = TrainingConfig(iterations=100, batch_size=8, learning_rate=1e-3, warmup=10, restarts=5)
+    data = lambda: torch.full((16, 1, 1, 2), 0.55)
     with pytest.warns(RuntimeWarning, match="back to the last good state") as caught:
         expected, whole = whole_run(make, data, training=training, checkpoint_dir=tmp_path / "whole")
     assert len(caught) >= 2
@@ -557,7 +600,9 @@ def with_step_size():
 
 def wider():
     torch.manual_seed(0)
-    return DiffusionEBMPrior(Seeing(SHAPES), energy=EnergyConfig(vector_width=16), langevin=LangevinConfig(steps=2))
+    return DiffusionEBMPrior(
+        Seeing(SHAPES), energy=EnergyConfig(context=False, vector_width=16), langevin=LangevinConfig(steps=2)
+    )
 
 
 def over_another_training():
@@ -580,7 +625,7 @@ def over_another_training():
             {"training": replace(SETTINGS, learning_rate=2e-3)},
             r"training\.learning_rate is 0\.001 there and 0\.002 here",
         ),
-        ({"make": with_step_size}, r"prior\.langevin\.step_size is 0\.15 there and 0\.1 here"),
+        ({"make": with_step_size}, r"prior\.langevin\.step_size is 0\.3 there and 0\.1 here"),
         (
             {"make": wider},
             r"weights\.energies\.0\.features\.inputs\.weight is torch\.float32 \(8, 2\) there and .*\(16, 2\) here.* "

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
-from helpers import IMAGES, seed
+from helpers import IMAGES, TINY, seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,8 +26,19 @@ from hvae_ebm_prior.training.optimizer import learning_rate
 def tiny_prior(**settings):
     torch.manual_seed(0)
     return DiffusionEBMPrior(
-        RandomBackbone([(2,), (3,)]), energy=EnergyConfig(width=8), langevin=LangevinConfig(steps=2), **settings
+        RandomBackbone([(2,), (3,)]),
+        energy=EnergyConfig(context=False, width=8),
+        langevin=LangevinConfig(steps=2),
+        **settings,
     )
+
+
+def with_context(**settings):
+    torch.manual_seed(0)
+    return DiffusionEBMPrior(RandomBackbone([(2,), (3,)]), energy=TINY, langevin=LangevinConfig(steps=2), **settings)
+
+
+EITHER = pytest.mark.parametrize("make", [tiny_prior, with_context])
 
 
 def finite(prior):
@@ -82,8 +93,9 @@ def test_activity_is_the_part_of_the_variance_that_images_determine():
     assert torch.equal(prior.energies[0].activity, activity)
 
 
-def test_activity_can_be_left_unmeasured():
-    prior = tiny_prior()
+@EITHER
+def test_activity_can_be_left_unmeasured(make):
+    prior = make()
     prior.fit(IMAGES, training=TrainingConfig(iterations=1, activity_images=0), generator=seed(0))
     assert all((network.activity == 1).all() for network in prior.energies)
 
@@ -131,10 +143,11 @@ def test_a_two_layer_toy_of_known_density_is_recovered():
     assert distance(ours, data) < 0.08
 
 
-def test_history_callback_and_reproducibility():
+@EITHER
+def test_history_callback_and_reproducibility(make):
     seen, runs = [], []
     for _ in range(2):
-        prior = tiny_prior()
+        prior = make()
         prior.load_state_dict({name: torch.full_like(value, 0.05) for name, value in prior.state_dict().items()})
         history = prior.fit(
             IMAGES,
@@ -208,16 +221,18 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(paper, 500, 2) == pytest.approx(4e-5 * 0.81)
 
 
-def test_gradient_norm_is_clipped(monkeypatch):
+@EITHER
+def test_gradient_norm_is_clipped(make, monkeypatch):
     norms = []
     original = torch.optim.Adam.step
 
     def step(self, *args, **kwargs):
-        norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    history = tiny_prior().fit(
+    history = make().fit(
         IMAGES,
         training=TrainingConfig(iterations=5, clip_norm=1e-3, activity_images=0),
         generator=seed(0),
@@ -236,9 +251,10 @@ def test_gradient_norm_is_clipped(monkeypatch):
         [IMAGES[:8], (IMAGES[8:16], "a label")],
     ],
 )
-def test_every_kind_of_data_trains(data):
+@EITHER
+def test_every_kind_of_data_trains(data, make):
     batch_size = 8 if isinstance(data, torch.Tensor | TensorDataset) else None
-    history = tiny_prior().fit(data, iterations=7, batch_size=batch_size, generator=seed(0), progress=False)
+    history = make().fit(data, iterations=7, batch_size=batch_size, generator=seed(0), progress=False)
     assert len(history) == 7
 
 
@@ -304,8 +320,9 @@ def test_bad_training_configs_are_refused(settings):
         TrainingConfig(**settings)
 
 
-def test_absurd_learning_rate_ends_in_training_diverged_with_a_good_prior():
-    prior = tiny_prior()
+@EITHER
+def test_absurd_learning_rate_ends_in_training_diverged_with_a_good_prior(make):
+    prior = make()
     with (
         pytest.warns(RuntimeWarning, match="back to the last good state, learning rate now at most") as warned,
         pytest.raises(TrainingDiverged, match=r"diverged 3 times.*last good state. Lower learning_rate") as raised,
@@ -360,7 +377,7 @@ def test_guard_goes_back_to_the_last_good_state(call, value, message):
         original(self, *args)
         restored.append((self.prior.energies[0].w.item(), self.trainee.energies[0].w.item()))
 
-    training = TrainingConfig(iterations=100, batch_size=8, final_learning_rate=1.0, warmup=10)
+    training = TrainingConfig(iterations=100, batch_size=8, learning_rate=1e-3, final_learning_rate=1.0, warmup=10)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         patch.setattr(Guard, "restore", restore)
@@ -384,8 +401,9 @@ def test_guard_goes_back_to_the_last_good_state(call, value, message):
     assert finite(prior)
 
 
-def test_nan_images_in_mid_run_are_refused_and_the_backbone_is_given_back():
-    prior = tiny_prior()
+@EITHER
+def test_nan_images_in_mid_run_are_refused_and_the_backbone_is_given_back(make):
+    prior = make()
     batches = [IMAGES[:8]] * 5 + [IMAGES[:8] * torch.nan]
     with pytest.raises(ValueError, match="8 of 8 hold NaN") as raised:
         prior.fit(batches, iterations=20, generator=seed(0), progress=False)
@@ -398,9 +416,11 @@ def test_nan_images_in_mid_run_are_refused_and_the_backbone_is_given_back():
     del raised
 
 
-@pytest.mark.parametrize("where", ["callback", "chain"])
-def test_ctrl_c_leaves_the_moving_average(where, monkeypatch):
-    prior, states = tiny_prior(), []
+@pytest.mark.parametrize(
+    ("make", "where"), [(tiny_prior, "callback"), (tiny_prior, "chain"), (with_context, "callback")]
+)
+def test_ctrl_c_leaves_the_moving_average(make, where, monkeypatch):
+    prior, states = make(), []
 
     def keep(prior, record):
         states.append({name: value.clone() for name, value in prior.state_dict().items()})
@@ -416,8 +436,9 @@ def test_ctrl_c_leaves_the_moving_average(where, monkeypatch):
         return chain(*args, **kwargs)
 
     monkeypatch.setattr(recovery, "draw_conditional", interrupted)
+    training = TrainingConfig(iterations=30, activity_images=0)
     with pytest.raises(KeyboardInterrupt):
-        prior.fit(IMAGES, training=TrainingConfig(iterations=30), generator=seed(0), progress=False, callback=keep)
+        prior.fit(IMAGES, training=training, generator=seed(0), progress=False, callback=keep)
     assert len(states) == 12
     assert all(torch.equal(value, states[-1][name]) for name, value in prior.state_dict().items())
     assert any(not torch.equal(value, states[0][name]) for name, value in prior.state_dict().items())
@@ -442,6 +463,10 @@ def test_progress_bar_shows_loss_gap_and_time_left(capsys):
     assert re.search(r"\d\d:\d\d<\d\d:\d\d", shown), "time passed < time left"
     tiny_prior().fit(IMAGES, iterations=3, batch_size=8, generator=seed(0))
     assert capsys.readouterr().err == ""
+    with_context().fit(IMAGES, iterations=3, batch_size=8, generator=seed(0), progress=True)
+    shown = capsys.readouterr().err
+    assert "loss" in shown
+    assert "gap" not in shown, "there are no chains"
 
 
 @pytest.mark.usefixtures("counters")
@@ -457,7 +482,15 @@ def test_quadratic_energy_is_learned_in_closed_form():
         schedule=DiffusionSchedule.marginal(),
         langevin=LangevinConfig(steps=8, step_size=0.5),
     )
-    training = TrainingConfig(iterations=60, batch_size=1000, learning_rate=0.1, warmup=0, ema_decay=0.8)
+    training = TrainingConfig(
+        iterations=60,
+        batch_size=1000,
+        learning_rate=0.1,
+        betas=(0.5, 0.99),
+        warmup=0,
+        final_learning_rate=0.1,
+        ema_decay=0.8,
+    )
     prior.fit(images_of(data), training=training, generator=seed(1), progress=False)
     assert prior.energies[0].w.item() == pytest.approx(m / variance, abs=0.08)
     assert prior.energies[0].v.item() == pytest.approx(0.5 - 0.5 / variance, abs=0.04)

@@ -1,0 +1,226 @@
+"""Ancestral drawing: layer by layer in one walk through the backbone, each layer from its own density given those
+above.
+
+    p(u) = prod_i p(u_i | z_<i),      p_phi(u_i | z_<i) proportional to exp f_i(u_i, phi; c_i) N(u_i; 0, I)
+
+for energies with context. A layer starts from pure noise and follows the probability flow, or Langevin chains from
+level to level; Metropolis steps on its density without noise may end either. No gradient of the backbone is needed.
+
+With labels or other priors, the density that a layer is drawn from is that of all layers so far, those above held: what
+the expression makes of F summed over them. At a temperature the layer's u / temperature is drawn, in which the Gaussian
+is N(0, I) again.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backbone.transform import LayerState, drive
+from ..chains.execution import frozen, walk_gradient, walk_values_and_gradient
+from ..chains.flow import LARGEST_ANGLE, follow_flow
+from ..chains.langevin import ChainDiverged, langevin_chain
+from ..chains.metropolis import metropolis_chain
+from ..chains.schedule import DiffusionSchedule
+from ..chains.streams import Streams
+from ..energies.coupling import evidence
+from .composition import Condition
+from .energy_model import EnergyModel, Terms
+from .sampling import SamplingRequest
+
+# log w (N,) of a layer's noise (N, d) at angles (N,).
+LogWeight = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DrawingConfig:
+    """How samples are drawn.
+
+    Attributes:
+        ancestral: layer by layer, each given those above; or all layers together, by Langevin chains through the
+            backbone (Alg. 2). Energies without context have joint densities alone. None for ancestral where the
+            energies have context.
+        flow_steps: steps of the probability flow in ancestral drawing, each a gradient of one layer's network; 0 for
+            Langevin chains over the schedule's levels instead.
+    """
+
+    ancestral: bool | None = None
+    flow_steps: int = 15
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.flow_steps, int) or self.flow_steps < 0:
+            raise ValueError(f"flow_steps must be an integer from 0, got {self.flow_steps!r}")
+
+
+class Above(NamedTuple):
+    """What a prior says of the layers drawn so far: sums of f_i (N,), and of logits (N, K) by label set."""
+
+    f: Tensor
+    logits: Mapping[str, Tensor]
+
+
+class LayerTerms:
+    """F and log p(y | u) of a prior over the layers so far, as functions of the layer that is being drawn.
+
+    Args:
+        model: the prior.
+        n: number of samples.
+    """
+
+    def __init__(self, model: EnergyModel, n: int) -> None:
+        self.dtype = model.dtype
+        self.energies = [frozen(network) for network in model.energies]
+        self.heads = {name: {int(i): frozen(each) for i, each in heads.items()} for name, heads in model.heads.items()}  # type: ignore[operator]
+        zeros = torch.zeros(n, device=model.device, dtype=model.dtype)
+        sets = {} if model.coupling is None else model.coupling.sets
+        self.above = Above(zeros, {name: zeros[:, None].expand(-1, labels.size) for name, labels in sets.items()})
+
+    def sums(self, i: int, state: LayerState, angles: Tensor) -> Above:
+        """The sums with layer `i` at a state and angles (N, 2)."""
+        state = state.to(self.dtype)
+        logits = dict(self.above.logits)
+        for name, heads in self.heads.items():
+            if i in heads:
+                logits[name] = logits[name] + heads[i](state, angles)
+        return Above(self.above.f + self.energies[i](state, angles), logits)
+
+    def terms(self, i: int, state: LayerState, angles: Tensor) -> Terms:
+        """F (N,) and log p(y | u) by label set; arguments as of `sums`."""
+        f, logits = self.sums(i, state, angles)
+        for values in logits.values():
+            f = f + evidence(values)
+        return f, {name: values.log_softmax(1) for name, values in logits.items()}
+
+
+@torch.no_grad()
+def draw_layers(
+    model: EnergyModel,
+    streams: Streams,
+    drawing: DrawingConfig,
+    request: SamplingRequest,
+) -> list[Tensor]:
+    """Draw noise layer by layer.
+
+    Args:
+        model: energies with context, and the backbone.
+        streams: the samples' noise.
+        drawing: how.
+        request: what to sample; its held layers are the first ones.
+
+    Returns:
+        u_0..u_T, each (N, D) and finite, with the states of every layer at the schedule's levels on its way, the first one
+        drawn; held layers are alike in all.
+
+    Raises:
+        ChainDiverged: a layer left the finite numbers.
+    """
+    condition, temperature = request.condition or Condition(), request.temperature
+    n = len(streams)
+    terms = {each: LayerTerms(each, n) for each in (model, *condition.experts)}
+    # A layer that is drawn counts at the level with the least noise, as energies of no noise at all may be infinite.
+    first_level = torch.tensor([model.schedule.angle[0].item(), 0.0], device=model.device, dtype=model.dtype).expand(
+        n, 2
+    )
+    layers: list[list[Tensor]] = []
+
+    def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
+        # Inference tensors cannot take part in autograd; copies can.
+        with torch.inference_mode(False):
+            mean, std = mean.clone(), std.clone()
+
+        def state_of(u: Tensor) -> LayerState:
+            u = u.reshape(mean.shape).to(mean.dtype)
+            return LayerState(u, mean + std * u, mean, std)
+
+        def log_weight(v: Tensor, angle: Tensor) -> Tensor:
+            state = state_of(temperature * v)
+            angles = torch.stack((angle, torch.zeros_like(angle)), dim=1)
+            return condition.log_weight(model, lambda each: terms[each].terms(i, state, angles))
+
+        if i in request.fixed:
+            states = [request.fixed[i].to(model.dtype).expand(mean.shape)] * (model.schedule.steps + 1)
+        else:
+            noise = streams.normal(mean[0].numel())
+            drawn = draw_layer(model, log_weight, noise, streams, drawing)
+            states = [(temperature * v).reshape(mean.shape) for v in drawn]
+        layers.append(states)
+        state = state_of(states[0])
+        for each in terms.values():
+            each.above = each.sums(i, state, first_level)
+        return state.z
+
+    drive(model.backbone, n, draw, stop_after=len(model.latent_shapes))
+    return [model.join(parts) for parts in zip(*layers, strict=True)]
+
+
+def draw_layer(
+    model: EnergyModel, log_weight: LogWeight, noise: Tensor, streams: Streams, drawing: DrawingConfig
+) -> list[Tensor]:
+    """One layer's noise, from the density exp `log_weight` N(0, I) of every level.
+
+    Args:
+        model: its schedule, chain settings and precision matter.
+        log_weight: log w (N,) of states (N, d) at angles (N,).
+        noise: pure noise (N, d).
+        streams: the samples' noise.
+        drawing: how.
+
+    Returns:
+        States (N, d) at the levels 0..T, finite.
+    """
+    n, langevin = len(noise), model.langevin
+
+    def gradient(u: Tensor, angle: Tensor) -> Tensor:
+        with model.execution.precision(u.device):
+            return walk_gradient(lambda u, angle: log_weight(u, angle).sum(), u, angle)
+
+    def velocity(u: Tensor, angle: float) -> Tensor:
+        angle = min(angle, LARGEST_ANGLE)
+        return -math.tan(angle) * gradient(u, u.new_full((n,), angle))
+
+    if drawing.flow_steps:
+        states = follow_flow(velocity, noise, drawing.flow_steps, model.schedule.angle[1:].tolist())
+    else:
+        states = [noise]
+        for level in reversed(range(model.schedule.steps)):
+            states.insert(0, chain_of_layer(model, gradient, states[0], level, streams))
+    if langevin.corrector_steps:
+        states[0] = correct(model, log_weight, states[0], streams)
+    if not bool(torch.isfinite(states[0]).all()):
+        raise ChainDiverged("a layer's states are not finite; train with a lower learning rate")
+    return states
+
+
+def chain_of_layer(
+    model: EnergyModel, gradient: Callable[[Tensor, Tensor], Tensor], u_next: Tensor, level: int, streams: Streams
+) -> Tensor:
+    """One layer's states (N, d) of a level given those of the level above, by a Langevin chain."""
+    t = torch.full((len(u_next),), level, dtype=torch.long, device=u_next.device)
+    angle = model.schedule.angle.to(u_next)[t]
+    config = replace(model.langevin, steps=model.langevin.sampling_steps or model.langevin.steps, top_steps=1)
+    return langevin_chain(
+        lambda u: gradient(u, angle), u_next, t, schedule=model.schedule, config=config, streams=streams
+    )
+
+
+def correct(model: EnergyModel, log_weight: LogWeight, u: Tensor, streams: Streams) -> Tensor:
+    """Metropolis steps on a layer's density at the first level, from states `u` (N, d)."""
+    angle = u.new_full((len(u),), model.schedule.angle[0].item())
+
+    def value_and_gradient(u: Tensor) -> tuple[Tensor, Tensor]:
+        return walk_values_and_gradient(lambda u, _: log_weight(u, angle), u, t)
+
+    t = torch.zeros(len(u), dtype=torch.long, device=u.device)
+    return metropolis_chain(
+        value_and_gradient,
+        u,
+        torch.zeros_like(u),
+        t,
+        schedule=DiffusionSchedule.marginal(),
+        config=model.langevin,
+        steps=model.langevin.corrector_steps,
+        streams=streams,
+    )[0]

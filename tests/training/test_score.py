@@ -1,0 +1,224 @@
+"""Score matching, teacher-forced recovery and the calibration of levels, against closed forms and known densities."""
+
+import math
+
+import pytest
+import torch
+from backbones import PAIR_ENERGIES, ExactGaussian, ExactMixture, IdentityBackbone, Pair, RandomBackbone, images_of
+from helpers import seed, state
+from torch import Tensor, nn
+
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, Expert, LangevinConfig, TrainingConfig
+from hvae_ebm_prior.energies.context import SMALLEST_ANGLE
+from hvae_ebm_prior.training.objective import SCORE, Objective
+from hvae_ebm_prior.training.recovery import teacher_forced_loss
+from hvae_ebm_prior.training.score import score_loss, spread_angles
+
+SCHEDULE = DiffusionSchedule.from_snr([200, 15, 3, 0])
+MIXTURE = ExactMixture((0.9, 0.1), ((-0.8, 0.0), (1.2, 0.6)), 0.3)
+TRAINING = TrainingConfig(iterations=350, batch_size=64, learning_rate=8e-3, warmup=20, ema_decay=0.98)
+
+
+class Scaled(nn.Module):
+    """Another network with context, its energy times a factor."""
+
+    context = True
+
+    def __init__(self, network: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.network, self.factor = network, nn.Parameter(torch.tensor(factor))
+
+    def forward(self, state, angles):
+        return self.factor * self.network(state, angles)
+
+
+def pair_noise(n: int, generator: torch.Generator) -> Tensor:
+    u_1 = 0.5 + 0.8 * torch.randn(n, generator=generator)
+    u_2 = -0.8 * u_1 + 0.2 + 0.8 * torch.randn(n, generator=generator)
+    return torch.stack((u_1, u_2), dim=1)
+
+
+def fitted(objective: str, value: int = 0, **changes) -> DiffusionEBMPrior:
+    """A prior over two dimensions that learned the mixture."""
+    torch.manual_seed(value)
+    prior = DiffusionEBMPrior(IdentityBackbone((2,)), schedule=SCHEDULE, energy=EnergyConfig(vector_width=48))
+    images = images_of(MIXTURE.draw(4000, seed(1)))
+    settings = {"objective": objective, **changes}
+    prior.fit(images, training=TrainingConfig(**{**vars(TRAINING), **settings}), generator=seed(value), progress=False)
+    return prior
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return fitted("score-recovery", recovery_share=0.4)
+
+
+def test_the_exact_energy_has_the_least_loss():
+    u = pair_noise(4000, seed(0))
+    losses = {}
+    for factor in (0.8, 1.0, 1.2):
+        prior = DiffusionEBMPrior(Pair((1,), (1,)), energy=[Scaled(each, factor) for each in PAIR_ENERGIES])
+        loss = score_loss(prior, u, None, seed(1), None, SCORE)
+        losses[factor] = loss.total.mean().item()
+        gradient = torch.stack(torch.autograd.grad(loss.total.mean(), list(prior.parameters())))
+        assert (gradient.abs().max() < 0.05) == (factor == 1.0)
+    assert losses[1.0] < min(losses[0.8], losses[1.2])
+
+
+def test_the_loss_of_the_exact_energy_is_minus_the_mean_square_of_the_velocity():
+    """E |v_hat - v|^2 - |v|^2 = -E |v_hat|^2 for v_hat = E[v | u_phi], in closed form for N(0, s^2)."""
+    s = 0.5
+    prior = DiffusionEBMPrior(IdentityBackbone((1,)), energy=[ExactGaussian(0.0, 0.0, s)])
+    u = s * torch.randn(8000, 1, generator=seed(0))
+    found = score_loss(prior, u, None, seed(1), None, Objective(score=1.0, noisy_context=0.0)).score.mean().item()
+    phi = torch.linspace(SMALLEST_ANGLE, math.pi / 2, 10_000, dtype=torch.float64)
+    variance = (s * phi.cos()) ** 2 + phi.sin() ** 2
+    expected = -((phi.sin() * phi.cos() * (1 - s**2)) ** 2 / variance).mean().item()
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_a_known_density_is_learned(learned):
+    """Density, samples, and the weights of two modes, 9:1."""
+    u = MIXTURE.draw(2000, seed(2))
+    level = SCHEDULE.angle[0].item()
+    smooth = ExactMixture(
+        (0.9, 0.1), (MIXTURE.centres * math.cos(level)).tolist(), math.hypot(0.3 * math.cos(level), math.sin(level))
+    )
+    log_density = smooth(FlatState(u), torch.zeros(len(u), 2)) - u.square().sum(1) / 2 - math.log(2 * math.pi)
+    assert (learned.log_prob(u) - log_density).abs().mean().item() < 0.25
+    samples = learned.sample_noise(4000, generator=seed(3))
+    weight = (samples[:, 0] > 0.2).float().mean().item()
+    assert weight == pytest.approx(0.1, abs=0.03)
+    assert samples[samples[:, 0] < 0.2].mean(0).tolist() == pytest.approx([-0.8, 0.0], abs=0.05)
+    chains = DiffusionEBMPrior(
+        IdentityBackbone((2,)),
+        schedule=SCHEDULE,
+        energy=list(learned.energies),
+        drawing=type(learned.drawing)(ancestral=False),
+        langevin=LangevinConfig(steps=20),
+    )
+    weight = (chains.sample_noise(4000, generator=seed(3))[:, 0] > 0.2).float().mean().item()
+    assert weight == pytest.approx(0.1, abs=0.05)
+
+
+def test_offsets_are_calibrated(learned):
+    """exp F N integrates to 1 at every level, as the cross-entropy of levels wants; without it, it need not."""
+    grid = torch.linspace(-4, 4, 81)
+    points = torch.cartesian_prod(grid, grid)
+    for t in range(SCHEDULE.steps):
+        log_density = -learned.energy(points, t).detach() - points.square().sum(1) / 2 - math.log(2 * math.pi)
+        assert log_density.exp().sum().item() * 0.1**2 == pytest.approx(1, abs=0.15)
+
+
+def test_or_of_two_priors_weights_them_as_their_data(learned):
+    """Each prior counts once: the modes of an even mixture of 9:1 and of its mirror image are as heavy."""
+    torch.manual_seed(5)
+    mirrored = DiffusionEBMPrior(learned.backbone, schedule=SCHEDULE, energy=EnergyConfig(vector_width=48))
+    images = images_of(-MIXTURE.draw(4000, seed(4)))
+    training = TrainingConfig(**{**vars(TRAINING), "objective": "score-recovery", "recovery_share": 0.4})
+    mirrored.fit(images, training=training, generator=seed(1), progress=False)
+    u = learned.sample_noise(4000, labels=Expert(learned) | Expert(mirrored), generator=seed(0))
+    assert (u[:, 0] > 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
+
+
+def test_layers_learn_their_conditionals():
+    torch.manual_seed(0)
+    prior = DiffusionEBMPrior(Pair((1,), (1,)), schedule=SCHEDULE, energy=EnergyConfig(vector_width=32))
+    noise = pair_noise(4000, seed(0))
+    z_1 = noise[:, 0]
+    images = images_of(torch.stack((z_1, z_1 + 0.5 * noise[:, 1]), dim=1))
+    settings = TrainingConfig(**{**vars(TRAINING), "iterations": 300, "objective": "score"})
+    prior.fit(images, training=settings, generator=seed(0), progress=False)
+    for drawing in (prior.drawing, type(prior.drawing)(ancestral=False)):
+        prior.drawing = drawing
+        prior.langevin = LangevinConfig(steps=15)
+        u = prior.sample_noise(4000, generator=seed(1))
+        assert u.mean(0).tolist() == pytest.approx([0.5, -0.2], abs=0.08)
+        assert torch.corrcoef(u.T)[0, 1].item() == pytest.approx(-0.8 * 0.8 / math.hypot(0.64, 0.8), abs=0.08)
+
+
+@pytest.mark.slow
+def test_eight_times_the_iterations_are_no_worse():
+    u = MIXTURE.draw(4000, seed(2))
+    short, long = (
+        fitted("score-recovery", iterations=iterations).log_prob(u).mean().item() for iterations in (300, 2400)
+    )
+    assert long > short - 0.02
+
+
+def test_teacher_forced_chains_agree_with_exact_energies():
+    """Chains from the exact conditionals look like the data: the loss of each energy's factor is flat at 1."""
+    prior = DiffusionEBMPrior(
+        Pair((1,), (1,)),
+        schedule=SCHEDULE,
+        energy=[Scaled(each, 1.0) for each in PAIR_ENERGIES],
+        langevin=LangevinConfig(steps=20),
+    )
+    loss = teacher_forced_loss(prior, pair_noise(6000, seed(0)), seed(1))
+    gradient = torch.stack(torch.autograd.grad(loss.total.mean(), list(prior.parameters())))
+    assert gradient.abs().max() < 0.04
+    assert loss.displacement.mean() > 0.3
+
+
+OBJECTIVES = [SCORE, Objective(recovery=1.0), Objective(score=1.0, recovery=1.0, calibration=1.0), None]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["score", "recovery", "both", "default"])
+def test_a_sample_has_the_same_loss_in_any_part_of_a_batch(objective):
+    torch.manual_seed(0)
+    prior = DiffusionEBMPrior(RandomBackbone([(3,), (2, 8, 8)]), energy=EnergyConfig(width=16, vector_width=8))
+    for i, parameter in enumerate(prior.parameters()):
+        nn.init.normal_(parameter, std=0.1, generator=seed(i))
+    u = torch.randn(6, prior.dim, generator=seed(0))
+    whole = prior.batch_loss(u, None, seed(1), objective=objective)
+    for rows in (range(0, 1), range(1, 6)):
+        part = prior.batch_loss(u[rows.start : rows.stop], None, seed(1), rows, objective)
+        torch.testing.assert_close(part.total, whole.total[rows.start : rows.stop], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["score", "score-recovery", "recovery", "joint-recovery"])
+def test_no_objective_touches_the_backbone_or_global_randomness(objective):
+    torch.manual_seed(0)
+    backbone = RandomBackbone([(3,), (2, 8, 8)])
+    prior = DiffusionEBMPrior(backbone, energy=EnergyConfig(width=16, vector_width=8))
+    weights = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    before = state(prior)
+    random_state = torch.get_rng_state()
+    history = prior.fit(
+        torch.rand(20, 1, 2, 2, generator=seed(0)),
+        training=TrainingConfig(iterations=3, batch_size=8, objective=objective, activity_images=8),
+        generator=seed(0),
+        progress=False,
+    )
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.model.state_dict().items())
+    assert not all(torch.equal(value, before[name]) for name, value in prior.state_dict().items())
+    assert all(math.isfinite(record.loss) for record in history)
+    assert math.isnan(history[-1].score) == (objective in ("recovery", "joint-recovery"))
+    assert math.isnan(history[-1].gaps[0]) == (objective == "score") or objective != "score"
+
+
+def test_angles_cover_a_quarter_turn_and_belong_to_samples():
+    angles = spread_angles(7, range(1000), 4, 0)
+    assert torch.equal(spread_angles(7, range(10, 20), 4, 0), angles[10:20])
+    assert not torch.equal(spread_angles(7, range(1000), 4, 1), angles)
+    counts = torch.histc(angles.float(), bins=10, min=0, max=math.pi / 2)
+    assert counts.std() < 0.05 * counts.mean()
+    assert abs(torch.corrcoef(angles[:, :2].T)[0, 1].item()) < 1
+
+
+def test_objectives_need_energies_with_context():
+    prior = DiffusionEBMPrior(IdentityBackbone((2,)), energy=EnergyConfig(context=False, vector_width=8))
+    with pytest.raises(ValueError, match="score is for energies with context"):
+        prior.fit(torch.rand(4, 1, 1, 2), iterations=1, objective="score", progress=False)
+    with pytest.raises(ValueError, match="expected one of score"):
+        TrainingConfig(objective="flow")
+    with pytest.raises(ValueError, match="even"):
+        TrainingConfig(noise_draws=3)
+
+
+class FlatState:
+    """What an exact energy reads of a layer's state."""
+
+    def __init__(self, u: Tensor) -> None:
+        self.u, self.mean = u, torch.zeros_like(u)
