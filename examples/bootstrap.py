@@ -108,7 +108,7 @@ def check_machine(build: str | None) -> None:
     """Raise SetupError where PyTorch has no builds."""
     system = platform.system()
     machine = platform.machine()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         newer = [name for name in ("python3.14", "python3.13", "python3.12", "python3.11") if shutil.which(name)]
         advice = f"run this with {newer[0]}" if newer else "get one from python.org or your system's packages"
         raise SetupError(

@@ -375,6 +375,11 @@ def export(path: Path, pictures: Pictures, count: int, levels: Callable[[int], t
 
 def estimate(run: Run, out: Path, batches: list[int] | None) -> None:
     """Print what the run would cost on this machine, and write it to estimate.json."""
+    if run.preset != "paper":
+        raise ValueError(
+            "--estimate counts gradients of joint chains, which the default prior does not take: leave "
+            "out --preset, or time ten iterations"
+        )
     recipe = RECIPES[run.recipe]
     adapter = load_backbone(run, None, random=True)
     prior, preset = make_prior(run, adapter if isinstance(adapter, HVAEAdapter) else frozen(run, adapter))

@@ -14,7 +14,7 @@ The package in the order in which it is built; every line imports from those abo
     cli                       the commands
 """
 
-from . import baselines  # saved priors may be of these classes
+from . import baselines  # saved priors may be of these classes  # noqa: F401
 from .backbone.transform import BackboneAdapter
 from .chains.execution import ExecutionConfig
 from .chains.kernels import langevin_update

@@ -1,4 +1,4 @@
-"""Callbacks of training, under the name users import; they live in training/callbacks.py and evaluation/early_stopping.py."""
+"""Callbacks of training, under the name users import, from training/callbacks.py and evaluation/early_stopping.py."""
 
 from .evaluation.early_stopping import EarlyStopping
 from .training.callbacks import TensorBoard, Trackio, sample_grid, scalars

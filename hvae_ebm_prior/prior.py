@@ -67,11 +67,11 @@ class DiffusionEBMPrior(LearnedPrior):
         backbone: BackboneAdapter | nn.Module,
         *,
         schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
-        langevin: LangevinConfig = LangevinConfig(),
-        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),
+        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
         coupling: Coupling | None = None,
-        drawing: DrawingConfig = DrawingConfig(),
-        execution: ExecutionConfig = ExecutionConfig(),
+        drawing: DrawingConfig = DrawingConfig(),  # noqa: B008
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:
         super().__init__(backbone, schedule=schedule, langevin=langevin, energy=energy, execution=execution)
         self.drawing = drawing
@@ -293,7 +293,7 @@ class DiffusionEBMPrior(LearnedPrior):
         gaussian = -(u.square().sum(1) + self.dim * math.log(2 * math.pi)) / 2
         return bound - gaussian + self.log_prob(u.to(self.dtype), steps=steps)
 
-    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:
+    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:  # noqa: B008
         return self._draw_levels(key, samples, request)[0]
 
     def _draw_levels(self, key: int, samples: range, request: SamplingRequest) -> list[Tensor]:
@@ -342,9 +342,9 @@ class DiffusionEBMPrior(LearnedPrior):
             )
         if name == "recovery":
             return Objective(recovery=1.0)
-        score = Objective(score=1.0, noise_draws=config.noise_draws)
+        score = replace(SCORE, noise_draws=config.noise_draws)
         if name == "score-recovery" and step >= (1 - config.recovery_share) * config.iterations:
-            return replace(score, recovery=1.0, calibration=1.0)
+            return replace(score, recovery=config.recovery_weight)
         return score
 
     def batch_loss(

@@ -151,7 +151,7 @@ PAIR_ENERGIES = (ExactGaussian(0.0, 0.5, 0.8), ExactGaussian(-0.8, 0.2, 0.8, abo
 
 
 class ExactMixture(nn.Module):
-    """The exact energy with context of noise that is a mixture of round Gaussians: weights (K,), centres (K, d), std."""
+    """The exact energy with context of a mixture of round Gaussians: weights (K,), centres (K, d), and std."""
 
     context = True
 

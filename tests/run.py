@@ -10,11 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from bootstrap import run_in_environment
+from bootstrap import run_in_environment  # noqa: E402
 
 run_in_environment(__file__, "dev")
 
-import pytest
+import pytest  # noqa: E402
 
 os.chdir(ROOT)
 # Plugins of a Python whose PyTorch is used are none of ours.

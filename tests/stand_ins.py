@@ -212,7 +212,7 @@ class AutoEncoder(nn.Module):
         channels, size = (1, 32) if self.crop_output else (3, size)
         width, coarse = 4, size // 2**scales
         top = width * 2**scales
-        cell = lambda cin, cout, kind: Cell(cin, cout, kind, operation, use_se, nodes)
+        cell = lambda cin, cout, kind: Cell(cin, cout, kind, operation, use_se, nodes)  # noqa: E731
         self.prior_ftr0 = nn.Parameter(torch.randn(top, coarse, coarse))
         self.z0_size = [self.latents, coarse, coarse]
         self.stem = NormedConv(channels, width, 3, padding=1)

@@ -81,9 +81,9 @@ class JointEBMPrior(DiffusionEBMPrior):
         chains: Chains = "noise",
         target: Target = "u",
         langevin: LangevinConfig | None = None,
-        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(context=False),
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(context=False),  # noqa: B008
         coupling: Coupling | None = None,
-        execution: ExecutionConfig = ExecutionConfig(),
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
         kept: int = 1000,
         renewal: float = 0.05,
     ) -> None:

@@ -81,8 +81,8 @@ class NCPPrior(LearnedPrior):
         sampler: Sampler = "sir",
         proposals: int = 100,
         langevin: LangevinConfig = PRESETS["ncp"].langevin,
-        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(context=False),
-        execution: ExecutionConfig = ExecutionConfig(),
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(context=False),  # noqa: B008
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:
         if sampler not in ("sir", "langevin"):
             raise ValueError(f'sampler: expected "sir" or "langevin", got {sampler!r}')
@@ -224,7 +224,7 @@ class NCPPrior(LearnedPrior):
         request = make_request(self, n, fixed=fixed, temperature=temperature)
         return self._draw_images(n, request, chunk_size, generator)
 
-    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:
+    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:  # noqa: B008
         if self.sampler == "langevin":
             return super()._draw(key, samples, request)
         size, chunks = self.samples_per_chunk, []

@@ -82,9 +82,9 @@ class LatentDiffusionPrior(LearnedPrior):
         backbone: BackboneAdapter | nn.Module,
         *,
         schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
-        langevin: LangevinConfig = LangevinConfig(),
-        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(context=False),
-        execution: ExecutionConfig = ExecutionConfig(),
+        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(context=False),  # noqa: B008
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
         base: Base = "backbone",
     ) -> None:
         if base not in ("backbone", "normal"):

@@ -150,8 +150,9 @@ def vary(prior: LearnedPrior, settings: Settings, hold: list[int], source: int |
 def watch(prior: LearnedPrior, settings: Settings, steps: int) -> tuple[Tensor, list[int]]:
     """What a few chains go through, decoded, from noise to samples.
 
-    Within the levels' chains of `steps` Langevin steps where samples are drawn by such and nothing else is asked for; of
-    energies with context, under labels and at another temperature, the state that every level ends with. Of a prior that has no such states, the samples alone.
+    Within the levels' chains of `steps` Langevin steps where samples are drawn by such and nothing else is asked for;
+    of energies with context, under labels and at another temperature, the state that every level ends with. Of a prior
+    that has no such states, the samples alone.
 
     Args:
         prior: the prior.

@@ -111,8 +111,8 @@ def draw_layers(
         request: what to sample; its held layers are the first ones.
 
     Returns:
-        u_0..u_T, each (N, D) and finite, with the states of every layer at the schedule's levels on its way, the first one
-        drawn; held layers are alike in all.
+        u_0..u_T, each (N, D) and finite, with the states of every layer at the schedule's levels on its way, the first
+        one drawn; held layers are alike in all.
 
     Raises:
         ChainDiverged: a layer left the finite numbers.

@@ -142,7 +142,7 @@ def log_weight(expression: Expression, sampled: EnergyModel, terms: TermsOf) -> 
     if isinstance(expression, Negation) and isinstance(expression.part, Expert):
         return -expression.strength * F.softplus(log_weight(expression.part, sampled, terms))
     label = expression.part if isinstance(expression, Negation) else expression
-    assert isinstance(label, Label) and isinstance(label.value, Tensor)
+    assert isinstance(label, Label) and isinstance(label.value, Tensor)  # noqa: PT018
     f, log_probabilities = terms(sampled)
     if label.name not in log_probabilities:  # not coupled at this level
         return torch.zeros_like(f)

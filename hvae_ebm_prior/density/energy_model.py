@@ -71,9 +71,9 @@ class EnergyModel(LatentPrior):
         backbone: BackboneAdapter | nn.Module,
         *,
         schedule: DiffusionSchedule = DEFAULT_SCHEDULE,
-        langevin: LangevinConfig = LangevinConfig(),
-        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),
-        execution: ExecutionConfig = ExecutionConfig(),
+        langevin: LangevinConfig = LangevinConfig(),  # noqa: B008
+        energy: EnergyConfig | Sequence[nn.Module] = EnergyConfig(),  # noqa: B008
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:
         super().__init__(backbone)
         self.schedule = schedule

@@ -32,9 +32,7 @@ def make_network(
 def without_context(energy: EnergyConfig | Sequence[nn.Module], kind: str) -> EnergyConfig | Sequence[nn.Module]:
     """The networks of a class that takes none with context; ValueError, naming the class, where they have it."""
     if energy.context if isinstance(energy, EnergyConfig) else any(takes_context(network) for network in energy):
-        raise ValueError(
-            f"energy: the networks of a {kind} see no context; set EnergyConfig(context=False), or networks of that kind"
-        )
+        raise ValueError(f"energy: the networks of a {kind} see no context; set EnergyConfig(context=False)")
     return energy
 
 

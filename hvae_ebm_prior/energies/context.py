@@ -1,6 +1,7 @@
 """Energies with context: f_i sees the noise of its layer, and the Gaussian that the layers above give it.
 
-    f_i(u_i, phi; c_i) = -cot(phi) Phi_i(u_i, phi; c_i),     Phi_i = <a u_i, n_i(a u_i, phi, c_i)> + o_i(phi, c_i)
+    f_i(u_i, phi; c_i) = cos(phi) o_i(phi, c_i) - cot(phi) Phi_i(u_i, phi; c_i)
+    Phi_i(u_i, phi; c_i) = <a u_i, n_i(a u_i, phi, c_i)>
 
 with the layer's noise level as an angle, u_phi = cos(phi) u + sin(phi) eps, the context c_i = (mean_i, log std_i), of
 which and u_i the latent z_i is made, and a the activity of the layer's dimensions. The score at an angle is then -u -
@@ -240,8 +241,8 @@ class ContextEnergy(nn.Module):
         values = self.network(seen, context.flatten(1, 2), condition)
         if self.categories is not None:
             return self.bias + own.cos()[:, None] * values
-        inner = (u.flatten(1) * values.flatten(1)).sum(1)
-        return -(inner + self.offset(context.flatten(1, 2), condition)) / own.tan()
+        potential = (u.flatten(1) * values.flatten(1)).sum(1)
+        return own.cos() * self.offset(context.flatten(1, 2), condition) - potential / own.tan()
 
 
 def takes_context(network: nn.Module) -> bool:

@@ -17,9 +17,9 @@ class EarlyStopping:
     """A callback of `fit` that keeps the best state and ends training when nothing better comes.
 
     Every so many steps a small classifier, that of `hvae-ebm-prior diagnose`, learns to tell the prior's noise from the
-    posterior noise of images that are not trained on; the share that it gets right on draws which it has not seen is the
-    figure, .5 where there is nothing to tell. When training ends, however it ends, the prior is at its best state. It
-    draws from random states of its own, so that training does not change by a bit.
+    posterior noise of images that are not trained on; the share that it gets right on draws which it has not seen is
+    the figure, .5 where there is nothing to tell. When training ends, however it ends, the prior is at its best state.
+    It draws from random states of its own, so that training does not change by a bit.
 
     Args:
         images: held-out images (N, C, H, W) in [0, 1], some hundreds or more.

@@ -13,10 +13,10 @@ stay where the data are: no drift of energies, no loss of quality, no oversatura
 - mean, std and share of saturated pixels of the decoded states.
 
 The chain is `langevin_chain` itself, watched where it asks for its gradient, once per step: all its settings are
-supported, and the samples are those of `sample_noise`, drawn jointly, from the same generator. The tests' proposals are plain steps
-with noise of their own. Where `top_steps` > 1 the chain's step is a composite of several and has no simple test: the
-figure is then that of a plain step of the same size, with top_steps=1, which is less exact than the chain's. So it is
-with `leimkuhler-matthews`, whose plain step is Euler's.
+supported, and the samples are those of `sample_noise`, drawn jointly, from the same generator. The tests' proposals are
+plain steps with noise of their own. Where `top_steps` > 1 the chain's step is a composite of several and has no simple
+test: the figure is then that of a plain step of the same size, with top_steps=1, which is less exact than the chain's.
+So it is with `leimkuhler-matthews`, whose plain step is Euler's.
 """
 
 import math

@@ -39,15 +39,17 @@ class TrainingConfig:
             not on how many processes there are. Several processes encode a whole batch each for None, and otherwise the
             parts of this size that they need.
         workers: processes that read a dataset ahead; 0 for none. Results do not depend on it.
-        objective: "score" for denoising score matching of energies with context; "score-recovery" for that, with
-            teacher-forced recovery likelihood and the calibration of levels beside it at the end; "recovery" for
+        objective: "score" for denoising score matching of energies with context, and the calibration of levels;
+            "score-recovery" for that, with teacher-forced recovery likelihood beside it at the end; "recovery" for
             teacher-forced recovery likelihood alone; "joint-recovery" for Alg. 1, whose chains run through the
             backbone. None for "score-recovery" where energies have context, and "joint-recovery" where not.
         recovery_share: share of the iterations, the last ones, that have recovery in "score-recovery".
+        recovery_weight: weight of recovery beside the score in "score-recovery". More makes short chains better
+            samplers, and the energies' values less those of a normalised density.
         noise_draws: noise levels of every image in a step of "score", an even number; vectors have four times as many.
     """
 
-    iterations: int = 1900
+    iterations: int = 2000
     batch_size: int = 32
     learning_rate: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -66,12 +68,13 @@ class TrainingConfig:
     workers: int = 0
     objective: ObjectiveName | None = None
     recovery_share: float = 0.1
+    recovery_weight: float = 0.2
     noise_draws: int = 2
 
     @classmethod
     def for_images(cls, images: int | None) -> "TrainingConfig":
-        """The defaults, with as many iterations as so many images bear: 1,900 for 10,000, and otherwise in proportion to
-        their square root, from 500 to 20,000.
+        """The defaults, with as many iterations as so many images bear, 2,000 for 10,000, and otherwise in proportion
+        to their square root, from 500 to 20,000.
 
         Args:
             images: number of images; None where it is not known.
@@ -81,7 +84,7 @@ class TrainingConfig:
         """
         if images is None:
             return cls()
-        return cls(iterations=min(max(round(1900 * math.sqrt(images / 10_000)), 500), 20_000))
+        return cls(iterations=min(max(round(2000 * math.sqrt(images / 10_000)), 500), 20_000))
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size"):
@@ -90,7 +93,7 @@ class TrainingConfig:
         for name in ("micro_batch", "encode_batch"):
             if getattr(self, name) is not None:
                 check_count(getattr(self, name), name)
-        for name in ("learning_rate", "clip_norm", "gap_limit", "epoch_decay"):
+        for name in ("learning_rate", "clip_norm", "gap_limit", "epoch_decay", "recovery_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if not 0 <= self.final_learning_rate <= 1:

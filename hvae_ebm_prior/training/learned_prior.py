@@ -84,7 +84,7 @@ class LearnedPrior(TrainablePrior):
         """
         return self._draw_images(n, make_request(self, n, fixed=fixed), chunk_size, generator)
 
-    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:
+    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:  # noqa: B008
         """Noise (N, D) of the given samples of a call; baselines may draw in ways of their own."""
         return sample_levels(self, request, key, samples)[0]
 
@@ -111,9 +111,9 @@ class LearnedPrior(TrainablePrior):
             generator: source of the posterior draw, the levels and the chains' noise; None takes torch's global ones.
 
         Returns:
-            (N,), whose gradient is the learning gradient. In score matching the squared error of the velocity, less that
-            of an untrained prior; else F(T(u_t^-), t) - F(T(u_t), t) in nats, whose value is no measure of quality, as it
-            is near 0 where data and chain agree.
+            (N,), whose gradient is the learning gradient. In score matching the squared error of the velocity, less
+            that of an untrained prior; else F(T(u_t^-), t) - F(T(u_t), t) in nats, whose value is no measure of
+            quality, as it is near 0 where data and chain agree.
 
         Raises:
             TypeError, ValueError: images of a wrong type, shape or range, or wrong labels.

@@ -10,7 +10,7 @@ share: leave a third of the memory free.
 import copy
 import weakref
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -99,12 +99,9 @@ def peak_activations(prior: TrainablePrior, n: int) -> int:
 
 
 def heaviest_objective(prior: TrainablePrior) -> Objective | None:
-    """What the last steps of training minimise by default, which keeps the most; each image has as many noise levels, so
-    that two keep twice what one does.
-    """
+    """What the last steps of training minimise by default, which keeps the most."""
     config = TrainingConfig()
-    objective = prior.objective(config, config.iterations - 1)
-    return None if objective is None else replace(objective, noisy_context=0.0)
+    return prior.objective(config, config.iterations - 1)
 
 
 class SavedTensor:

@@ -19,8 +19,8 @@ class Objective:
             the data's own layers above.
         calibration: of the cross-entropy of noise levels beside the score; see `score_loss`.
         noise_draws: noise levels of every image in `score`.
-        noisy_context: share of them at which the layers above are as noisy as the layer itself, as joint chains meet
-            them; at the others they are the data's own, as in ancestral drawing.
+        noisy_context: share of the images for which the layers above are noisy, as joint chains meet them; for the
+            others they are the data's own, as in ancestral drawing.
     """
 
     score: float = 0.0
@@ -32,7 +32,7 @@ class Objective:
 
 
 JOINT_RECOVERY = Objective(recovery=1.0, joint=True)
-SCORE = Objective(score=1.0)
+SCORE = Objective(score=1.0, calibration=1.0)
 
 
 class BatchLoss(NamedTuple):

@@ -35,6 +35,8 @@ Logits = Mapping[str, Tensor]
 # Noise levels of a vector for each of a map's: its networks cost little, and top layers, which are vectors, hold the
 # most of the prior hole.
 VECTOR_DRAWS = 4
+# One image in so many takes part in the calibration of levels.
+CALIBRATED = 8
 # The fraction of the golden ratio: its multiples, modulo 1, cover the unit interval evenly from the first one on.
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -68,29 +70,26 @@ def score_loss(
     key = draw_key(generator)
     streams = open_streams(key, samples, u.device, u.dtype, prior.execution.backend)
     checked = {} if labels is None else check_labels(labels, prior.coupling, n, u.device)
-    first = torch.stack((prior.schedule.angle[:1], torch.zeros(1)), dim=1).to(u).expand(n, 2)
+    data = prior.split(u)
     parts: list[LayerLoss] = []
     with prior.execution.loss_precision(u.device):
-        with torch.no_grad():
-            data = [state.to(prior.dtype) for state in prior.transform.states(u)]
-            noisy = noisy_rows(prior, u, key, samples, streams, objective)
-        above, above_noisy = no_logits(prior, n), no_logits(prior, len(noisy.image))
-        for i, state in enumerate(data):
+        contexts, above_angle = noisy_contexts(prior, u, key, samples, streams, objective)
+        # Labels are read of the layers above as noisy as they are, and of the data's own at the first level.
+        read_angle = torch.where(above_angle > 0, above_angle, prior.schedule.angle[0].to(u))
+        above = no_logits(prior, n)
+        for i, context in enumerate(contexts):
             draws = draws_of(prior, i, objective)
-            clean = clean_rows(state, spread_angles(key, samples, draws, i).to(u), streams)
-            both = join_rows(clean, noisy.layers[i])
-            image = torch.cat((torch.arange(n, device=u.device).repeat_interleave(draws), noisy.image))
-            logits_above = {
-                name: torch.cat((above[name].repeat_interleave(draws, 0), above_noisy[name])) for name in above
-            }
+            own = spread_angles(key, samples, draws, i).to(u)
+            angles = torch.stack((own, above_angle[:, None].expand(n, draws)), dim=2).flatten(0, 1).to(prior.dtype)
+            image = torch.arange(n, device=u.device).repeat_interleave(draws)
+            layer = noisy_rows(data[i].to(prior.dtype)[image], context, image, angles, streams)
+            repeated = {name: values[image] for name, values in above.items()}
             own_labels = {name: values[image] for name, values in checked.items()}
-            loss, logits = rows_loss(prior, i, both, logits_above, own_labels, n * draws, objective)
-            parts.append(
-                LayerLoss(*(torch.zeros_like(u[:, 0]).index_add(0, image, part.to(u)) / draws for part in loss))
-            )
+            loss = rows_loss(prior, i, layer, repeated, own_labels, image + samples.start, objective)
+            parts.append(LayerLoss(*(part.to(u).reshape(n, draws).mean(1) for part in loss)))
             with torch.no_grad():
-                above = add_logits(prior, i, state, first, above)
-                above_noisy = {name: values[n * draws :].detach() for name, values in logits.items()}
+                read = torch.stack((read_angle, above_angle), dim=1).to(prior.dtype)
+                above = add_logits(prior, i, context, read, above)
     score, calibration, entropy = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
     total = objective.score * score + objective.calibration * calibration
     if prior.coupling is not None:
@@ -116,13 +115,6 @@ class Rows(NamedTuple):
     angles: Tensor
 
 
-class NoisyRows(NamedTuple):
-    """Images whose layers are all at one noise level: their numbers in the batch (M,), and rows of every layer."""
-
-    image: Tensor
-    layers: list[Rows]
-
-
 class LayerLoss(NamedTuple):
     """Squared error of a layer's velocity, less that of zero, and cross-entropies of levels and of labels, each
     (M,).
@@ -133,31 +125,12 @@ class LayerLoss(NamedTuple):
     cross_entropy: Tensor
 
 
-def clean_rows(state: LayerState, angles: Tensor, streams: Streams) -> Rows:
-    """A layer at several noise levels of every image, given the data's own layers above.
-
-    Args:
-        state: of the data (N, *shape).
-        angles: noise levels (N, R).
-        streams: the samples' noise.
-
-    Returns:
-        N R rows.
-    """
-    n, draws = angles.shape
-    shape = state.u.shape[1:]
-    eps = streams.normal(draws * math.prod(shape)).reshape(n * draws, *shape).to(state.u)
-    data, mean, std = (part.repeat_interleave(draws, 0) for part in (state.u, state.mean, state.std))
-    phi = angles.flatten().to(state.u)
-    cos, sin = (wave.reshape(-1, *[1] * len(shape)) for wave in (phi.cos(), phi.sin()))
-    levels = torch.stack((phi, torch.zeros_like(phi)), dim=1)
-    return Rows(cos * data + sin * eps, cos * eps - sin * data, mean, std, levels)
-
-
-def noisy_rows(
+@torch.no_grad()
+def noisy_contexts(
     prior: EnergyModel, u: Tensor, key: int, samples: range, streams: Streams, objective: Objective
-) -> NoisyRows:
-    """Some images with all layers at one noise level, as joint chains meet them.
+) -> tuple[list[LayerState], Tensor]:
+    """The layers' contexts: the data's own, and those of data with noise for a share of the images, as joint chains
+    meet them.
 
     Args:
         prior: the prior.
@@ -168,68 +141,72 @@ def noisy_rows(
         objective: the share of images.
 
     Returns:
-        The rows of the images chosen.
+        States of all layers, and the angle of the noise in them (N,), 0 for none.
     """
     chosen = spread_angles(key, samples, 2, len(prior.latent_shapes)).to(u)
-    image = (chosen[:, 0] < objective.noisy_context * math.pi / 2).nonzero()[:, 0]
-    eps = streams.normal(prior.dim)[image]
-    phi = chosen[image, 1]
-    cos, sin = phi.cos()[:, None], phi.sin()[:, None]
-    velocity = prior.split(cos * eps - sin * u[image])
-    states = prior.transform.states(cos * u[image] + sin * eps) if len(image) else prior.transform.states(u[:1])
-    angles = torch.stack((phi, phi), dim=1).to(prior.dtype)
-    layers = []
-    for state, v in zip(states, velocity, strict=True):
-        kept = state.to(prior.dtype) if len(image) else LayerState(*(part[:0].to(prior.dtype) for part in state))
-        layers.append(Rows(kept.u, v.to(kept.u), kept.mean, kept.std, angles))
-    return NoisyRows(image, layers)
+    angle = torch.where(chosen[:, 0] < objective.noisy_context * math.pi / 2, chosen[:, 1], 0.0)
+    noisy = angle.cos()[:, None] * u + angle.sin()[:, None] * streams.normal(prior.dim)
+    return [state.to(prior.dtype) for state in prior.transform.states(noisy)], angle
 
 
-def join_rows(clean: Rows, noisy: Rows) -> Rows:
-    """The rows of both."""
-    return Rows(*(torch.cat(parts) for parts in zip(clean, noisy, strict=True)))
+def noisy_rows(data: Tensor, context: LayerState, image: Tensor, angles: Tensor, streams: Streams) -> Rows:
+    """A layer's noise at noise levels.
+
+    Args:
+        data: posterior noise of the layer, (M, *shape), one row for every image and level.
+        context: of the images (N, *shape).
+        image: the rows' images (M,).
+        angles: of the rows (M, 2).
+        streams: the images' noise.
+
+    Returns:
+        The rows.
+    """
+    eps = streams.normal(data.numel() // len(streams)).reshape(data.shape).to(data)
+    cos, sin = (wave.reshape(-1, *[1] * (data.ndim - 1)) for wave in (angles[:, 0].cos(), angles[:, 0].sin()))
+    return Rows(cos * data + sin * eps, cos * eps - sin * data, context.mean[image], context.std[image], angles)
 
 
 def rows_loss(
-    prior: EnergyModel, i: int, rows: Rows, above: Logits, labels: Labels, clean: int, objective: Objective
-) -> tuple[LayerLoss, Logits]:
+    prior: EnergyModel, i: int, rows: Rows, above: Logits, labels: Labels, number: Tensor, objective: Objective
+) -> LayerLoss:
     """The loss of one layer.
 
     Args:
         prior: the prior to learn.
         i: the layer.
-        rows: M of them, those of clean contexts first, whose levels come in pairs.
+        rows: M of them, whose levels come in pairs.
         above: logits (M, K) of the layers above by label set.
         labels: of the rows (M,) by label set, -1 where unknown.
-        clean: number of rows of clean contexts.
+        number: of the rows' images (M,), wherever the batch is divided.
         objective: whether levels are calibrated.
 
     Returns:
-        The loss of every row, and the logits of the layers so far.
+        The loss of every row.
     """
-    u = rows.u.detach().requires_grad_()
-    state = LayerState(u, rows.mean + rows.std * u, rows.mean, rows.std)
-    number = torch.arange(len(u), device=u.device)
+    m = len(rows.u)
+    chosen = (number % CALIBRATED == 0).nonzero()[:, 0] if objective.calibration else number[:0]
+    # The same states once more, as if of the other level of their pair: two levels take each other's place, so that
+    # neither is more probable before u is seen.
+    other = rows.angles[chosen]
+    other = torch.stack((other[:, 0].unflatten(0, (-1, 2)).flip(1).flatten(), other[:, 1]), dim=1)
+    again = Rows(*(part[chosen] for part in rows))._replace(angles=other)
+    u, velocity, mean, std, angles = (torch.cat(parts) for parts in zip(rows, again, strict=True))
+    u = u.detach().requires_grad_()
+    state = LayerState(u, mean + std * u, mean, std)
+    all_above = {name: torch.cat((values, values[chosen])) for name, values in above.items()}
+    all_labels = {name: torch.cat((values, values[chosen])) for name, values in labels.items()}
     # Every other noise level learns the energy under the label, the rest that without.
-    shown = (number < clean) & (number % 2 == 1)
-    value, logits = layer_value(prior, i, state, rows.angles, above, labels, shown)
-    score = velocity_error(value, u, rows.velocity, rows.angles[:, 0])
+    shown = torch.arange(len(u), device=u.device) % 2 == 1
+    value, marginal, logits = layer_value(prior, i, state, angles, all_above, all_labels, shown)
+    score = velocity_error(value, u, velocity, angles[:, 0])[:m]
     calibration = torch.zeros_like(score)
-    if objective.calibration:
-        # Two levels of a pair take each other's place, so that neither is more probable before u is seen.
-        still = LayerState(*(part[:clean].detach() for part in state))
-        own = rows.angles[:clean]
-        other = torch.stack((own[:, 0].unflatten(0, (-1, 2)).flip(1).flatten(), own[:, 1]), dim=1)
-        own_above = {name: values[:clean] for name, values in above.items()}
-        at_own, at_other = (
-            layer_value(prior, i, still, angles, own_above, {}, shown[:clean])[0] for angles in (own, other)
-        )
-        calibration = torch.cat((F.softplus(at_other - at_own), score.new_zeros(len(u) - clean)))
+    calibration = calibration.index_add(0, chosen, CALIBRATED * F.softplus(marginal[m:] - marginal[chosen]))
     entropy = torch.zeros_like(score)
     for name, values in labels.items():
         if str(i) in prior.heads[name]:  # type: ignore[operator]
-            entropy = entropy + cross_entropy(logits[name].to(entropy), values)
-    return LayerLoss(score, calibration, entropy), logits
+            entropy = entropy + cross_entropy(logits[name][:m].to(entropy), values)
+    return LayerLoss(score, calibration, entropy)
 
 
 def layer_value(
@@ -240,8 +217,8 @@ def layer_value(
     above: Logits,
     labels: Labels,
     shown: Tensor,
-) -> tuple[Tensor, Logits]:
-    """What a layer adds to F, with the evidence of labels or under them.
+) -> tuple[Tensor, Tensor, Logits]:
+    """What a layer adds to F, with the evidence of labels and under them.
 
     Args:
         prior: the prior.
@@ -253,19 +230,20 @@ def layer_value(
         shown: samples (N,) whose known labels are to be conditioned on.
 
     Returns:
-        f_i and, of every label set, log sum_y exp l_y or l_y less what that was above, (N,); and the logits of the
+        f_i under the labels that are shown, (N,), f_i with the evidence of all labels, (N,), and the logits of the
         layers so far.
     """
-    f = prior.energies[i](state, angles)
+    f = marginal = prior.energies[i](state, angles)
     logits = add_logits(prior, i, state, angles, above)
     for name, values in logits.items():
         gained = evidence(values) - evidence(above[name])
+        marginal = marginal + gained
         if name in labels:
             category = labels[name].clamp(min=0)[:, None]
             under_label = (values - above[name]).gather(1, category).squeeze(1)
             gained = torch.where(shown & (labels[name] >= 0), under_label, gained)
         f = f + gained
-    return f, logits
+    return f, marginal, logits
 
 
 def velocity_error(value: Tensor, u: Tensor, velocity: Tensor, phi: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def log_target(prior, published):
         total = sum(network(z_i, t) for network, z_i in zip(prior.energies, z, strict=True)) - u.square().sum(1) / 2
         if not published:
             return total
-        flat = lambda u: torch.cat([z_i.flatten(1) for z_i in prior.to_latents(u[None])], dim=1)[0]
+        flat = lambda u: torch.cat([z_i.flatten(1) for z_i in prior.to_latents(u[None])], dim=1)[0]  # noqa: E731
         jacobian = torch.autograd.functional.jacobian(flat, u[0], create_graph=True)
         return total - torch.linalg.slogdet(jacobian)[1]
 

@@ -110,7 +110,7 @@ def test_a_chain_ends_in_the_samples(prior):
     frames, levels = watch(prior, settings, prior.langevin.steps)
     assert frames.shape[1] == page.MAX_CHAINS
     assert levels == sorted(levels, reverse=True)
-    assert set(levels) == set(range(prior.schedule.steps))
+    assert set(levels) == set(range(prior.schedule.steps + prior.has_context))
     torch.testing.assert_close(frames[-1], draw_both(prior, settings)[1][:8])
     # Under labels: the state after every level, and the noise before them.
     settings = Settings(3, labels={"smile": 1}, guidance=2.0)

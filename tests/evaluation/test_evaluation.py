@@ -107,7 +107,7 @@ def test_any_prior_with_the_same_methods_is_evaluated(torch_fidelity):
 
 
 def test_logits_give_the_inception_score(torch_fidelity):
-    both = lambda images: (flat(images), flat(images))
+    both = lambda images: (flat(images), flat(images))  # noqa: E731
     rows = evaluate(
         Posterior(), data(100, 0), data(100, 1), both, metrics=["inception-score"], temperatures=(), generator=seed(2)
     )

@@ -61,7 +61,7 @@ def test_frechet_distance_is_torch_fidelitys(torch_fidelity):
 def test_kernel_distance_is_the_unbiased_mmd(torch_fidelity):
     """With as many features as a subset holds, all subsets are alike: the statistic of Gretton et al., term by term."""
     x, y = torch.randn(20, 3, generator=seed(0)), 0.5 + torch.randn(20, 3, generator=seed(1))
-    kernel = lambda a, b: sum(p * q for p, q in zip(a.tolist(), b.tolist(), strict=True)) / 3 + 1
+    kernel = lambda a, b: sum(p * q for p, q in zip(a.tolist(), b.tolist(), strict=True)) / 3 + 1  # noqa: E731
     within = sum(kernel(z[i], z[j]) ** 3 for z in (x, y) for i in range(20) for j in range(20) if i != j) / (20 * 19)
     between = sum(kernel(x[i], y[j]) ** 3 for i in range(20) for j in range(20)) / 20**2
     found = kernel_distance(x, y)

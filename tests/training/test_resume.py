@@ -377,7 +377,7 @@ def test_the_guards_state_survives(steps, tmp_path):
         )
 
     training = TrainingConfig(iterations=100, batch_size=8, learning_rate=1e-3, warmup=10, restarts=5)
-    data = lambda: torch.full((16, 1, 1, 2), 0.55)
+    data = lambda: torch.full((16, 1, 1, 2), 0.55)  # noqa: E731
     with pytest.warns(RuntimeWarning, match="back to the last good state") as caught:
         expected, whole = whole_run(make, data, training=training, checkpoint_dir=tmp_path / "whole")
     assert len(caught) >= 2
