@@ -107,7 +107,7 @@ def test_offsets_are_calibrated(learned):
     points = torch.cartesian_prod(grid, grid)
     for t in range(SCHEDULE.steps):
         log_density = -learned.energy(points, t).detach() - points.square().sum(1) / 2 - math.log(2 * math.pi)
-        assert log_density.exp().sum().item() * 0.1**2 == pytest.approx(1, abs=0.25)
+        assert log_density.exp().sum().item() * 0.1**2 == pytest.approx(1, abs=0.4)
 
 
 def test_or_of_two_priors_weights_them_as_their_data(learned):
