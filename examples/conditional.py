@@ -2,7 +2,7 @@ r"""Control: a prior coupled to the ten classes of Fashion-MNIST, on the pretrai
 
     python3 examples/conditional.py
 
-trains it (FIGURE_TODO minutes on 2 cores) and writes to examples/output: conditional.png (a row per class),
+trains it (some fifteen minutes of one core) and writes to examples/output: conditional.png (a row per class),
 composed.png (OR, NOT), edited.png (layers of real images held, the others drawn under another class), inpainted.png
 (the lower half hidden), and conditional.safetensors, which the command line reads:
 

@@ -3,8 +3,8 @@
     python3 examples/quickstart.py
 
 makes its own environment and writes to examples/output: at once first.png, samples of the prior that comes with the
-repository (examples/data/prior, made by this command); then, after training one like it (FIGURE_TODO minutes on two
-cores), samples.png, training.png, results.json, and the prior itself in the folder prior. Pictures show real images,
+repository (examples/data/prior, made by this command); then, after training one like it (twelve minutes of one
+core), samples.png, training.png, results.json, and the prior itself in the folder prior. Pictures show real images,
 reconstructions, Gaussian samples, and ours. A table says how far the prior closes the gap between the two.
 
 `--cpu` and `--cuda` choose the build of PyTorch that is installed where there is none.
