@@ -2,10 +2,10 @@
 
     python3 examples/quickstart.py
 
-makes its own environment and writes to examples/output: at once first.png, samples of the prior that comes with the
-repository (examples/data/prior, made by this command); then, after training one like it (twelve minutes of one
-core), samples.png, training.png, results.json, and the prior itself in the folder prior. Pictures show real images,
-reconstructions, Gaussian samples, and ours. A table says how far the prior closes the gap between the two.
+makes its own environment and writes to examples/output: at once first.png, samples of the small prior that comes with
+the repository (examples/data/prior, of the preset joint-recovery); then, after training one with the defaults (twelve
+minutes of one core), samples.png, training.png, results.json, and the prior itself in the folder prior. Pictures show
+real images, reconstructions, Gaussian samples, and ours. A table says how far the prior closes the gap between the two.
 
 `--cpu` and `--cuda` choose the build of PyTorch that is installed where there is none.
 """
@@ -119,7 +119,7 @@ def main() -> None:
     trained = DiffusionEBMPrior.from_pretrained(HERE / "data" / "prior", backbone=load_backbone())
     save_samples(args.out / "first.png", trained, test_images, torch.Generator().manual_seed(args.seed))
     first = args.out / "first.png"
-    print(f"{first}: samples of a prior trained by this command. Now training another one ...", flush=True)
+    print(f"{first}: samples of the small prior that comes along. Now training a better one ...", flush=True)
 
     generator = torch.Generator().manual_seed(args.seed)
     train_images, _ = load_subset("train")

@@ -170,8 +170,7 @@ def watch(prior: LearnedPrior, settings: Settings, steps: int) -> tuple[Tensor, 
     check_bounds("steps", steps, 1, MAX_STEPS)
     n = min(settings.count, MAX_CHAINS)
     has_chains = not (isinstance(prior, NCPPrior) and prior.sampler == "sir")
-    jointly = not getattr(prior, "has_context", False)
-    if has_chains and jointly and not settings.labels and settings.temperature == 1:
+    if has_chains and not prior.has_context and not settings.labels and settings.temperature == 1:
         run = langevin_transitions(prior, n, steps=steps, generator=settings.generator)
         states = run.states.flip(0).flatten(0, 1)
         levels = [t for t in reversed(range(len(run.states))) for _ in run.shown]
