@@ -25,12 +25,12 @@ from .backbone.validation import check_count, check_images, check_noise
 from .chains.execution import ExecutionConfig
 from .chains.langevin import LangevinConfig
 from .chains.schedule import DiffusionSchedule
-from .chains.streams import draw_key, draw_seeds, open_streams, seeded
+from .chains.streams import draw_key, draw_seeds, seeded
 from .density.ancestral import DrawingConfig, draw_layers
 from .density.composition import Condition, Expression
 from .density.energy_model import DEFAULT_SCHEDULE
 from .density.log_prob import log_prob_by_layer
-from .density.sampling import SamplingRequest, make_request, sample_levels
+from .density.sampling import SamplingRequest, make_request, sample_levels, split_request
 from .energies.coupling import Coupling, Labels, build_heads
 from .energies.networks import EnergyConfig
 from .training.config import TrainingConfig
@@ -300,11 +300,8 @@ class DiffusionEBMPrior(LearnedPrior):
         """States u_0..u_T, each (N, D), of the given samples of a call."""
         if not self._draws_layers(request):
             return sample_levels(self, request, key, samples)
-        size, chunks = self.samples_per_chunk, []
-        for start in range(0, len(samples), size):
-            rows = slice(start, start + size)
-            streams = open_streams(key, samples[rows], self.device, self.dtype, self.execution.backend)
-            chunks.append(draw_layers(self, streams, self.drawing, request.rows(rows)))
+        parts = split_request(self, request, key, samples)
+        chunks = [draw_layers(self, streams, self.drawing, part) for part, streams in parts]
         return [torch.cat(states) for states in zip(*chunks, strict=True)]
 
     def _draws_layers(self, request: SamplingRequest) -> bool:

@@ -34,7 +34,7 @@ from ..chains.langevin import LangevinConfig
 from ..chains.schedule import DiffusionSchedule
 from ..chains.streams import Streams, draw_key, open_streams
 from ..density.energy_model import Shapes
-from ..density.sampling import SamplingRequest, make_request
+from ..density.sampling import SamplingRequest, make_request, split_request
 from ..energies.build import without_context
 from ..energies.coupling import Labels, check_labels
 from ..energies.networks import EnergyConfig
@@ -227,12 +227,8 @@ class NCPPrior(LearnedPrior):
     def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:  # noqa: B008
         if self.sampler == "langevin":
             return super()._draw(key, samples, request)
-        size, chunks = self.samples_per_chunk, []
-        for start in range(0, len(samples), size):
-            rows = slice(start, start + size)
-            streams = open_streams(key, samples[rows], self.device, self.dtype, self.execution.backend)
-            chunks.append(self._draw_from_proposals(streams, request.rows(rows)))
-        return torch.cat(chunks)
+        parts = split_request(self, request, key, samples)
+        return torch.cat([self._draw_from_proposals(streams, part) for part, streams in parts])
 
     @torch.no_grad()
     def _draw_from_proposals(self, streams: Streams, request: SamplingRequest) -> Tensor:

@@ -6,7 +6,7 @@ conditional prior meets noise of the level it was trained on.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,6 +103,26 @@ def supported_options(model: LatentPrior, **options: Any) -> dict[str, Any]:
         if name not in taken and value != DEFAULTS[name]:
             raise TypeError(f"{name}: {type(model).__name__}.sample takes no {name}; take a DiffusionEBMPrior")
     return taken
+
+
+def split_request(
+    model: EnergyModel, request: SamplingRequest, key: int, samples: range
+) -> Iterator[tuple[SamplingRequest, Streams]]:
+    """A request in parts that bound the memory, each with the noise of its samples.
+
+    Args:
+        model: whose `samples_per_chunk` bounds the parts.
+        request: what to sample.
+        key: the key of all noise of the call, from `draw_key`.
+        samples: numbers of the samples in the call.
+
+    Yields:
+        The request of some samples, and their noise.
+    """
+    size = model.samples_per_chunk
+    for start in range(0, len(samples), size):
+        rows = slice(start, start + size)
+        yield request.rows(rows), open_streams(key, samples[rows], model.device, model.dtype, model.execution.backend)
 
 
 def sample_levels(model: EnergyModel, request: SamplingRequest, key: int, samples: range) -> list[Tensor]:
