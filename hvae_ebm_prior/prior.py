@@ -340,9 +340,9 @@ class DiffusionEBMPrior(LearnedPrior):
         if name == "recovery":
             return Objective(recovery=1.0)
         score = replace(SCORE, noise_draws=config.noise_draws)
-        if name == "score-recovery" and step >= (1 - config.recovery_share) * config.iterations:
-            return replace(score, recovery=config.recovery_weight)
-        return score
+        if name == "score" or step < (1 - config.recovery_share) * config.iterations:
+            return score
+        return replace(score, recovery=config.recovery_weight, joint=name == "score-joint-recovery")
 
     def batch_loss(
         self,
@@ -366,9 +366,9 @@ class DiffusionEBMPrior(LearnedPrior):
             The loss of every sample.
         """
         objective = objective or (SCORE if self.has_context else JOINT_RECOVERY)
-        if objective.joint:
-            return recovery_loss(self, u, labels, generator, rows)
         if not objective.score:
+            if objective.joint:
+                return recovery_loss(self, u, labels, generator, rows)
             if labels is not None:
                 raise ValueError(
                     "labels: teacher-forced recovery by itself learns none; take objective='score-recovery'"
@@ -377,7 +377,10 @@ class DiffusionEBMPrior(LearnedPrior):
         score = score_loss(self, u, labels, generator, rows, objective)
         if not objective.recovery:
             return score
-        recovery = teacher_forced_loss(self, u, generator, rows)
+        if objective.joint:
+            recovery = recovery_loss(self, u, None, generator, rows)
+        else:
+            recovery = teacher_forced_loss(self, u, generator, rows)
         return recovery._replace(
             total=score.total + objective.recovery * recovery.total,
             score=score.score,

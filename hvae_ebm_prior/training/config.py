@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from ..backbone.validation import check_count
 
-ObjectiveName = Literal["score", "score-recovery", "recovery", "joint-recovery"]
+ObjectiveName = Literal["score", "score-recovery", "score-joint-recovery", "recovery", "joint-recovery"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,14 @@ class TrainingConfig:
             parts of this size that they need.
         workers: processes that read a dataset ahead; 0 for none. Results do not depend on it.
         objective: "score" for denoising score matching of energies with context, and the calibration of levels;
-            "score-recovery" for that, with teacher-forced recovery likelihood beside it at the end; "recovery" for
-            teacher-forced recovery likelihood alone; "joint-recovery" for Alg. 1, whose chains run through the
-            backbone. None for "score-recovery" where energies have context, and "joint-recovery" where not.
-        recovery_share: share of the iterations, the last ones, that have recovery in "score-recovery".
-        recovery_weight: weight of recovery beside the score in "score-recovery". More makes short chains better
-            samplers, and the energies' values less those of a normalised density.
-        noise_draws: noise levels of every image in a step of "score", an even number; vectors have four times as many.
+            "score-recovery" for that, with teacher-forced recovery likelihood beside it at the end, and
+            "score-joint-recovery" with that of Alg. 1, whose chains run through the backbone: for priors that are
+            drawn jointly; "recovery" and "joint-recovery" for either without the score. None for "score-recovery"
+            where energies have context, and "joint-recovery" where not.
+        recovery_share: share of the iterations, the last ones, that have recovery beside the score.
+        recovery_weight: weight of recovery beside the score. More makes short chains better samplers, and the
+            energies' values less those of a normalised density.
+        noise_draws: noise levels of every image in a step of "score"; vectors have four times as many.
     """
 
     iterations: int = 2000
@@ -105,8 +106,6 @@ class TrainingConfig:
         if not 0 < self.recovery_share <= 1:
             raise ValueError(f"recovery_share must be in (0, 1], got {self.recovery_share!r}")
         check_count(self.noise_draws, "noise_draws")
-        if self.noise_draws % 2:
-            raise ValueError(f"noise_draws must be even, got {self.noise_draws!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         for name in ("energy_penalty", "weight_decay", "warmup", "restarts", "activity_images", "workers"):

@@ -79,13 +79,19 @@ def score_loss(
         above = no_logits(prior, n)
         for i, context in enumerate(contexts):
             draws = draws_of(prior, i, objective)
-            own = spread_angles(key, samples, draws, i).to(u)
-            angles = torch.stack((own, above_angle[:, None].expand(n, draws)), dim=2).flatten(0, 1).to(prior.dtype)
+            own, other = (
+                spread_angles(key, samples, draws, sequence).to(u).flatten() for sequence in (2 * i, 2 * i + 1)
+            )
             image = torch.arange(n, device=u.device).repeat_interleave(draws)
+            angles = torch.stack((own, above_angle[image]), dim=1).to(prior.dtype)
             layer = noisy_rows(data[i].to(prior.dtype)[image], context, image, angles, streams)
             repeated = {name: values[image] for name, values in above.items()}
             own_labels = {name: values[image] for name, values in checked.items()}
-            loss = rows_loss(prior, i, layer, repeated, own_labels, image + samples.start, objective)
+            # Every other noise level of an image, and those of every other image, learn the energy under its labels.
+            number = image + samples.start
+            shown = (number + torch.arange(len(image), device=u.device) % draws) % 2 == 1
+            chosen = (number % CALIBRATED == 0).nonzero()[:, 0] if objective.calibration else number[:0]
+            loss = rows_loss(prior, i, layer, repeated, own_labels, shown, chosen, other[chosen].to(prior.dtype))
             parts.append(LayerLoss(*(part.to(u).reshape(n, draws).mean(1) for part in loss)))
             with torch.no_grad():
                 read = torch.stack((read_angle, above_angle), dim=1).to(prior.dtype)
@@ -143,7 +149,7 @@ def noisy_contexts(
     Returns:
         States of all layers, and the angle of the noise in them (N,), 0 for none.
     """
-    chosen = spread_angles(key, samples, 2, len(prior.latent_shapes)).to(u)
+    chosen = spread_angles(key, samples, 2, 2 * len(prior.latent_shapes)).to(u)
     angle = torch.where(chosen[:, 0] < objective.noisy_context * math.pi / 2, chosen[:, 1], 0.0)
     noisy = angle.cos()[:, None] * u + angle.sin()[:, None] * streams.normal(prior.dim)
     return [state.to(prior.dtype) for state in prior.transform.states(noisy)], angle
@@ -168,77 +174,75 @@ def noisy_rows(data: Tensor, context: LayerState, image: Tensor, angles: Tensor,
 
 
 def rows_loss(
-    prior: EnergyModel, i: int, rows: Rows, above: Logits, labels: Labels, number: Tensor, objective: Objective
+    prior: EnergyModel,
+    i: int,
+    rows: Rows,
+    above: Logits,
+    labels: Labels,
+    shown: Tensor,
+    chosen: Tensor,
+    other: Tensor,
 ) -> LayerLoss:
     """The loss of one layer.
 
     Args:
         prior: the prior to learn.
         i: the layer.
-        rows: M of them, whose levels come in pairs.
+        rows: M of them.
         above: logits (M, K) of the layers above by label set.
         labels: of the rows (M,) by label set, -1 where unknown.
-        number: of the rows' images (M,), wherever the batch is divided.
-        objective: whether levels are calibrated.
+        shown: rows (M,) that learn the energy under their labels.
+        chosen: indices (m,) of the rows whose levels are calibrated.
+        other: angles (m,) to tell theirs from.
 
     Returns:
         The loss of every row.
     """
-    m = len(rows.u)
-    chosen = (number % CALIBRATED == 0).nonzero()[:, 0] if objective.calibration else number[:0]
-    # The same states once more, as if of the other level of their pair: two levels take each other's place, so that
-    # neither is more probable before u is seen.
-    other = rows.angles[chosen]
-    other = torch.stack((other[:, 0].unflatten(0, (-1, 2)).flip(1).flatten(), other[:, 1]), dim=1)
-    again = Rows(*(part[chosen] for part in rows))._replace(angles=other)
-    u, velocity, mean, std, angles = (torch.cat(parts) for parts in zip(rows, again, strict=True))
-    u = u.detach().requires_grad_()
-    state = LayerState(u, mean + std * u, mean, std)
-    all_above = {name: torch.cat((values, values[chosen])) for name, values in above.items()}
-    all_labels = {name: torch.cat((values, values[chosen])) for name, values in labels.items()}
-    # Every other noise level learns the energy under the label, the rest that without.
-    shown = torch.arange(len(u), device=u.device) % 2 == 1
-    value, marginal, logits = layer_value(prior, i, state, angles, all_above, all_labels, shown)
-    score = velocity_error(value, u, velocity, angles[:, 0])[:m]
-    calibration = torch.zeros_like(score)
-    calibration = calibration.index_add(0, chosen, CALIBRATED * F.softplus(marginal[m:] - marginal[chosen]))
-    entropy = torch.zeros_like(score)
+    u = rows.u.detach().requires_grad_()
+    value, marginal, logits = layer_value(prior, i, rows._replace(u=u), above, labels, shown)
+    score = velocity_error(value, u, rows.velocity, rows.angles[:, 0])
+    calibration, entropy = torch.zeros_like(score), torch.zeros_like(score)
+    if len(chosen):
+        # The same states once more, as if of another level, that is as probable as their own before u is seen.
+        again = Rows(*(part[chosen] for part in rows))
+        again = again._replace(angles=torch.stack((other, again.angles[:, 1]), dim=1))
+        as_other = layer_value(prior, i, again, {name: values[chosen] for name, values in above.items()})[1]
+        calibration = calibration.index_add(0, chosen, CALIBRATED * F.softplus(as_other - marginal[chosen]))
     for name, values in labels.items():
         if str(i) in prior.heads[name]:  # type: ignore[operator]
-            entropy = entropy + cross_entropy(logits[name][:m].to(entropy), values)
+            entropy = entropy + cross_entropy(logits[name].to(entropy), values)
     return LayerLoss(score, calibration, entropy)
 
 
 def layer_value(
     prior: EnergyModel,
     i: int,
-    state: LayerState,
-    angles: Tensor,
+    rows: Rows,
     above: Logits,
-    labels: Labels,
-    shown: Tensor,
+    labels: Labels = {},  # noqa: B006
+    shown: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Logits]:
     """What a layer adds to F, with the evidence of labels and under them.
 
     Args:
         prior: the prior.
         i: the layer.
-        state: of the layer.
-        angles: noise levels (N, 2).
+        rows: N states of it.
         above: logits (N, K) of the layers above by label set.
-        labels: of the samples (N,) by label set, -1 where unknown.
-        shown: samples (N,) whose known labels are to be conditioned on.
+        labels: of the rows (N,) by label set, -1 where unknown.
+        shown: rows (N,) whose known labels are to be conditioned on.
 
     Returns:
         f_i under the labels that are shown, (N,), f_i with the evidence of all labels, (N,), and the logits of the
         layers so far.
     """
-    f = marginal = prior.energies[i](state, angles)
-    logits = add_logits(prior, i, state, angles, above)
+    state = LayerState(rows.u, rows.mean + rows.std * rows.u, rows.mean, rows.std)
+    f = marginal = prior.energies[i](state, rows.angles)
+    logits = add_logits(prior, i, state, rows.angles, above)
     for name, values in logits.items():
         gained = evidence(values) - evidence(above[name])
         marginal = marginal + gained
-        if name in labels:
+        if shown is not None and name in labels:
             category = labels[name].clamp(min=0)[:, None]
             under_label = (values - above[name]).gather(1, category).squeeze(1)
             gained = torch.where(shown & (labels[name] >= 0), under_label, gained)
@@ -284,11 +288,11 @@ def draws_of(prior: EnergyModel, i: int, objective: Objective) -> int:
     return objective.noise_draws * (VECTOR_DRAWS if is_vector else 1)
 
 
-def spread_angles(key: int, samples: range, draws: int, layer: int) -> Tensor:
+def spread_angles(key: int, samples: range, draws: int, sequence: int) -> Tensor:
     """Angles (N, draws), uniform over a quarter turn but for its ends, spread evenly over samples and independent of
-    one another over draws; a sample's do not depend on which others there are.
+    one another over draws and sequences; a sample's do not depend on which others there are.
     """
-    generator = torch.Generator().manual_seed(sample_seeds(key, range(layer, layer + 1))[0])
+    generator = torch.Generator().manual_seed(sample_seeds(key, range(sequence, sequence + 1))[0])
     start = torch.rand(draws, generator=generator, dtype=torch.float64)
     numbers = torch.arange(samples.start, samples.stop, dtype=torch.float64)[:, None]
     fraction = (start + GOLDEN * numbers).remainder(1)

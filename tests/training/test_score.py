@@ -1,6 +1,7 @@
 """Score matching, teacher-forced recovery and the calibration of levels, against closed forms and known densities."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, Expert, LangevinConfig, TrainingConfig
 from hvae_ebm_prior.energies.context import SMALLEST_ANGLE
+from hvae_ebm_prior.training.config import ObjectiveName
 from hvae_ebm_prior.training.objective import SCORE, Objective
 from hvae_ebm_prior.training.recovery import teacher_forced_loss
 from hvae_ebm_prior.training.score import score_loss, spread_angles
@@ -50,7 +52,7 @@ def fitted(objective: str, value: int = 0, **changes) -> DiffusionEBMPrior:
 
 @pytest.fixture(scope="module")
 def learned():
-    return fitted("score-recovery", recovery_share=0.4)
+    return fitted("score-recovery", recovery_share=0.2)
 
 
 def test_the_exact_energy_has_the_least_loss():
@@ -107,7 +109,7 @@ def test_offsets_are_calibrated(learned):
     points = torch.cartesian_prod(grid, grid)
     for t in range(SCHEDULE.steps):
         log_density = -learned.energy(points, t).detach() - points.square().sum(1) / 2 - math.log(2 * math.pi)
-        assert log_density.exp().sum().item() * 0.1**2 == pytest.approx(1, abs=0.4)
+        assert log_density.exp().sum().item() * 0.1**2 == pytest.approx(1, abs=0.25)
 
 
 def test_or_of_two_priors_weights_them_as_their_data(learned):
@@ -115,7 +117,7 @@ def test_or_of_two_priors_weights_them_as_their_data(learned):
     torch.manual_seed(5)
     mirrored = DiffusionEBMPrior(learned.backbone, schedule=SCHEDULE, energy=EnergyConfig(vector_width=48))
     images = images_of(-MIXTURE.draw(4000, seed(4)))
-    training = TrainingConfig(**{**vars(TRAINING), "objective": "score-recovery", "recovery_share": 0.4})
+    training = TrainingConfig(**{**vars(TRAINING), "objective": "score-recovery", "recovery_share": 0.2})
     mirrored.fit(images, training=training, generator=seed(1), progress=False)
     u = learned.sample_noise(4000, labels=Expert(learned) | Expert(mirrored), generator=seed(0))
     assert (u[:, 0] > 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
@@ -161,10 +163,11 @@ def test_teacher_forced_chains_agree_with_exact_energies():
     assert loss.displacement.mean() > 0.3
 
 
-OBJECTIVES = [SCORE, Objective(recovery=1.0), Objective(score=1.0, recovery=1.0, calibration=1.0), None]
+JOINTLY = Objective(score=1.0, recovery=1.0, joint=True)
+OBJECTIVES = [SCORE, Objective(recovery=1.0), Objective(score=1.0, recovery=1.0, calibration=1.0), JOINTLY, None]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=["score", "recovery", "both", "default"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["score", "recovery", "both", "both, joint", "default"])
 def test_a_sample_has_the_same_loss_in_any_part_of_a_batch(objective):
     torch.manual_seed(0)
     prior = DiffusionEBMPrior(RandomBackbone([(3,), (2, 8, 8)]), energy=EnergyConfig(width=16, vector_width=8))
@@ -177,7 +180,7 @@ def test_a_sample_has_the_same_loss_in_any_part_of_a_batch(objective):
         torch.testing.assert_close(part.total, whole.total[rows.start : rows.stop], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["score", "score-recovery", "recovery", "joint-recovery"])
+@pytest.mark.parametrize("objective", get_args(ObjectiveName))
 def test_no_objective_touches_the_backbone_or_global_randomness(objective):
     torch.manual_seed(0)
     backbone = RandomBackbone([(3,), (2, 8, 8)])
@@ -214,8 +217,8 @@ def test_objectives_need_energies_with_context():
         prior.fit(torch.rand(4, 1, 1, 2), iterations=1, objective="score", progress=False)
     with pytest.raises(ValueError, match="expected one of score"):
         TrainingConfig(objective="flow")
-    with pytest.raises(ValueError, match="even"):
-        TrainingConfig(noise_draws=3)
+    with pytest.raises(ValueError, match="noise_draws"):
+        TrainingConfig(noise_draws=0)
 
 
 class FlatState:
