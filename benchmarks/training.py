@@ -31,10 +31,10 @@ from lite0 import load_lite0
 from quickstart import load_backbone, peak_memory_gib
 
 from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, TrainingConfig
-from hvae_ebm_prior.training.image_data import load_images
 from hvae_ebm_prior.evaluation.features import extract
 from hvae_ebm_prior.evaluation.metrics import frechet_distance, moments
 from hvae_ebm_prior.training.config import ObjectiveName
+from hvae_ebm_prior.training.image_data import load_images
 
 RESULTS = Path(__file__).with_suffix(".json")
 WAYS = {"flow": DrawingConfig(), "chains by layer": DrawingConfig(flow_steps=0), "Alg. 2": DrawingConfig(False)}
