@@ -4,9 +4,8 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -17,6 +16,7 @@ from ..processes import rank
 from ..saving.files import write_json
 from ..training.callbacks import LOGS, open_log
 from ..training.checkpoint import find_checkpoints
+from ..training.config import ObjectiveName, TrainingConfig
 from ..training.image_data import DATA, image_shape, open_images
 from .loading import FORM, Commands, load_model
 
@@ -57,7 +57,10 @@ def add_train(commands: Commands) -> None:
         default="default",
         help="settings of the prior and its training (%(default)s)",
     )
-    command.add_argument("--iterations", type=int, help="optimiser steps (the preset's)")
+    command.add_argument(
+        "--iterations", type=int, help="optimiser steps (the preset's; for default by the number of images)"
+    )
+    command.add_argument("--objective", choices=get_args(ObjectiveName), help="what is minimised (the preset's)")
     command.add_argument("--batch-size", type=int, help="images per step (the preset's)")
     command.add_argument("--learning-rate", type=float, help="largest learning rate (the preset's)")
     command.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
@@ -80,8 +83,6 @@ def run_train(options: argparse.Namespace) -> None:
     """Train a prior, or go on with its training, and write it."""
     backbone = load_model(options)
     preset = PRESETS[options.preset]
-    given = {name: getattr(options, name) for name in ("iterations", "batch_size", "learning_rate")}
-    training = replace(preset.training, **{name: value for name, value in given.items() if value is not None})
     # The first weights follow from the seed as well.
     with seeded(options.seed, torch.device("cpu")):
         prior = build(preset, backbone)
@@ -99,7 +100,12 @@ def run_train(options: argparse.Namespace) -> None:
     try:
         history = prior.fit(
             data,
-            training=training,
+            # Without settings `fit` takes the defaults, with as many steps as the images bear.
+            training=None if preset.training == TrainingConfig() else preset.training,
+            objective=options.objective,
+            iterations=options.iterations,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
             callback=logs,
             checkpoint_dir=folder,
             checkpoint_every=options.checkpoint_every,

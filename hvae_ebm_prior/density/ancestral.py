@@ -48,7 +48,7 @@ class DrawingConfig:
     """
 
     ancestral: bool | None = None
-    flow_steps: int = 15
+    flow_steps: int = 12
 
     def __post_init__(self) -> None:
         if not isinstance(self.flow_steps, int) or self.flow_steps < 0:
@@ -121,9 +121,8 @@ def draw_layers(
     n = len(streams)
     terms = {each: LayerTerms(each, n) for each in (model, *condition.experts)}
     # A layer that is drawn counts at the level with the least noise, as energies of no noise at all may be infinite.
-    first_level = torch.tensor([model.schedule.angle[0].item(), 0.0], device=model.device, dtype=model.dtype).expand(
-        n, 2
-    )
+    first_level = torch.tensor([model.schedule.angle[0].item(), 0.0], device=model.device, dtype=model.angle_dtype)
+    first_level = first_level.expand(n, 2)
     layers: list[list[Tensor]] = []
 
     def draw(i: int, mean: Tensor, std: Tensor) -> Tensor:
@@ -172,6 +171,7 @@ def draw_layer(
         States (N, d) at the levels 0..T, finite.
     """
     n, langevin = len(noise), model.langevin
+    angles = torch.empty(n, device=noise.device, dtype=model.angle_dtype)
 
     def gradient(u: Tensor, angle: Tensor) -> Tensor:
         with model.execution.precision(u.device):
@@ -179,7 +179,7 @@ def draw_layer(
 
     def velocity(u: Tensor, angle: float) -> Tensor:
         angle = min(angle, LARGEST_ANGLE)
-        return -math.tan(angle) * gradient(u, u.new_full((n,), angle))
+        return -math.tan(angle) * gradient(u, torch.full_like(angles, angle))
 
     if drawing.flow_steps:
         states = follow_flow(velocity, noise, drawing.flow_steps, model.schedule.angle[1:].tolist())
@@ -199,7 +199,7 @@ def chain_of_layer(
 ) -> Tensor:
     """One layer's states (N, d) of a level given those of the level above, by a Langevin chain."""
     t = torch.full((len(u_next),), level, dtype=torch.long, device=u_next.device)
-    angle = model.schedule.angle.to(u_next)[t]
+    angle = model.schedule.angle.to(u_next.device, model.angle_dtype)[t]
     config = replace(model.langevin, steps=model.langevin.sampling_steps or model.langevin.steps, top_steps=1)
     return langevin_chain(
         lambda u: gradient(u, angle), u_next, t, schedule=model.schedule, config=config, streams=streams
@@ -208,7 +208,7 @@ def chain_of_layer(
 
 def correct(model: EnergyModel, log_weight: LogWeight, u: Tensor, streams: Streams) -> Tensor:
     """Metropolis steps on a layer's density at the first level, from states `u` (N, d)."""
-    angle = u.new_full((len(u),), model.schedule.angle[0].item())
+    angle = model.schedule.angle[:1].to(u.device, model.angle_dtype).expand(len(u))
 
     def value_and_gradient(u: Tensor) -> tuple[Tensor, Tensor]:
         return walk_values_and_gradient(lambda u, _: log_weight(u, angle), u, t)

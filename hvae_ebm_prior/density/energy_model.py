@@ -125,6 +125,11 @@ class EnergyModel(LatentPrior):
         """Whether the energies see their context, as f_i(u_i, phi; c_i), rather than f_i(z_i, t)."""
         return all(takes_context(network) for network in self.energies)
 
+    @property
+    def angle_dtype(self) -> torch.dtype:
+        """Precision of angles of noise: half would round those near pure noise past a quarter turn."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def inputs(self, states: Sequence[LayerState]) -> Sequence[Tensor | LayerState]:
         """The energies' inputs for the states of all layers, or of the first ones: with context the states themselves,
         without it the latents.
@@ -139,7 +144,7 @@ class EnergyModel(LatentPrior):
         """
         if not self.has_context:
             return t
-        return self.schedule.angle.to(t.device, self.dtype)[t][:, None].expand(-1, 2)
+        return self.schedule.angle.to(t.device, self.angle_dtype)[t][:, None].expand(-1, 2)
 
     def layer_energies(self, u: Tensor, t: int | Tensor) -> Tensor:
         """Energies -f_i(z_i, t) in nats, (N, L), low where the data are.

@@ -93,7 +93,8 @@ def layer_log_prob(
 
     def velocity_and_divergence(u: Tensor, angle: float) -> tuple[Tensor, Tensor]:
         angle = min(angle, LARGEST_ANGLE)
-        angles = u.new_tensor([angle, 0.0]).expand(len(u), 2)
+        angles = torch.tensor([angle, 0.0], device=u.device, dtype=torch.promote_types(u.dtype, torch.float32))
+        angles = angles.expand(len(u), 2)
         with torch.inference_mode(False), torch.enable_grad():
             u = u.detach().clone().requires_grad_()
             part = u.reshape(shape)

@@ -237,7 +237,7 @@ class ContextEnergy(nn.Module):
         seen = u * self.activity.square().mean().clamp(min=1e-4).rsqrt()
         context = torch.stack((state.mean, state.std.log()), dim=1)
         context = (context - self.context_mean) / self.context_scale
-        condition, own = self.angles(angles), angles[:, 0]
+        condition, own = self.angles(angles.to(u.dtype)), angles[:, 0]
         values = self.network(seen, context.flatten(1, 2), condition)
         if self.categories is not None:
             return self.bias + own.cos()[:, None] * values

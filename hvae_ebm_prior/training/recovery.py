@@ -99,7 +99,7 @@ def teacher_forced_loss(
     with torch.no_grad(), prior.execution.precision(u.device):
         contexts = [(state.mean, state.std) for state in prior.transform.states(u)]
     t, u_t, u_next = diffuse(prior, u, streams)
-    angle = prior.schedule.angle.to(u)[t]
+    angle = prior.schedule.angle.to(u.device, prior.angle_dtype)[t]
     angles = torch.stack((angle, torch.zeros_like(angle)), dim=1)
 
     def states(u: Tensor, copies: int = 1) -> list[LayerState]:

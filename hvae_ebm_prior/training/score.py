@@ -83,7 +83,7 @@ def score_loss(
                 spread_angles(key, samples, draws, sequence).to(u).flatten() for sequence in (2 * i, 2 * i + 1)
             )
             image = torch.arange(n, device=u.device).repeat_interleave(draws)
-            angles = torch.stack((own, above_angle[image]), dim=1).to(prior.dtype)
+            angles = torch.stack((own, above_angle[image]), dim=1).to(prior.angle_dtype)
             layer = noisy_rows(data[i].to(prior.dtype)[image], context, image, angles, streams)
             repeated = {name: values[image] for name, values in above.items()}
             own_labels = {name: values[image] for name, values in checked.items()}
@@ -91,10 +91,10 @@ def score_loss(
             number = image + samples.start
             shown = (number + torch.arange(len(image), device=u.device) % draws) % 2 == 1
             chosen = (number % CALIBRATED == 0).nonzero()[:, 0] if objective.calibration else number[:0]
-            loss = rows_loss(prior, i, layer, repeated, own_labels, shown, chosen, other[chosen].to(prior.dtype))
+            loss = rows_loss(prior, i, layer, repeated, own_labels, shown, chosen, other[chosen].to(prior.angle_dtype))
             parts.append(LayerLoss(*(part.to(u).reshape(n, draws).mean(1) for part in loss)))
             with torch.no_grad():
-                read = torch.stack((read_angle, above_angle), dim=1).to(prior.dtype)
+                read = torch.stack((read_angle, above_angle), dim=1).to(prior.angle_dtype)
                 above = add_logits(prior, i, context, read, above)
     score, calibration, entropy = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
     total = objective.score * score + objective.calibration * calibration
@@ -169,7 +169,7 @@ def noisy_rows(data: Tensor, context: LayerState, image: Tensor, angles: Tensor,
         The rows.
     """
     eps = streams.normal(data.numel() // len(streams)).reshape(data.shape).to(data)
-    cos, sin = (wave.reshape(-1, *[1] * (data.ndim - 1)) for wave in (angles[:, 0].cos(), angles[:, 0].sin()))
+    cos, sin = (wave.to(data).reshape(-1, *[1] * (data.ndim - 1)) for wave in (angles[:, 0].cos(), angles[:, 0].sin()))
     return Rows(cos * data + sin * eps, cos * eps - sin * data, context.mean[image], context.std[image], angles)
 
 

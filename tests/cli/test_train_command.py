@@ -1,5 +1,6 @@
 """`hvae-ebm-prior train`: where images come from, what it writes, and that the same command goes on."""
 
+import json
 import sys
 import types
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from helpers import SMALL, TINY, same, seed
 from safetensors.torch import load_file
 
-from hvae_ebm_prior import DiffusionEBMPrior
+from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig
 from hvae_ebm_prior.cli.main import main
 from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.training import loop
@@ -104,6 +105,20 @@ def test_what_was_trained_can_be_sampled_and_described(preset, files, capsys):
     assert (files / "samples.png").exists()
     assert main(["info", "run"]) == 0
     assert "2 iterations" in capsys.readouterr().out
+
+
+def test_the_objective_can_be_chosen(files):
+    assert main(command("images.npz:train", "--iterations", "2", "--objective", "score")) == 0
+    assert json.loads((files / "run" / "config.json").read_text())["training"]["settings"]["objective"] == "score"
+
+
+def test_by_default_there_are_as_many_steps_as_the_images_bear(files, monkeypatch):
+    monkeypatch.setitem(PRESETS, "default", replace(PRESETS["default"], training=TrainingConfig()))
+    some = {len(PIXELS): TrainingConfig(iterations=3, batch_size=4, activity_images=0)}
+    monkeypatch.setattr(TrainingConfig, "for_images", some.get)
+    options = ["--backbone", "mine.py:load", "--data", "images.npz:train", "--out", "run"]
+    assert main(["train", *options]) == 0
+    assert json.loads((files / "run" / "config.json").read_text())["training"]["iterations"] == 3
 
 
 @pytest.fixture(autouse=True)
