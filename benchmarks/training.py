@@ -69,7 +69,7 @@ def run(
     start, processor = time.monotonic(), time.process_time()
     prior.fit(
         train,
-        training=TrainingConfig(iterations=iterations, objective=args.objective),
+        training=TrainingConfig(iterations=iterations, objective=args.objective, recovery_share=args.share),
         generator=torch.Generator().manual_seed(seed),
     )
     costs = {"seconds": time.monotonic() - start, "processor seconds": time.process_time() - processor}
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, nargs="+", default=[TrainingConfig().iterations])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objective", choices=get_args(ObjectiveName), default="score-recovery")
+    parser.add_argument("--share", type=float, default=TrainingConfig().recovery_share, help="recovery_share")
     parser.add_argument("--train", help="other training images")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["flow", "chains by layer"])
     parser.add_argument("--out", type=Path, help="keep the priors in this folder")
@@ -135,7 +136,8 @@ def main() -> None:
     distances = Distances(train, test)
     for seed in args.seeds:
         for iterations in args.iterations:
-            key = f"{args.objective}, {len(train)}, {iterations}, seed {seed}"
+            objective = f"{args.objective} {args.share:g}" if "score-" in args.objective else args.objective
+            key = f"{objective}, {len(train)}, {iterations}, seed {seed}"
             if key not in read():
                 result = run(args, iterations, seed, train, test, distances)
                 RESULTS.write_text(json.dumps({**read(), key: result}, indent=1) + "\n")
