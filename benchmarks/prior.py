@@ -35,9 +35,9 @@ RESULTS = Path(__file__).with_suffix(".json")
 OUTPUT = Path(__file__).parent.parent / "examples" / "output"
 # How samples are drawn: settings of drawing, and of chains.
 WAYS = {
-    "flow, 15 steps": (DrawingConfig(), {}),
-    "flow, 10 steps": (DrawingConfig(flow_steps=10), {}),
-    "flow, 30 steps": (DrawingConfig(flow_steps=30), {}),
+    "flow, 12 steps": (DrawingConfig(), {}),
+    "flow, 8 steps": (DrawingConfig(flow_steps=8), {}),
+    "flow, 24 steps": (DrawingConfig(flow_steps=24), {}),
     "chains by layer, 5 steps a level": (DrawingConfig(flow_steps=0), {}),
     "chains by layer, 20 steps a level": (DrawingConfig(flow_steps=0), {"steps": 20}),
     "flow, 5 Metropolis steps": (DrawingConfig(), {"corrector_steps": 5}),
@@ -93,7 +93,7 @@ def main() -> None:
             figures = {target: frechet_distance(found, values) for target, values in targets.items()}
             results.setdefault(name, []).append({**figures, "seconds": seconds})
             print(f"{folder} {name} {figures} {seconds:.1f}", file=sys.stderr, flush=True)
-            if number == 0 and name == "flow, 15 steps":
+            if number == 0 and name == "flow, 12 steps":
                 picture(args.out, images, train)
         prior.drawing, prior.langevin = DrawingConfig(), chains
         if args.density:

@@ -8,6 +8,7 @@ the top. Of the prior:
     diffusion     the same after a detour: the layers above the cut are diffused to a noise level, those below come
                   from the prior's chains at that level, and the last conditional priors draw all of them down to u_0
     density       inference plus the Gaussian energy |u_i|^2 / 2: -log of the density that energies correct
+    flow          -log p(u_i | z_<i) of the same draws, the normalised density of `log_prob`, of energies with context
     restoration   what that detour costs the image, log p(x | T(u)) before it less log p(x | T(u)) after it
     typicality    the Mahalanobis distance of the layers' energies at all levels t and their Gaussian energies to those
                   of reference images: with few training data an energy may be low as well as high, and both mark
@@ -35,6 +36,7 @@ from ..backbone.validation import check_count, check_images
 from ..chains.streams import Streams, draw_key, open_streams, sample_seeds, seeded
 from ..density.conditional import draw_conditional
 from ..density.energy_model import EnergyModel
+from ..density.log_prob import log_prob_by_layer
 from ..density.sampling import held_states
 
 
@@ -69,6 +71,30 @@ def density_scores(
         return prior.layer_energies(u, 0) + gaussian_energies(prior, u)
 
     return above_cuts(posterior_means(prior, images, draws, generator, statistics))
+
+
+@torch.no_grad()
+def flow_scores(
+    prior: EnergyModel, images: Tensor, *, draws: int = 1, steps: int = 10, generator: torch.Generator | None = None
+) -> Tensor:
+    """Normalised density of posterior draws, by the probability flow.
+
+    Args:
+        prior: the trained prior; its energies have context.
+        images: (N, C, H, W) in [0, 1].
+        draws: posterior draws per image, whose scores are averaged.
+        steps: as of `DiffusionEBMPrior.log_prob`.
+        generator: source of the posterior noise.
+
+    Returns:
+        Scores (N, L) in nats, entry k for the cut k.
+
+    Raises:
+        TypeError: energies without context, or images of a wrong type.
+        ValueError: images of a wrong shape or range.
+    """
+    check_count(steps, "steps")
+    return above_cuts(posterior_means(prior, images, draws, generator, lambda u: -log_prob_by_layer(prior, u, steps)))
 
 
 @torch.no_grad()
@@ -283,11 +309,12 @@ def mahalanobis(given: Tensor, typical: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(root, (given - typical.mean(0)).T, upper=False).square().sum(0)
 
 
-# All schemes by name; the first five are the prior's, and `typicality` takes `reference` images beside.
+# All schemes by name; the first six are the prior's, and `typicality` takes `reference` images beside.
 SCHEMES: dict[str, Callable[..., Tensor]] = {
     "inference": inference_scores,
     "diffusion": diffusion_scores,
     "density": density_scores,
+    "flow": flow_scores,
     "restoration": restoration_scores,
     "typicality": typicality_scores,
     "bound": bound_scores,

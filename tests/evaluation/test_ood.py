@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
+from backbones import PAIR_ENERGIES, IdentityBackbone, Pair, Quadratic, RandomBackbone, images_of
 from helpers import seed
 from stand_ins import perturb
 from torch.distributions import Normal
@@ -16,6 +16,7 @@ from hvae_ebm_prior.evaluation.outliers import (
     bound_scores,
     density_scores,
     diffusion_scores,
+    flow_scores,
     inference_scores,
     ratio_scores,
     restoration_scores,
@@ -43,6 +44,20 @@ def test_inference_and_density_scores_in_closed_form(known):
     torch.testing.assert_close(
         density_scores(known, images_of(Z)), torch.stack((both, top), 1) + gaussian, atol=1e-4, rtol=1e-4
     )
+
+
+def test_flow_scores_are_minus_the_log_density_of_the_layers_above_the_cut():
+    """Of Gaussian layers, u_1 ~ N(.5, .8^2) and u_2 | u_1 ~ N(.2 - .8 u_1, .8^2), with hardly any noise at level 0."""
+    schedule = DiffusionSchedule.from_snr([1e5, 15, 3, 0])
+    prior = DiffusionEBMPrior(Pair((1,), (1,)), schedule=schedule, energy=list(PAIR_ENERGIES))
+    u = torch.randn(6, 2, generator=seed(0))
+    images = images_of(torch.stack((u[:, 0], u[:, 0] + 0.5 * u[:, 1]), dim=1))
+    top = -Normal(0.5, 0.8).log_prob(u[:, 0])
+    both = top - Normal(0.2 - 0.8 * u[:, 0], 0.8).log_prob(u[:, 1])
+    scores = flow_scores(prior, images, steps=30)
+    torch.testing.assert_close(scores, torch.stack((both, top), 1), atol=5e-3, rtol=5e-3)
+    with pytest.raises(TypeError, match="context"):
+        flow_scores(DiffusionEBMPrior(Pair((1,), (1,)), energy=EnergyConfig(context=False)), images)
 
 
 @pytest.mark.usefixtures("counters")
