@@ -47,8 +47,9 @@ WAYS = {
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Mean and range."""
-    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """Mean, and range of several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def density(prior: DiffusionEBMPrior, images: Tensor) -> dict[str, float]:

@@ -89,7 +89,7 @@ def run(
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and range."""
+    """Mean, and range of several."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
