@@ -127,7 +127,7 @@ class EnergyModel(LatentPrior):
 
     @property
     def angle_dtype(self) -> torch.dtype:
-        """Precision of angles of noise: half would round those near pure noise past a quarter turn."""
+        """The precision of angles, which half precision would round past a quarter turn near pure noise."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def inputs(self, states: Sequence[LayerState]) -> Sequence[Tensor | LayerState]:
