@@ -12,7 +12,6 @@ against the test images. The density's gain is what log p(u) of the prior adds t
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from classifier import load_classifier
 from fashion_mnist import load_subset
 from quickstart import load_backbone
+from transitions import spread
 
 from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, LangevinConfig
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
@@ -44,12 +44,6 @@ WAYS = {
     "joint chains (Alg. 2), 5 steps a level": (DrawingConfig(ancestral=False), {}),
     "joint chains (Alg. 2), 20 steps a level": (DrawingConfig(ancestral=False), {"steps": 20}),
 }
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean, and range of several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def density(prior: DiffusionEBMPrior, images: Tensor) -> dict[str, float]:

@@ -14,7 +14,6 @@ the seeds of all runs in it.
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,10 +28,12 @@ from classifier import load_classifier
 from fashion_mnist import load_subset
 from lite0 import load_lite0
 from quickstart import load_backbone, peak_memory_gib
+from transitions import spread
 
 from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, TrainingConfig
 from hvae_ebm_prior.evaluation.features import extract
 from hvae_ebm_prior.evaluation.metrics import frechet_distance, moments
+from hvae_ebm_prior.evaluation.protocol import closure
 from hvae_ebm_prior.training.config import ObjectiveName
 from hvae_ebm_prior.training.image_data import load_images
 
@@ -88,12 +89,6 @@ def run(
     return {"threads": torch.get_num_threads(), **costs, "distances": found}
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean, and range of several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def table(results: dict[str, dict[str, Any]]) -> str:
     """All runs, one row for those that differ in the seed alone."""
     lines = [
@@ -109,16 +104,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             cells = [
                 spread([each[way][f"classifier, {target}"] for each in figures], 2) for target in ("training", "test")
             ]
-            cells += [spread([closure(each, way, name) for each in figures], 3) for name in ("classifier", "lite0")]
+            cells += [spread([closed(each, way, name) for each in figures], 3) for name in ("classifier", "lite0")]
             seconds = spread([run["processor seconds"] for run in runs], 0)
             lines.append(f"| {group} | {way} | {' | '.join(cells)} | {len(runs)} | {seconds} |")
     return "\n".join(lines)
 
 
-def closure(figures: dict[str, dict[str, float]], way: str, extractor: str) -> float:
+def closed(figures: dict[str, dict[str, float]], way: str, extractor: str) -> float:
     """Share of the distance between Gaussian samples and reconstructions that samples have closed."""
-    gaussian, found, floor = (figures[name][f"{extractor}, training"] for name in ("Gaussian", way, "reconstruction"))
-    return (gaussian - found) / (gaussian - floor)
+    return closure(*(figures[name][f"{extractor}, training"] for name in (way, "Gaussian", "reconstruction")))
 
 
 def main() -> None:

@@ -171,7 +171,6 @@ def draw_layer(
         States (N, d) at the levels 0..T, finite.
     """
     n, langevin = len(noise), model.langevin
-    angles = torch.empty(n, device=noise.device, dtype=model.angle_dtype)
 
     def gradient(u: Tensor, angle: Tensor) -> Tensor:
         with model.execution.precision(u.device):
@@ -179,7 +178,7 @@ def draw_layer(
 
     def velocity(u: Tensor, angle: float) -> Tensor:
         angle = min(angle, LARGEST_ANGLE)
-        return -math.tan(angle) * gradient(u, torch.full_like(angles, angle))
+        return -math.tan(angle) * gradient(u, torch.full((n,), angle, device=u.device, dtype=model.angle_dtype))
 
     if drawing.flow_steps:
         states = follow_flow(velocity, noise, drawing.flow_steps, model.schedule.angle[1:].tolist())
