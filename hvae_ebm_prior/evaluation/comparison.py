@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ from .features import Features, extract
 from .metrics import frechet_distance, moments
 from .protocol import closure, in_chunks
 
-# Training steps that are timed to find how many fit into a budget, after as many that are not.
-TIMED = 10
+# Training steps that are timed to find how many fit into a budget, all but the first ones; phases keep their shares.
+TIMED = 30
+WARM_UP = 3
 # Parts of the budget after which a run is measured on the way.
 SNAPSHOTS = (0.125, 0.25, 0.5)
 # Rows that every table begins with.
@@ -297,13 +297,13 @@ def affordable(
         prior = candidate.make(backbone)
     if seconds is None:
         return max(1, (budget.gradients or 0) // int(prior.gradients_per_step))  # type: ignore[arg-type]
-    training = replace(candidate.training, iterations=2 * TIMED)
+    training = replace(candidate.training, iterations=TIMED)
     generator = torch.Generator().manual_seed(0)
     start = time.monotonic()
     history = prior.fit(train_images, training=training, progress=False, generator=generator)  # type: ignore[operator]
     # What comes before the first step (activities of the latents) counts too.
     before = time.monotonic() - start - history[-1].seconds
-    step = statistics.median(later.seconds - record.seconds for record, later in pairwise(history[TIMED - 1 :]))
+    step = (history[-1].seconds - history[WARM_UP - 1].seconds) / (TIMED - WARM_UP)
     return max(1, int((seconds - before) / step))
 
 
