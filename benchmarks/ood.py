@@ -34,6 +34,7 @@ VARIANTS = {
     "inference": ("inference", {}),
     "diffusion": ("diffusion", {}),
     "diffusion, no noise": ("diffusion", {"noise": 0.0}),
+    "conditional diffusion": ("conditional-diffusion", {}),
     "density, 1 draw": ("density", {"draws": 1}),
     "density, 16 draws": ("density", {"draws": 16}),
     "restoration": ("restoration", {"draws": 2}),

@@ -4,6 +4,7 @@ from .evaluation.detection import Detection, detection
 from .evaluation.outliers import (
     SCHEMES,
     bound_scores,
+    conditional_diffusion_scores,
     density_scores,
     diffusion_scores,
     flow_scores,
@@ -17,6 +18,7 @@ __all__ = [
     "SCHEMES",
     "Detection",
     "bound_scores",
+    "conditional_diffusion_scores",
     "density_scores",
     "detection",
     "diffusion_scores",

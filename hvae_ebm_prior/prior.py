@@ -30,7 +30,7 @@ from .density.ancestral import DrawingConfig, draw_layers
 from .density.composition import Condition, Expression
 from .density.energy_model import DEFAULT_SCHEDULE
 from .density.log_prob import log_prob_by_layer
-from .density.sampling import SamplingRequest, make_request, sample_levels, split_request
+from .density.sampling import SamplingRequest, make_request, split_request
 from .energies.coupling import Coupling, Labels, build_heads
 from .energies.networks import EnergyConfig
 from .training.config import TrainingConfig
@@ -169,7 +169,7 @@ class DiffusionEBMPrior(LearnedPrior):
         """
         request = make_request(self, n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature)
         key = draw_key(generator)
-        states = self._draw_levels(key, range(n), request)
+        states = self.draw_levels(key, range(n), request)
         return torch.stack(states) if trajectory else states[0]
 
     def sample(
@@ -293,13 +293,9 @@ class DiffusionEBMPrior(LearnedPrior):
         gaussian = -(u.square().sum(1) + self.dim * math.log(2 * math.pi)) / 2
         return bound - gaussian + self.log_prob(u.to(self.dtype), steps=steps)
 
-    def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:  # noqa: B008
-        return self._draw_levels(key, samples, request)[0]
-
-    def _draw_levels(self, key: int, samples: range, request: SamplingRequest) -> list[Tensor]:
-        """States u_0..u_T, each (N, D), of the given samples of a call."""
+    def draw_levels(self, key: int, samples: range, request: SamplingRequest) -> list[Tensor]:
         if not self._draws_layers(request):
-            return sample_levels(self, request, key, samples)
+            return super().draw_levels(key, samples, request)
         parts = split_request(self, request, key, samples)
         chunks = [draw_layers(self, streams, self.drawing, part) for part, streams in parts]
         return [torch.cat(states) for states in zip(*chunks, strict=True)]

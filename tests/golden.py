@@ -27,7 +27,12 @@ from hvae_ebm_prior import (
 from hvae_ebm_prior.baselines import JointEBMPrior, LatentDiffusionPrior, NCPPrior
 from hvae_ebm_prior.control import edit, sample_in_turn
 from hvae_ebm_prior.evaluation.likelihood import AnnealingConfig, log_normalizer
-from hvae_ebm_prior.evaluation.outliers import diffusion_scores, inference_scores, typicality_scores
+from hvae_ebm_prior.evaluation.outliers import (
+    conditional_diffusion_scores,
+    diffusion_scores,
+    inference_scores,
+    typicality_scores,
+)
 from hvae_ebm_prior.evaluation.transitions import langevin_transitions
 from hvae_ebm_prior.presets import PRESETS
 
@@ -62,7 +67,7 @@ def build(kind: type = DiffusionEBMPrior, backbone: object = None, **settings: o
     """A prior whose networks start from known weights."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        prior = kind(backbone or Seen(SHAPES), energy=SMALL, **settings)
+        prior = kind(backbone or Seen(SHAPES), **{"energy": SMALL, **settings})
         for parameter in prior.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     return prior
@@ -70,6 +75,7 @@ def build(kind: type = DiffusionEBMPrior, backbone: object = None, **settings: o
 
 COUPLING = Coupling({"class": LabelSet(("a", "b", "c"), layers=(0,))}, networks=SMALL)
 PRIORS = {
+    "context": lambda: build(energy=replace(SMALL, context=True)),
     "plain": lambda: build(schedule=COSINE, langevin=CHAINS),
     "fast": lambda: build(langevin=PRESETS["joint-recovery"].langevin),
     "published": lambda: build(
@@ -125,6 +131,7 @@ def numbers() -> dict[str, Tensor]:
     found["in turn"] = sample_in_turn(prior, 3, [({"class": 1}, (0,)), (None, (1, 2))], generator=seed(1))[-1]
     found["inference scores"] = inference_scores(prior, images, generator=seed(1))
     found["diffusion scores"] = diffusion_scores(prior, images, generator=seed(1))
+    found["conditional diffusion scores"] = conditional_diffusion_scores(prior, images, generator=seed(1))
     found["typicality scores"] = typicality_scores(prior, images, reference=IMAGES, generator=seed(1))
     u, levels = torch.randn(2, prior.dim, generator=seed(2)), torch.zeros(2, dtype=torch.long)
     found["normaliser"] = log_normalizer(prior, u, levels, annealing=AnnealingConfig(2, 2), generator=seed(1)).forward

@@ -5,11 +5,14 @@ top one alone. Higher layers hold coarser features, and outliers that resemble t
 the top. Of the prior:
 
     inference     -sum_i f_i(T(u_0)_i, 0) over the layers above the cut, of a posterior draw u_0
-    diffusion     the same after a detour: the layers above the cut are diffused to a noise level, those below come
-                  from the prior's chains at that level, and the last conditional priors draw all of them down to u_0
+    diffusion     the same after a detour: the layers above the cut are diffused to a noise level, those below are the
+                  states of samples of the prior at that level, whatever the image, and the last conditional priors draw
+                  all of them down to u_0 (Cui & Han, 2024, Sec. 5.2)
+    conditional-  the same with layers below the cut that the prior draws given those above, which are held at their
+    diffusion     diffusion
     density       inference plus the Gaussian energy |u_i|^2 / 2: -log of the density that energies correct
     flow          -log p(u_i | z_<i) of the same draws, the normalised density of `log_prob`, of energies with context
-    restoration   what that detour costs the image, log p(x | T(u)) before it less log p(x | T(u)) after it
+    restoration   what the conditional detour costs the image, log p(x | T(u)) before it less log p(x | T(u)) after it
     typicality    the Mahalanobis distance of the layers' energies at all levels t and their Gaussian energies to those
                   of reference images: with few training data an energy may be low as well as high, and both mark
                   outliers (Nalisnick et al., 2019, on typical sets; Morningstar et al., 2021, on density statistics)
@@ -25,19 +28,18 @@ directions that do not depend on the image: only a mean over draws shows the res
 Noise belongs to an image's place in the call, so no score depends on the other images.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..backbone.elbo import density_adapter, teacher_forced
 from ..backbone.validation import check_count
-from ..chains.streams import Streams, seeded
-from ..density.conditional import draw_conditional
+from ..chains.streams import seeded
 from ..density.energy_model import EnergyModel
 from ..density.log_prob import log_prob_by_layer
-from ..density.sampling import held_states
-from .scoring import Chunk, above_cuts, averaged, encode_each, gaussian_energies, posterior_means
+from .detours import conditional_diffusion_scores, diffusion_scores, restoration_scores
+from .scoring import Chunk, above_cuts, averaged, gaussian_energies, posterior_means
 
 
 @torch.no_grad()
@@ -95,120 +97,6 @@ def flow_scores(
     """
     check_count(steps, "steps")
     return above_cuts(posterior_means(prior, images, draws, generator, lambda u: -log_prob_by_layer(prior, u, steps)))
-
-
-@torch.no_grad()
-def diffusion_scores(
-    prior: EnergyModel,
-    images: Tensor,
-    *,
-    level: int = 1,
-    noise: float = 1.0,
-    draws: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Energies after diffusing the layers above each cut and drawing them back.
-
-    Args:
-        prior: the trained prior.
-        images: (N, C, H, W) in [0, 1].
-        level: noise level t that images are diffused to, 1..T.
-        noise: factor on the std of that noise; 1 for what the conditional priors were trained on.
-        draws: posterior draws per image, whose scores are averaged.
-        generator: source of all noise.
-
-    Returns:
-        Scores (N, L) in nats, entry k for the cut k; each costs the chains of a sample.
-
-    Raises:
-        TypeError, ValueError: images of a wrong type, shape or range, or no such level.
-        ChainDiverged: a chain left the finite numbers.
-    """
-    check_detour(prior, level, noise)
-
-    def score(chunk: Chunk) -> Tensor:
-        u = encode_each(prior, chunk)[0]
-        restored = restore_above_cuts(prior, u, level, noise, chunk.streams)
-        return torch.stack([above_cuts(prior.layer_energies(u_0, 0))[:, k] for k, u_0 in enumerate(restored)], dim=1)
-
-    return averaged(prior, images, draws, generator, score)
-
-
-@torch.no_grad()
-def restoration_scores(
-    prior: EnergyModel,
-    images: Tensor,
-    *,
-    level: int = 1,
-    noise: float = 1.0,
-    draws: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """How much worse images are explained after the detour of `diffusion_scores`.
-
-    Args:
-        prior: the trained prior.
-        images: (N, C, H, W) in [0, 1].
-        level: noise level t that images are diffused to, 1..T.
-        noise: factor on the std of that noise.
-        draws: posterior draws per image, whose scores are averaged.
-        generator: source of all noise.
-
-    Returns:
-        Scores (N, L) in nats, entry k for the cut k, the layers below which are the prior's own.
-
-    Raises:
-        TypeError: the adapter gives no densities, see `hvae_ebm_prior.backbone.elbo.DensityAdapter`, or images of a
-            wrong type.
-        ValueError: images of a wrong shape or range, or no such level.
-        ChainDiverged: a chain left the finite numbers.
-    """
-    check_detour(prior, level, noise)
-    adapter = density_adapter(prior.backbone)
-
-    def log_likelihood(images: Tensor, u: Tensor) -> Tensor:
-        _, features = prior.transform.states_and_features(u)
-        return adapter.log_likelihood(features, images)
-
-    def score(chunk: Chunk) -> Tensor:
-        u = encode_each(prior, chunk)[0]
-        before = log_likelihood(chunk.images, u)
-        restored = restore_above_cuts(prior, u, level, noise, chunk.streams)
-        return torch.stack([before - log_likelihood(chunk.images, u_0) for u_0 in restored], dim=1)
-
-    return averaged(prior, images, draws, generator, score)
-
-
-def check_detour(prior: EnergyModel, level: int, noise: float) -> None:
-    """Raise ValueError unless the level exists and noise is non-negative."""
-    if level not in range(1, prior.schedule.steps + 1):
-        raise ValueError(f"level: expected a noise level 1..{prior.schedule.steps}, got {level!r}")
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise: expected a non-negative factor, got {noise!r}")
-
-
-def restore_above_cuts(prior: EnergyModel, u: Tensor, level: int, noise: float, streams: Streams) -> Iterator[Tensor]:
-    """For every cut in turn, u_0 (N, D) of the detour: the layers of `u` (N, D) above the cut diffused to `level`, the
-    others drawn there by the prior given them, and all drawn down together.
-    """
-    parts = prior.split(u)
-    for k in range(len(parts)):
-        inferred = dict(enumerate(parts[: len(parts) - k]))
-        yield restore(prior, inferred, level, noise, streams)
-
-
-def restore(prior: EnergyModel, inferred: dict[int, Tensor], level: int, noise: float, streams: Streams) -> Tensor:
-    """The u_0 of one cut, from the layers `inferred` above it."""
-    mask, states = held_states(inferred, prior.transform, prior.schedule, streams, noise)
-    u = torch.where(mask, states[-1], streams.normal(prior.dim))
-    for t in reversed(range(prior.schedule.steps)):
-        # With all layers inferred nothing is drawn above the level.
-        if t >= level and bool(mask.all()):
-            u = states[t]
-            continue
-        levels = torch.full((len(u),), t, dtype=torch.long, device=u.device)
-        u = draw_conditional(prior, u, levels, streams, hold=(mask, states[t]) if t >= level else None)
-    return u
 
 
 @torch.no_grad()
@@ -309,10 +197,11 @@ def mahalanobis(given: Tensor, typical: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(root, (given - typical.mean(0)).T, upper=False).square().sum(0)
 
 
-# All schemes by name; the first six are the prior's, and `typicality` takes `reference` images beside.
+# All schemes by name; the first seven are the prior's, and `typicality` takes `reference` images beside.
 SCHEMES: dict[str, Callable[..., Tensor]] = {
     "inference": inference_scores,
     "diffusion": diffusion_scores,
+    "conditional-diffusion": conditional_diffusion_scores,
     "density": density_scores,
     "flow": flow_scores,
     "restoration": restoration_scores,

@@ -12,11 +12,12 @@ from ..density.energy_model import EnergyModel
 
 
 class Chunk(NamedTuple):
-    """Some images (n, C, H, W) of a call, with the randomness that belongs to their places in it: a seed each for the
-    posterior draws, and streams for all other noise.
+    """Some images (n, C, H, W) of a call, their places in it, and the randomness that belongs to these: a seed each for
+    the posterior draws, and streams for all other noise.
     """
 
     images: Tensor
+    rows: range
     seeds: list[int]
     streams: Streams
 
@@ -55,7 +56,7 @@ def averaged(
             rows = range(first, min(first + chunk_size, len(images)))
             seeds = sample_seeds(seeds_key, rows)
             streams = open_streams(streams_key, rows, prior.device, prior.dtype, prior.execution.backend)
-            parts.append(score(Chunk(images[rows.start : rows.stop], seeds, streams)))
+            parts.append(score(Chunk(images[rows.start : rows.stop], rows, seeds, streams)))
         scores.append(torch.cat(parts))
     return torch.stack(scores).mean(0)
 

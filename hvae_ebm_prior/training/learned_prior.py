@@ -86,7 +86,23 @@ class LearnedPrior(TrainablePrior):
 
     def _draw(self, key: int, samples: range, request: SamplingRequest = SamplingRequest()) -> Tensor:  # noqa: B008
         """Noise (N, D) of the given samples of a call; baselines may draw in ways of their own."""
-        return sample_levels(self, request, key, samples)[0]
+        return self.draw_levels(key, samples, request)[0]
+
+    def draw_levels(self, key: int, samples: range, request: SamplingRequest) -> list[Tensor]:
+        """States of all levels on the way to samples.
+
+        Args:
+            key: the key of all noise of the call (`hvae_ebm_prior.chains.streams.draw_key`).
+            samples: numbers of the samples in the call.
+            request: what to sample (`hvae_ebm_prior.density.sampling.make_request`).
+
+        Returns:
+            u_0..u_T, each (N, D).
+
+        Raises:
+            ChainDiverged: a chain left the finite numbers.
+        """
+        return sample_levels(self, request, key, samples)
 
     def _draw_images(
         self, n: int, request: SamplingRequest, chunk_size: int | None, generator: torch.Generator | None

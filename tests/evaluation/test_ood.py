@@ -10,10 +10,13 @@ from stand_ins import perturb
 from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
+from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.evaluation.detection import detection
+from hvae_ebm_prior.evaluation.detours import draw_beside, restore
 from hvae_ebm_prior.evaluation.outliers import (
     SCHEMES,
     bound_scores,
+    conditional_diffusion_scores,
     density_scores,
     diffusion_scores,
     flow_scores,
@@ -61,7 +64,8 @@ def test_flow_scores_are_minus_the_log_density_of_the_layers_above_the_cut():
 
 
 @pytest.mark.usefixtures("counters")
-def test_diffusion_scores_between_their_limits():
+@pytest.mark.parametrize("diffusion_scores", [diffusion_scores, conditional_diffusion_scores])
+def test_diffusion_scores_between_their_limits(diffusion_scores):
     """From a level without noise they are the inference scores; from pure noise nothing of the image is left, and they
     are those of samples.
     """
@@ -86,6 +90,29 @@ def test_diffusion_scores_between_their_limits():
             expected.mean().item(), abs=5 * expected.std().item() * (2 / 2000) ** 0.5
         )
     assert inference_scores(noisy, images).mean() > 2 * scores.mean()
+
+
+def test_lower_layers_of_the_detour_are_those_of_samples_or_drawn_given_the_image():
+    """z_2 = u_1 + u_2 / 2 and f_2 = -20 z_2^2, so u_2 | u_1 ~ N(-(20/11) u_1, 1/11), and u_2 ~ N(0, 41/51) in samples
+    of the prior. From a level with hardly any noise the last chains move nothing.
+    """
+    n = 500
+    prior = DiffusionEBMPrior(
+        Pair((1,), (1,)),
+        energy=[Quadratic(1), Quadratic(1, 0.0, -20.0)],
+        schedule=DiffusionSchedule.from_snr([1e9, 1e8, 0]),
+        langevin=LangevinConfig(steps=250, step_size=0.01, drift_limit=math.inf),
+    )
+    u = torch.ones(n, 2)
+    samples = prior.sample_noise(n, trajectory=True, generator=seed(0))[1]
+    streams = open_streams(1, range(n), prior.device, prior.dtype)
+    beside = list(draw_beside(prior, u, samples, 1, 1.0, streams))
+    given = list(restore(prior, u, 1, 1.0, streams))
+    for (first, second), mean, variance in ((beside, 0.0, 41 / 51), (given, -20 / 11, 1 / 11)):
+        torch.testing.assert_close(first, u, atol=2e-3, rtol=0)
+        torch.testing.assert_close(second[:, 0], u[:, 0], atol=2e-3, rtol=0)
+        assert second[:, 1].mean().item() == pytest.approx(mean, abs=0.1)
+        assert second[:, 1].var().item() == pytest.approx(variance, rel=0.15)
 
 
 def test_typicality_is_the_mahalanobis_distance_of_energies_and_gaussian_parts(known):
