@@ -5,8 +5,8 @@
     prior.fit(images, training=preset.training)
 
 The published settings have T = 3, Euler steps s_t = b^2 (sigma_bar_t/sigma_bar_0) sigma_{t+1}^2 from u_{t+1}, networks
-that stand for F = f/s_t (so the loss is divided by s_t), no kernel term at t = T-1, spectral norm, no moving average
-and no clipping.
+of their own (`energies/published.py`) that stand for F = f/s_t (so the loss is divided by s_t), no kernel term at t =
+T-1, no moving average and no clipping.
 """
 
 import math
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from .chains.langevin import LangevinConfig
 from .chains.schedule import DiffusionSchedule
 from .density.energy_model import DEFAULT_SCHEDULE
-from .energies.networks import EnergyConfig
+from .energies.networks import Architecture, EnergyConfig
 from .training.config import TrainingConfig
 
 
@@ -36,7 +36,28 @@ class Preset:
     training: TrainingConfig
 
 
-def published(steps: int, step_size: float, width: int, batch_size: int, epoch_decay: float) -> Preset:
+# What the authors' codes have in common.
+PUBLISHED_TRAINING = TrainingConfig(
+    learning_rate=4e-5,
+    betas=(0.99, 0.999),
+    weight_decay=3e-5,
+    warmup=0,
+    final_learning_rate=1.0,
+    clip_norm=math.inf,
+    ema_decay=0.0,
+    gap_limit=math.inf,
+    activity_images=0,
+)
+
+
+def published(
+    steps: int,
+    step_size: float,
+    width: int,
+    batch_size: int,
+    epoch_decay: float,
+    architecture: Architecture = "published-cifar10",
+) -> Preset:
     """Settings of the published code, which differ between its benchmarks in the arguments only."""
     return Preset(
         schedule=DiffusionSchedule.ddpm(3),
@@ -49,20 +70,10 @@ def published(steps: int, step_size: float, width: int, batch_size: int, epoch_d
             drift_limit=math.inf,
             kernel_at_top=False,
         ),
-        energy=EnergyConfig(context=False, width=width, spectral_norm=True),
-        training=TrainingConfig(
-            batch_size=batch_size,
-            learning_rate=4e-5,
-            betas=(0.99, 0.999),
-            weight_decay=3e-5,
-            warmup=0,
-            final_learning_rate=1.0,
-            epoch_decay=epoch_decay,
-            clip_norm=math.inf,
-            ema_decay=0.0,
-            gap_limit=math.inf,
-            activity_images=0,
+        energy=EnergyConfig(
+            context=False, width=width, spectral_norm=architecture == "published-cifar10", architecture=architecture
         ),
+        training=replace(PUBLISHED_TRAINING, batch_size=batch_size, epoch_decay=epoch_decay),
     )
 
 
@@ -94,6 +105,14 @@ PRESETS = {
         PLAIN,
         replace(PLAIN_TRAINING, iterations=480, learning_rate=5e-4),
     ),
+    # The two-stage code of Joint-EBM (github.com/jcui1224/hierarchical-joint-ebm), whose steps of 1e-5 are twice those
+    # of Eq. 3; networks and batch are those of the other baselines.
+    "joint-ebm-published": Preset(
+        DiffusionSchedule.marginal(),
+        LangevinConfig(steps=10, step_size=5e-6, integrator="euler", start="next", drift_limit=math.inf),
+        PLAIN,
+        replace(PUBLISHED_TRAINING, batch_size=64, learning_rate=2e-5),
+    ),
     "ncp": Preset(
         DiffusionSchedule.marginal(),
         LangevinConfig(steps=15, step_size=0.1, start="next", top_steps=6),
@@ -101,7 +120,7 @@ PRESETS = {
         replace(PLAIN_TRAINING, iterations=1000, learning_rate=3e-3),
     ),
     "paper-cifar10": published(steps=50, step_size=3e-5, width=128, batch_size=50, epoch_decay=0.9),
-    "paper-celebahq256": published(steps=30, step_size=2e-5, width=64, batch_size=4, epoch_decay=0.98),
+    "paper-celebahq256": published(30, 2e-5, 64, 4, 0.98, "published-celebahq256"),
     # No settings are published for these two. The chains are those of CIFAR-10; the churches' width and batch are of
     # the same authors' marginal EBM prior on the same backbone (github.com/jcui1224/hierarchical-joint-ebm), which
     # gives both data sets one step size.

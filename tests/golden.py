@@ -27,13 +27,8 @@ from hvae_ebm_prior import (
 from hvae_ebm_prior.baselines import JointEBMPrior, LatentDiffusionPrior, NCPPrior
 from hvae_ebm_prior.control import edit, sample_in_turn
 from hvae_ebm_prior.evaluation.likelihood import AnnealingConfig, log_normalizer
-from hvae_ebm_prior.evaluation.outliers import (
-    conditional_diffusion_scores,
-    diffusion_scores,
-    inference_scores,
-    typicality_scores,
-)
 from hvae_ebm_prior.evaluation.transitions import langevin_transitions
+from hvae_ebm_prior.ood import conditional_diffusion_scores, diffusion_scores, inference_scores, typicality_scores
 from hvae_ebm_prior.presets import PRESETS
 
 DATA = Path(__file__).parent / "data"

@@ -37,6 +37,13 @@ def test_published_chains_hardly_move():
     assert [round(float(part), digits) for part, digits in zip(relaxed, (4, 2, 2), strict=True)] == [0.0007, 0.05, 0.07]
 
 
+def test_published_steps_of_joint_ebm():
+    """u moves by 1/2 1e-5 of the gradient and by noise of variance 1e-5, of N(0, I) too."""
+    preset = PRESETS["joint-ebm-published"]
+    found = langevin_coefficients(torch.zeros(1).long(), preset.schedule, preset.langevin, torch.float64)[0]
+    np.testing.assert_allclose(found, [1 - 0.5e-5, 0, 0.5e-5, 1e-5**0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_published_learning_rates_decay_by_epoch_alone(name):
     _, decay = PAPER[name]

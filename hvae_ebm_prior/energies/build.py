@@ -8,12 +8,13 @@ from torch import nn
 from ..backbone.transform import LayerState
 from .context import ContextEnergy, takes_context
 from .networks import EnergyConfig, LayerEnergy
+from .published import PublishedEnergy
 
 
 def make_network(
     shape: Sequence[int], steps: int, config: EnergyConfig, categories: int | None = None
-) -> LayerEnergy | ContextEnergy:
-    """A default network for latents of this shape.
+) -> LayerEnergy | ContextEnergy | PublishedEnergy:
+    """A default or published network for latents of this shape.
 
     Args:
         shape: shape of the latent without batch.
@@ -26,6 +27,8 @@ def make_network(
     """
     if config.context:
         return ContextEnergy(shape, config, categories)
+    if config.architecture != "default":
+        return PublishedEnergy(shape, config, categories)
     return LayerEnergy(shape, steps, config, categories)
 
 

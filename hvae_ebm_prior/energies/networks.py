@@ -10,6 +10,7 @@ the backbone's own Gaussian prior.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
+Architecture = Literal["default", "published-cifar10", "published-celebahq256"]
 # Maps are halved until neither side is longer than this, then read out position by position; a network over all
 # dimensions reads smaller ones, which learns fast, and would overfit and diverge on larger ones.
 READOUT_SIZE = 4
@@ -30,14 +32,16 @@ class EnergyConfig:
 
     Attributes:
         width: feature channels of maps at the coarsest resolution; half as many at each finer one, but no fewer than 16
-            (or `width`).
+            (or `width`). Of published architectures, that of all maps.
         vector_width: features of vectors and of maps up to 4x4, which are read as vectors.
         blocks: residual blocks at the coarsest resolution (with context the last of them over the whole map as one
             vector), and of vectors; finer resolutions have one each, with context one on the way down and one up.
-        spectral_norm: divide the weight of every layer but the readout by its largest singular value, estimated once
-            per chain. For energies without context.
+        spectral_norm: divide the weight of every layer, but for the readout of the default architecture, by its largest
+            singular value, estimated once per chain. For energies without context.
         context: whether f_i sees u_i and the Gaussian that the layers above give it
             (`hvae_ebm_prior.energies.context`), or z_i alone, as in the paper.
+        architecture: "default", or one of the published code's (`hvae_ebm_prior.energies.published`), which have no
+            context and take `width` and `spectral_norm` alone.
     """
 
     width: int = 64
@@ -45,8 +49,15 @@ class EnergyConfig:
     blocks: int = 2
     spectral_norm: bool = False
     context: bool = True
+    architecture: Architecture = "default"
 
     def __post_init__(self) -> None:
+        if self.architecture not in get_args(Architecture):
+            raise ValueError(
+                f"architecture: expected one of {', '.join(get_args(Architecture))}, got {self.architecture!r}"
+            )
+        if self.context and self.architecture != "default":
+            raise ValueError("architecture: the published networks have no context; set context=False as well")
         if self.context and self.spectral_norm:
             raise ValueError("spectral_norm: it is for energies without context; set context=False as well")
         for name in ("width", "vector_width", "blocks"):

@@ -34,14 +34,16 @@ def candidates(preset: Preset = PRESETS["default"]) -> dict[str, Candidate]:
         The candidates.
     """
     plain = PRESETS["joint-recovery"]
-    joint = PRESETS["joint-ebm"].training
+    joint, published = PRESETS["joint-ebm"].training, PRESETS["joint-ebm-published"]
     ncp = PRESETS["ncp"].training
     return {
         OURS: Candidate(partial(build, preset), preset.training),
         "joint-recovery": Candidate(partial(build, plain), plain.training),
         "joint-ebm": Candidate(JointEBMPrior, joint),
         "joint-ebm-persistent": Candidate(partial(JointEBMPrior, chains="persistent"), joint),
-        "joint-ebm-published": Candidate(partial(JointEBMPrior, target="published"), joint),
+        "joint-ebm-published": Candidate(
+            partial(JointEBMPrior, target="published", langevin=published.langevin), published.training
+        ),
         "ncp-sir": Candidate(partial(NCPPrior, sampler="sir"), ncp),
         "ncp-langevin": Candidate(partial(NCPPrior, sampler="langevin"), ncp),
         "z-diffusion": Candidate(partial(build, plain, kind=LatentDiffusionPrior), plain.training),
@@ -66,21 +68,30 @@ def ablations(preset: Preset = PRESETS["joint-recovery"]) -> dict[str, Candidate
     def training(**changes: Any) -> Preset:
         return replace(preset, training=replace(preset.training, **changes))
 
-    # T levels from one signal-to-noise ratio to another; each ratio to the next about the same.
-    levels = {1: (200, 0), 2: (200, 6, 0), 4: (200, 25, 6, 1.5, 0), 6: (200, 50, 18, 7, 2.5, 0.7, 0)}
+    own = preset.langevin.step_rule == "relative"
+    if own:
+        # T levels from one signal-to-noise ratio to another; each ratio to the next about the same.
+        ratios = {1: (200, 0), 2: (200, 6, 0), 4: (200, 25, 6, 1.5, 0), 6: (200, 50, 18, 7, 2.5, 0.7, 0)}
+        schedules = {steps: DiffusionSchedule.from_snr(snr) for steps, snr in ratios.items()}
+    else:
+        schedules = {steps: DiffusionSchedule.ddpm(steps) for steps in (1, 2, 4, 6)}
     changed = {
         OURS: preset,
-        **{f"K = {steps}": chains(steps=steps) for steps in (3, 8, 15, 30)},
-        **{f"T = {steps}": replace(preset, schedule=DiffusionSchedule.from_snr(snr)) for steps, snr in levels.items()},
-        "euler": chains(integrator="euler"),
-        "strang": chains(integrator="strang"),
-        "leimkuhler-matthews": chains(integrator="leimkuhler-matthews"),
-        "from u_{t+1}": chains(start="next"),
-        "cosine schedule": replace(preset, schedule=DiffusionSchedule.cosine(3)),
-        "ddpm schedule": replace(preset, schedule=DiffusionSchedule.ddpm(3)),
+        **{f"K = {steps}": chains(steps=steps) for steps in (3, 8, 15, 30, 100)},
+        **{f"T = {steps}": replace(preset, schedule=schedule) for steps, schedule in schedules.items()},
         **{f"batch of {size}": training(batch_size=size) for size in (32, 128)},
         "no moving average": training(ema_decay=0.0),
         "moving average .999": training(ema_decay=0.999),
     }
+    if own:
+        # The published step rule is of Euler steps from u_{t+1} alone, and divides by the first level's noise.
+        changed |= {
+            "euler": chains(integrator="euler"),
+            "strang": chains(integrator="strang"),
+            "leimkuhler-matthews": chains(integrator="leimkuhler-matthews"),
+            "from u_{t+1}": chains(start="next"),
+            "cosine schedule": replace(preset, schedule=DiffusionSchedule.cosine(3)),
+            "ddpm schedule": replace(preset, schedule=DiffusionSchedule.ddpm(3)),
+        }
     found = {name: Candidate(partial(build, each), each.training) for name, each in changed.items()}
     return found | {"z-space": Candidate(partial(build, preset, kind=LatentDiffusionPrior), preset.training)}

@@ -20,6 +20,7 @@ from ..energies.build import make_network
 from ..energies.context import ContextEnergy
 from ..energies.coupling import Coupling
 from ..energies.networks import EnergyConfig, LayerEnergy
+from ..energies.published import PublishedEnergy
 from .fingerprint import Fingerprint
 from .typed_json import InvalidPrior, from_json, read_value, to_json
 
@@ -135,7 +136,8 @@ def make_config(
             "arguments yourself"
         )
     energies = [
-        network.config if isinstance(network, LayerEnergy | ContextEnergy) else None for network in prior.energies
+        network.config if isinstance(network, LayerEnergy | ContextEnergy | PublishedEnergy) else None
+        for network in prior.energies
     ]
     if any(energy != energies[0] for energy in energies):
         raise TypeError(

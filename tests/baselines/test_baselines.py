@@ -27,8 +27,8 @@ from hvae_ebm_prior.chains.langevin import gaussian_part, langevin_coefficients
 from hvae_ebm_prior.control import resample
 from hvae_ebm_prior.energies.context import ContextEnergy
 from hvae_ebm_prior.evaluation.likelihood import log_normalizer
-from hvae_ebm_prior.evaluation.outliers import diffusion_scores, inference_scores
 from hvae_ebm_prior.evaluation.transitions import langevin_transitions
+from hvae_ebm_prior.ood import diffusion_scores, inference_scores
 
 SHAPES = [(2,), (1, 2, 2)]
 SMALL = EnergyConfig(context=False, width=8, vector_width=16)

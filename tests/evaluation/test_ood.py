@@ -12,17 +12,20 @@ from torch.distributions import Normal
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.evaluation.detection import detection
-from hvae_ebm_prior.evaluation.detours import draw_beside, restore
+from hvae_ebm_prior.evaluation.detours import (
+    conditional_diffusion_scores,
+    diffusion_scores,
+    draw_beside,
+    restoration_scores,
+    restore,
+)
 from hvae_ebm_prior.evaluation.outliers import (
     SCHEMES,
     bound_scores,
-    conditional_diffusion_scores,
     density_scores,
-    diffusion_scores,
     flow_scores,
     inference_scores,
     ratio_scores,
-    restoration_scores,
     typicality_scores,
 )
 
