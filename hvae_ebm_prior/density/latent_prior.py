@@ -17,8 +17,9 @@ from ..backbone.registry import find_adapter
 from ..backbone.transform import BackboneAdapter, NoiseTransform
 from ..backbone.validation import check_count, check_images, check_noise
 from ..chains.langevin import ChainDiverged
-from ..chains.streams import draw_key, draw_seeds, seeded
+from ..chains.streams import draw_key, draw_seeds, open_streams, seeded
 from ..processes import agree, collect, join_rows, share
+from .posterior import refine_posterior
 
 # Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded; a GPU needs more at a
 # time to be busy.
@@ -120,11 +121,14 @@ class LatentPrior(nn.Module, ABC):
         return self.transform.join(parts)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, *, mcmc_steps: int = 0, generator: torch.Generator | None = None) -> Tensor:
         """A posterior draw z ~ q(z|x) as noise u = T⁻¹(z).
 
         Args:
             images: (N, C, H, W) in [0, 1].
+            mcmc_steps: Langevin steps with a Metropolis test from there, on the backbone's own p(z | x), each a
+                gradient of the backbone; the first half of them looks for the steps' size
+                (`hvae_ebm_prior.density.posterior`).
             generator: source of the posterior noise; None takes torch's global generators.
 
         Returns:
@@ -132,9 +136,12 @@ class LatentPrior(nn.Module, ABC):
 
         Raises:
             TypeError, ValueError: images or the backbone's latents have a wrong type, shape or range, or are not
-                finite.
+                finite; or steps are asked for of an adapter without densities
+                (`hvae_ebm_prior.backbone.elbo.DensityAdapter`).
         """
         check_images(images)
+        if mcmc_steps:
+            check_count(mcmc_steps, "mcmc_steps")
         if images.dtype == torch.float64:  # what NumPy gives; backbones are rarely in double
             images = images.to(self.transform.dtype)
         with contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device):
@@ -142,6 +149,10 @@ class LatentPrior(nn.Module, ABC):
         u = self.transform.to_noise(z).to(self.dtype)
         if not bool(torch.isfinite(u).all()):
             raise ValueError("the backbone's posterior draws are not finite; check its weights and that images suit it")
+        if mcmc_steps:
+            streams = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype)
+            images = images.to(self.transform.device)
+            u = refine_posterior(self.transform, u, images, steps=mcmc_steps, streams=streams)
         return u
 
     def decode(self, u: Tensor) -> Tensor:
