@@ -24,7 +24,7 @@ from ..chains.execution import (
     one_by_one,
     walk_gradient,
 )
-from ..chains.langevin import LangevinConfig, published_step
+from ..chains.langevin import LangevinConfig, gaussian_part, published_step
 from ..chains.schedule import DiffusionSchedule
 from ..energies.build import build_energies
 from ..energies.context import takes_context
@@ -165,10 +165,33 @@ class EnergyModel(LatentPrior):
         return self.layer_energies(u, t).sum(1)
 
     def score(self, u: Tensor, t: int | Tensor) -> Tensor:
-        """grad_u [F(T(u), t) - |u|^2 / 2], (N, D), of noise `u` (N, D) at level `t`, an int or (N,) long in 0..T-1."""
+        """grad_u [F(T(u), t) - |u|^2 / 2], (N, D), that of the marginal density (Eq. 8), of noise `u` (N, D) at level
+        `t`, an int or (N,) long in 0..T-1.
+        """
         check_noise(u, self.dim, self.device)
         levels = check_levels(t, len(u), self.schedule.steps, u.device)
         return walk_gradient(self._total, u, levels) - u
+
+    def conditional_score(self, u: Tensor, u_next: Tensor, t: int | Tensor) -> Tensor:
+        """grad_u log p(u_t | u_{t+1}), what Langevin steps climb (Eq. 13): the gradients of F, of the Gaussian prior
+        and of the kernel N(u_{t+1}; alpha u_t, sigma^2).
+
+        Args:
+            u: noise u_t (N, D).
+            u_next: noise u_{t+1} of the noisier level (N, D).
+            t: level, an int or (N,) long in 0..T-1.
+
+        Returns:
+            (N, D).
+
+        Raises:
+            TypeError, ValueError: noise of a wrong type or shape, or no such level.
+        """
+        check_noise(u, self.dim, self.device)
+        check_noise(u_next, self.dim, self.device)
+        levels = check_levels(t, len(u), self.schedule.steps, u.device)
+        weight, precision = gaussian_part(levels, self.schedule, self.langevin, u.dtype)
+        return walk_gradient(self._total, u, levels) + precision[:, None] * (weight[:, None] * u_next - u)
 
     def corrections(
         self, states: Sequence[LayerState], t: Tensor, energies: Corrections | None = None, heads: Heads | None = None

@@ -238,6 +238,7 @@ def test_drift_is_autograds_gradient_of_the_log_density(config):
     log_kernel = torch.distributions.Normal(alpha * u, sigma).log_prob(u_next).sum()
     log_density = -prior.energy(u, t).sum() + log_p0 + log_kernel
     gradient = torch.autograd.grad(log_density, u)[0]
+    torch.testing.assert_close(prior.conditional_score(u.detach(), u_next, t), gradient)
     coefficients = langevin_coefficients(t, schedule, config, torch.float64)
     moved = (
         langevin_update(u.detach(), u_next, walk_gradient(prior._total, u, t), coefficients, noise=torch.zeros_like(u))
