@@ -30,7 +30,7 @@ from .density.ancestral import DrawingConfig, draw_layers
 from .density.composition import Condition, Expression
 from .density.energy_model import DEFAULT_SCHEDULE
 from .density.log_prob import log_prob_by_layer
-from .density.sampling import SamplingRequest, make_request, split_request
+from .density.sampling import SamplingRequest, Tempering, make_request, split_request, temper
 from .energies.coupling import Coupling, Labels, build_heads
 from .energies.networks import EnergyConfig
 from .training.config import TrainingConfig
@@ -144,6 +144,7 @@ class DiffusionEBMPrior(LearnedPrior):
         labels: Mapping[str, Any] | Expression | None = None,
         guidance: float = 1.0,
         temperature: float = 1.0,
+        tempering: Tempering = "before",
         trajectory: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -157,6 +158,8 @@ class DiffusionEBMPrior(LearnedPrior):
                 expression of labels and priors, see `hvae_ebm_prior.density.composition`.
             guidance: strength of the labels, a factor on their log-probability; 1 for the conditional distribution.
             temperature: multiplies the std of the backbone's Gaussian layers.
+            tempering: "before" drawing, so that the energies see what will be decoded; or "after", as in the published
+                code, which multiplies the noise drawn at temperature 1.
             trajectory: return every level's state.
             generator: source of the noise; None takes torch's default generator.
 
@@ -167,7 +170,9 @@ class DiffusionEBMPrior(LearnedPrior):
             TypeError, ValueError: a wrong type, count, layer index, shape, temperature or label.
             ChainDiverged: a chain left the finite numbers.
         """
-        request = make_request(self, n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature)
+        request = make_request(
+            self, n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature, tempering=tempering
+        )
         key = draw_key(generator)
         states = self.draw_levels(key, range(n), request)
         return torch.stack(states) if trajectory else states[0]
@@ -180,6 +185,7 @@ class DiffusionEBMPrior(LearnedPrior):
         labels: Mapping[str, Any] | Expression | None = None,
         guidance: float = 1.0,
         temperature: float = 1.0,
+        tempering: Tempering = "before",
         chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -191,6 +197,7 @@ class DiffusionEBMPrior(LearnedPrior):
             labels: as in `sample_noise`.
             guidance: as in `sample_noise`.
             temperature: as in `sample_noise`.
+            tempering: as in `sample_noise`.
             chunk_size: images computed at a time; the result does not depend on it. None bounds the memory by the
                 latents' size.
             generator: source of the noise; None takes torch's default generator.
@@ -202,7 +209,9 @@ class DiffusionEBMPrior(LearnedPrior):
             TypeError, ValueError: as in `sample_noise`.
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
-        request = make_request(self, n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature)
+        request = make_request(
+            self, n, fixed=fixed, labels=labels, guidance=guidance, temperature=temperature, tempering=tempering
+        )
         return self._draw_images(n, request, chunk_size, generator)
 
     def posterior_sample(
@@ -294,6 +303,9 @@ class DiffusionEBMPrior(LearnedPrior):
         return bound - gaussian + self.log_prob(u.to(self.dtype), steps=steps)
 
     def draw_levels(self, key: int, samples: range, request: SamplingRequest) -> list[Tensor]:
+        if request.tempering == "after" and request.temperature != 1:
+            states = self.draw_levels(key, samples, replace(request, temperature=1.0))
+            return [temper(self, u, request) for u in states]
         if not self._draws_layers(request):
             return super().draw_levels(key, samples, request)
         parts = split_request(self, request, key, samples)

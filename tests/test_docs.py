@@ -10,6 +10,7 @@ import pytest
 
 import hvae_ebm_prior
 from hvae_ebm_prior import extras
+from hvae_ebm_prior.cli.main import make_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,6 +61,20 @@ def test_links_to_headings_exist(page):
             if line.startswith("#")
         ]
         assert anchor in headings
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist_with_their_options(page):
+    """Those of the library by its own parsers, those of scripts by their text."""
+    text = page.read_text().replace("\\\n", " ")
+    (actions,) = [action for action in make_parser()._actions if action.dest == "command"]
+    for command, rest in re.findall(r"hvae-ebm-prior (\w+)([^\n`]*)", text):
+        known = actions.choices[command]._option_string_actions
+        assert set(re.findall(r"--[a-z][\w-]*", rest)) <= set(known), command
+    for script, rest in re.findall(r"python3? ([\w./]+\.py)([^\n`]*)", text):
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"--[a-z][\w-]*", rest.split("#")[0]):
+            assert f'"{option}"' in source, (script, option)
 
 
 def test_pages_say_how_to_install_what_there_is():

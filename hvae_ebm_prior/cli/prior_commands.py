@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..control import interpolate, resample
-from ..density.sampling import supported_options
+from ..density.sampling import Tempering, supported_options
 from ..evaluation.detection import detection
 from ..evaluation.outliers import SCHEMES
 from ..evaluation.pictures import save_curves, save_energies, save_histograms, save_pixels, save_strips
@@ -41,6 +41,12 @@ def add_sample(commands: Commands) -> None:
     add_labels(command)
     command.add_argument(
         "--temperature", type=float, default=1.0, help="factor on the std of the model's Gaussians (%(default)s)"
+    )
+    command.add_argument(
+        "--tempering",
+        choices=get_args(Tempering),
+        default="before",
+        help="multiply by it before drawing, or after, as the published code does (%(default)s)",
     )
 
 
@@ -147,7 +153,13 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
 def run_sample(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
     """A grid of samples."""
     labels = read_labels(options.labels)
-    given = supported_options(prior, labels=labels, guidance=options.guidance, temperature=options.temperature)
+    given = supported_options(
+        prior,
+        labels=labels,
+        guidance=options.guidance,
+        temperature=options.temperature,
+        tempering=options.tempering,
+    )
     start = time.monotonic()
     images = prior.sample(options.count, generator=generator, **given)
     seconds = time.monotonic() - start

@@ -8,22 +8,27 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from ..chains.streams import seeded
+from ..energies.coupling import Coupling, LabelSet
 from ..evaluation.candidates import build
 from ..presets import PRESETS
+from ..prior import DiffusionEBMPrior
 from ..processes import rank
 from ..saving.files import write_json
 from ..training.callbacks import LOGS, open_log
 from ..training.checkpoint import find_checkpoints
 from ..training.config import ObjectiveName, TrainingConfig
 from ..training.image_data import DATA, image_shape, open_images
+from ..training.label_data import LABELS, LabelledImages, open_labels
+from ..training.learned_prior import LearnedPrior
 from .loading import FORM, Commands, load_model
 
 # Presets that `train` takes; the others are for baselines.
-SUITED = [name for name in PRESETS if name not in ("joint-ebm", "ncp")]
+SUITED = [name for name in PRESETS if name not in ("joint-ebm", "joint-ebm-published", "ncp")]
 # What a run that is gone on with must have been begun with, besides the settings, which its checkpoints know.
-GIVEN = ("loader", "checkpoint", "data", "size", "limit", "preset", "seed")
+GIVEN = ("loader", "checkpoint", "data", "size", "limit", "preset", "seed", "labels", "label_layers")
 
 
 def add_train(commands: Commands) -> None:
@@ -48,6 +53,20 @@ def add_train(commands: Commands) -> None:
         help="resize images, and crop them about their centre, to squares of this side (as they are)",
     )
     command.add_argument("--limit", type=int, help="use so many images from the start (all)")
+    command.add_argument(
+        "--labels",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help=f"couple the prior to labels, which are {LABELS}; may be given several times",
+    )
+    command.add_argument(
+        "--label-layers",
+        action="append",
+        default=[],
+        metavar="NAME=LAYERS",
+        help="latent layers that labels are bound to, such as class=0 for the top or class=0,1 (all)",
+    )
     command.add_argument(
         "--out", type=Path, required=True, help="folder of the trained prior, and of checkpoints on the way to it"
     )
@@ -86,7 +105,10 @@ def run_train(options: argparse.Namespace) -> None:
     # The first weights follow from the seed as well.
     with seeded(options.seed, torch.device("cpu")):
         prior = build(preset, backbone)
-    data = open_images(options.data, image_shape(prior), size=options.size, limit=options.limit)
+    data: Any = open_images(options.data, image_shape(prior), size=options.size, limit=options.limit)
+    labels = couple_to_labels(prior, options, len(data))
+    if labels and not isinstance(data, Tensor):
+        data = LabelledImages(data, labels)
     logs = [open_log(place, options.samples_every, options.out.name) for place in options.log]
     folder = options.out / "checkpoints"
     about = options.out / "train.json"
@@ -100,6 +122,7 @@ def run_train(options: argparse.Namespace) -> None:
     try:
         history = prior.fit(
             data,
+            labels=labels if labels and isinstance(data, Tensor) else None,
             # Without settings `fit` takes the defaults, with as many steps as the images bear.
             training=None if preset.training == TrainingConfig() else preset.training,
             objective=options.objective,
@@ -128,10 +151,36 @@ def run_train(options: argparse.Namespace) -> None:
     )
 
 
+def couple_to_labels(prior: LearnedPrior, options: argparse.Namespace, count: int) -> dict[str, Tensor]:
+    """Couple a prior to the labels that were asked for; their values (count,) by name."""
+    given = {
+        key: [option.partition("=")[::2] for option in getattr(options, key)] for key in ("labels", "label_layers")
+    }
+    try:
+        layers = {name: [int(part) for part in value.split(",")] for name, value in given["label_layers"]}
+    except ValueError:
+        raise ValueError(
+            f"label-layers: expected NAME=LAYERS, such as class=0,1, got {', '.join(options.label_layers)}"
+        ) from None
+    sources = dict(given["labels"])
+    if "" in (*sources, *sources.values()) or len(sources) < len(options.labels):
+        raise ValueError(f"labels: expected NAME=SOURCE with different names, got {', '.join(options.labels)}")
+    if unknown := layers.keys() - sources.keys():
+        raise ValueError(f"label-layers: expected labels out of {', '.join(sources) or 'none'}, got {min(unknown)}")
+    found = {name: open_labels(source, options.data, count) for name, source in sources.items()}
+    if not found:
+        return {}
+    if not isinstance(prior, DiffusionEBMPrior):
+        raise TypeError(f"labels: a {type(prior).__name__} has none")
+    prior.couple(Coupling({name: LabelSet(kinds, layers.get(name)) for name, (kinds, _) in found.items()}))
+    return {name: values for name, (_, values) in found.items()}
+
+
 def check_command(path: Path, command: Mapping[str, Any]) -> None:
     """Raise ValueError unless the run whose options stand in `path` was begun with those of `command`."""
     try:
-        before = json.loads(path.read_text())
+        # Runs that were begun before there were labels have none.
+        before = {"labels": [], "label_layers": [], **json.loads(path.read_text())}
         changed = [name for name, value in command.items() if before[name] != value]
         differences = [f"{name} was {before[name]} and is {command[name]}" for name in changed]
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -1,14 +1,15 @@
 """Sampling (Alg. 2): from u_T ~ N(0, I) through the conditional priors to u_0, all layers together or some held.
 
-At a temperature the backbone's stds are multiplied by it. Then the chains run in v = u / temperature, in which the
-backbone's prior is N(0, I) again. A held layer takes part at level t as its own diffusion to that level, so that every
-conditional prior meets noise of the level it was trained on.
+At a temperature the backbone's stds are multiplied by it, before drawing or after. Before: the chains run in v = u /
+temperature, in which the backbone's prior is N(0, I) again, and energies see what will be decoded. After, as in the
+published code: noise is drawn at temperature 1, then multiplied. A held layer takes part at level t as its own
+diffusion to that level, so that every conditional prior meets noise of the level it was trained on.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from .energy_model import EnergyModel
 from .latent_prior import LatentPrior
 
 # What some priors' `sample` takes and others' does not, and what it is where nothing is asked for.
-DEFAULTS = {"labels": None, "guidance": 1.0, "temperature": 1.0}
+DEFAULTS = {"labels": None, "guidance": 1.0, "temperature": 1.0, "tempering": "before"}
+Tempering = Literal["before", "after"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +37,14 @@ class SamplingRequest:
         fixed: layer index -> noise u_i (N, *latent_shapes[i]) or (1, ...) to hold.
         condition: what is sampled in the place of the prior; None for the prior alone.
         temperature: factor on the std of the backbone's Gaussian layers.
+        tempering: whether it is multiplied by before or after drawing.
         langevin: settings of the chains; None takes the prior's.
     """
 
     fixed: Mapping[int, Tensor] = field(default_factory=dict)
     condition: Condition | None = None
     temperature: float = 1.0
+    tempering: Tempering = "before"
     langevin: LangevinConfig | None = None
 
     def rows(self, chunk: slice) -> "SamplingRequest":
@@ -57,6 +61,7 @@ def make_request(
     labels: Mapping[str, Any] | Expression | None = None,
     guidance: float = 1.0,
     temperature: float = 1.0,
+    tempering: Tempering = "before",
     log_likelihood: Callable[[Tensor], Tensor] | None = None,
     langevin: LangevinConfig | None = None,
 ) -> SamplingRequest:
@@ -69,6 +74,7 @@ def make_request(
         labels: label set -> category, or an expression.
         guidance: strength of the labels.
         temperature: of the backbone's Gaussian layers.
+        tempering: "before" drawing, or "after".
         log_likelihood: log p(y | x) of images.
         langevin: settings of the chains.
 
@@ -80,13 +86,15 @@ def make_request(
     """
     check_count(n)
     check_temperature(temperature)
+    if tempering not in get_args(Tempering):
+        raise ValueError(f"tempering: expected one of {', '.join(get_args(Tempering))}, got {tempering!r}")
     check_fixed(fixed or {}, model.latent_shapes, n)
     condition = make_condition(model, n, labels, guidance, log_likelihood)
-    return SamplingRequest(fixed or {}, condition, temperature, langevin)
+    return SamplingRequest(fixed or {}, condition, temperature, tempering, langevin)
 
 
 def supported_options(model: LatentPrior, **options: Any) -> dict[str, Any]:
-    """Labels, guidance and temperature for the `sample` of any prior.
+    """Labels, guidance, temperature and tempering for the `sample` of any prior.
 
     Args:
         model: the prior.
@@ -163,6 +171,12 @@ def sample_levels(model: EnergyModel, request: SamplingRequest, key: int, sample
         )
         states.insert(0, hold(temperature * v, t))
     return states
+
+
+def temper(model: EnergyModel, u: Tensor, request: SamplingRequest) -> Tensor:
+    """Noise (N, D) drawn at temperature 1, with all layers but the held ones multiplied by the request's."""
+    parts = model.split(u)
+    return model.join([part if i in request.fixed else request.temperature * part for i, part in enumerate(parts)])
 
 
 def held_states(

@@ -126,9 +126,7 @@ class DecodedImages(Dataset[Tensor]):
 def folder_images(folder: Path, shape: tuple[int, int, int], size: int | None, limit: int | None) -> Dataset[Tensor]:
     """The images of a folder and the folders in it; see `open_images`."""
     Image = import_pillow()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:limit]
-    if not paths:
-        raise ValueError(f"data: {folder} holds no images; expected files {', '.join(sorted(SUFFIXES))}")
+    paths = image_files(folder)[:limit]
 
     def read(index: int) -> tuple[str, Any]:
         with Image.open(paths[index]) as image:
@@ -138,9 +136,30 @@ def folder_images(folder: Path, shape: tuple[int, int, int], size: int | None, l
     return DecodedImages(len(paths), read, shape, size)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder and the folders in it, in the order of their paths; ValueError if there are none."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"data: {folder} holds no images; expected files {', '.join(sorted(SUFFIXES))}")
+    return paths
+
+
 def hub_images(source: str, shape: tuple[int, int, int], size: int | None, limit: int | None) -> Dataset[Tensor]:
     """The images of a data set of the Hub; see `open_images`."""
     import_pillow()
+    rows, column = hub_rows(source)
+    count = len(rows) if limit is None else min(limit, len(rows))
+    if count == 0:
+        raise ValueError(f"data: {source} is empty")
+
+    def read(index: int) -> tuple[str, Any]:
+        return f"{source}, image {index}", rows[index][column]
+
+    return DecodedImages(count, read, shape, size)
+
+
+def hub_rows(source: str) -> tuple[Any, str]:
+    """A data set of the Hub, and its column of images."""
     try:
         from datasets import load_dataset  # type: ignore[import-not-found]
     except ImportError as error:
@@ -153,14 +172,7 @@ def hub_images(source: str, shape: tuple[int, int, int], size: int | None, limit
     columns = [column] if column else [each for each, kind in rows.features.items() if type(kind).__name__ == "Image"]
     if not columns or columns[0] not in rows.features:
         raise ValueError(f"data: {source} has no column {column or 'of images'}, but {', '.join(rows.features)}")
-    count = len(rows) if limit is None else min(limit, len(rows))
-    if count == 0:
-        raise ValueError(f"data: {source} is empty")
-
-    def read(index: int) -> tuple[str, Any]:
-        return f"{source}, image {index}", rows[index][columns[0]]
-
-    return DecodedImages(count, read, shape, size)
+    return rows, columns[0]
 
 
 def import_pillow() -> Any:
@@ -185,12 +197,7 @@ def load_images(path: str) -> Tensor:
         ValueError: the array is no batch of images.
         OSError: the file cannot be read.
     """
-    file, archive, name = path.partition(".npz:")
-    array = np.load(file + archive.rstrip(":"), allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        if name not in array.files:
-            raise ValueError(f"{path}: expected file.npz:name with a name out of {', '.join(array.files)}")
-        array = array[name]
+    array = load_array(path)
     if array.ndim not in (3, 4) or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
         raise ValueError(
             f"{path}: expected uint8 or floating-point images (N, C, H, W) or (N, H, W[, C]), "
@@ -202,3 +209,14 @@ def load_images(path: str) -> Tensor:
         array = array.transpose(0, 3, 1, 2)
     images = torch.from_numpy(np.ascontiguousarray(array))
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def load_array(path: str) -> np.ndarray:
+    """The array of `file.npy` or `file.npz:name`; ValueError where the archive has none of that name."""
+    file, archive, name = path.partition(".npz:")
+    array = np.load(file + archive.rstrip(":"), allow_pickle=False)
+    if isinstance(array, np.ndarray):
+        return array
+    if name not in array.files:
+        raise ValueError(f"{path}: expected file.npz:name with a name out of {', '.join(array.files)}")
+    return array[name]

@@ -150,6 +150,13 @@ def test_temperature_multiplies_the_std_of_the_gaussian_layers():
     u = prior.sample_noise(500, temperature=temperature, generator=seed(0))
     assert u.mean().item() == pytest.approx(temperature**2 * w, abs=0.02)
     assert u.std().item() == pytest.approx(temperature, rel=0.03)
+    # After drawing, u is what is drawn at temperature 1, N(w, 1), times T; held layers are as they are.
+    after = prior.sample_noise(500, temperature=temperature, tempering="after", generator=seed(0))
+    torch.testing.assert_close(after, temperature * prior.sample_noise(500, generator=seed(0)))
+    assert after.mean().item() == pytest.approx(temperature * w, abs=0.02)
+    held = torch.full((1, *prior.latent_shapes[0]), 0.3)
+    u = prior.sample_noise(5, fixed={0: held}, temperature=temperature, tempering="after", generator=seed(0))
+    assert torch.equal(prior.split(u)[0], held.expand(5, *held.shape[1:]))
 
 
 def test_learning_gradient_against_numerical_integration():
@@ -349,6 +356,7 @@ IMAGES = torch.zeros(2, 1, 2, 2)
         (lambda p: p.sample(0), ValueError, "n: expected a positive integer, got 0"),
         (lambda p: p.sample(2.0), TypeError, "n: expected a positive integer, got float"),
         (lambda p: p.sample(1, chunk_size=0), ValueError, "chunk_size: expected a positive integer, got 0"),
+        (lambda p: p.sample(1, tempering="during"), ValueError, "before, after, got 'during'"),
         (lambda p: p.sample(1, temperature=0.0), ValueError, r"temperature: expected a positive number, got 0\.0"),
         (lambda p: p.sample(1, labels={"class": 3}), ValueError, "not coupled to labels"),
         (
