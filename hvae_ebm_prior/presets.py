@@ -119,6 +119,12 @@ PRESETS = {
         PLAIN,
         replace(PLAIN_TRAINING, iterations=1000, learning_rate=3e-3),
     ),
+    "nce-stages": Preset(
+        DiffusionSchedule.marginal(),
+        LangevinConfig(steps=20, start="next", top_steps=6),
+        PLAIN,
+        replace(PLAIN_TRAINING, iterations=1000, learning_rate=3e-3),
+    ),
     "paper-cifar10": published(steps=50, step_size=3e-5, width=128, batch_size=50, epoch_decay=0.9),
     "paper-celebahq256": published(30, 2e-5, 64, 4, 0.98, "published-celebahq256"),
     # No settings are published for these two. The chains are those of CIFAR-10; the churches' width and batch are of

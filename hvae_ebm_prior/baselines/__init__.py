@@ -4,6 +4,7 @@
     GaussianMixturePrior   a mixture in u, fitted by EM
     JointEBMPrior          one marginal energy-based model, learned by maximum likelihood
     NCPPrior               binary classifiers layer by layer, learned by noise-contrastive estimation
+    MultiStagePrior        one marginal model in stages of density-ratio estimation
     LatentDiffusionPrior   our diffusion with z in the place of u
 
 docs/baselines.md says how they work, and with which settings they work best. May import from all rooms but evaluation
@@ -14,6 +15,14 @@ from ..density.gaussian import GaussianPrior
 from .joint import JointEBMPrior
 from .mixture import GaussianMixturePrior
 from .ncp import NCPPrior
+from .staged import MultiStagePrior
 from .zspace import LatentDiffusionPrior
 
-__all__ = ["GaussianMixturePrior", "GaussianPrior", "JointEBMPrior", "LatentDiffusionPrior", "NCPPrior"]
+__all__ = [
+    "GaussianMixturePrior",
+    "GaussianPrior",
+    "JointEBMPrior",
+    "LatentDiffusionPrior",
+    "MultiStagePrior",
+    "NCPPrior",
+]

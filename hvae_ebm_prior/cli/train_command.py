@@ -26,7 +26,7 @@ from ..training.learned_prior import LearnedPrior
 from .loading import FORM, Commands, load_model
 
 # Presets that `train` takes; the others are for baselines.
-SUITED = [name for name in PRESETS if name not in ("joint-ebm", "joint-ebm-published", "ncp")]
+SUITED = [name for name in PRESETS if name not in ("joint-ebm", "joint-ebm-published", "ncp", "nce-stages")]
 # What a run that is gone on with must have been begun with, besides the settings, which its checkpoints know.
 GIVEN = ("loader", "checkpoint", "data", "size", "limit", "preset", "seed", "labels", "label_layers")
 

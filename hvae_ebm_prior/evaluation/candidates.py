@@ -9,7 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..backbone.transform import BackboneAdapter
-from ..baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
+from ..baselines import (
+    GaussianMixturePrior,
+    GaussianPrior,
+    JointEBMPrior,
+    LatentDiffusionPrior,
+    MultiStagePrior,
+    NCPPrior,
+)
 from ..chains.schedule import DiffusionSchedule
 from ..presets import PRESETS, Preset
 from ..prior import DiffusionEBMPrior
@@ -46,6 +53,7 @@ def candidates(preset: Preset = PRESETS["default"]) -> dict[str, Candidate]:
         ),
         "ncp-sir": Candidate(partial(NCPPrior, sampler="sir"), ncp),
         "ncp-langevin": Candidate(partial(NCPPrior, sampler="langevin"), ncp),
+        "nce-stages": Candidate(MultiStagePrior, PRESETS["nce-stages"].training),
         "z-diffusion": Candidate(partial(build, plain, kind=LatentDiffusionPrior), plain.training),
         "mixture": Candidate(GaussianMixturePrior),
         **{f"gaussian-{t:g}": Candidate(partial(GaussianPrior, temperature=t)) for t in (0.9, 0.8, 0.7, 0.6)},
