@@ -1,10 +1,16 @@
-"""Images of the recipes: CIFAR-10, CelebA-HQ-256 and LSUN-Church, and generated ones for `--smoke`.
+"""Images of the recipes: CIFAR-10, CelebA-HQ-256 and LSUN-Church, SVHN as outliers, and generated ones for `--smoke`.
+
+    python examples/recipe_data.py svhn --data ~/data --count 10000 --out svhn.npy
+
+writes images of SVHN's test set, for `hvae-ebm-prior ood` on a prior of CIFAR-10.
 
 Every collection is a sequence of PIL pictures, or of dicts that hold one; `Pictures` makes float images of all. Nothing
 is flipped.
 """
 
+import argparse
 import io
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,7 @@ from torch.utils.data import Dataset, Subset
 from hvae_ebm_prior.extras import missing
 
 CIFAR10 = "uoft-cs/cifar10"
+SVHN = "ufldl-stanford/svhn"
 # A copy of CelebA-HQ at 256x256, 28,000 + 2,000 pictures. NVAE's own split is 27,000 + 3,000; bring its LMDB folder to
 # have that.
 CELEBA_HQ = "mattymchen/celeba-hq"
@@ -26,29 +33,42 @@ CELEBA_HQ = "mattymchen/celeba-hq"
 CHURCHES_HELD_OUT = 10_000
 
 
-class Pictures(Dataset[Tensor]):
-    """Float images (3, size, size) in [0, 1] of a collection of pictures.
+class Pictures(Dataset[Any]):
+    """Float images (3, size, size) in [0, 1] of a collection of pictures, or pairs of these and their label {"class":
+    index}.
 
     Args:
         source: PIL pictures, or rows of a data set of the package datasets, of which the first picture is taken.
         size: height and width; the shorter side is resized to it and the middle cut out.
         bits: per colour; an NVAE of 5 bits was trained on multiples of 1 / 31.
+        labelled: give the rows' column "label" with the images.
     """
 
-    def __init__(self, source: Sequence[Any], size: int, bits: int = 8) -> None:
+    def __init__(self, source: Sequence[Any], size: int, bits: int = 8, labelled: bool = False) -> None:
         self.source = source
         self.size = size
         self.bits = bits
+        self.labelled = labelled
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.levels(index) // 2 ** (8 - self.bits)).float() / (2**self.bits - 1)
+    def __getitem__(self, index: int) -> Any:
+        row = self.source[index]
+        image = self.image_of(self.levels_of(row))
+        return (image, {"class": row["label"]}) if self.labelled else image
+
+    def image_of(self, levels: Tensor) -> Tensor:
+        """Floats in [0, 1] of 8 bits."""
+        return (levels // 2 ** (8 - self.bits)).float() / (2**self.bits - 1)
 
     def levels(self, index: int) -> Tensor:
-        """The picture as uint8 (3, size, size), of 8 bits."""
-        picture = self.source[index]
+        """A picture as uint8 (3, size, size), of 8 bits."""
+        return self.levels_of(self.source[index])
+
+    def levels_of(self, row: Any) -> Tensor:
+        """The picture of a row, as `levels`."""
+        picture = row
         if isinstance(picture, dict):
             picture = next(value for value in picture.values() if isinstance(value, Image.Image))
         picture = picture.convert("RGB")
@@ -61,11 +81,11 @@ class Pictures(Dataset[Tensor]):
 
     def first(self, count: int) -> Tensor:
         """The first images (min(count, len), 3, size, size), as floats in [0, 1]."""
-        return torch.stack([self[i] for i in range(min(count, len(self)))])
+        return torch.stack([self.image_of(self.levels(i)) for i in range(min(count, len(self)))])
 
 
 class Shapes(Sequence[Any]):
-    """Generated pictures: a smooth ground and a soft ellipse, in random colours.
+    """Generated pictures: a smooth ground and a soft ellipse, in random colours, of two classes in turn.
 
     Args:
         count: how many.
@@ -77,6 +97,9 @@ class Shapes(Sequence[Any]):
         self.count = count
         self.size = size
         self.seed = seed
+
+    # As of a data set of the package datasets.
+    features = types.MappingProxyType({"label": types.SimpleNamespace(names=["even", "odd"])})
 
     def __len__(self) -> int:
         return self.count
@@ -90,7 +113,7 @@ class Shapes(Sequence[Any]):
         left, top, width, height = random.uniform(size / 8, size / 2, 4).tolist()
         color = tuple(random.integers(0, 256, 3).tolist())
         ImageDraw.Draw(picture).ellipse((left, top, left + width, top + height), fill=color)
-        return picture.filter(ImageFilter.GaussianBlur(size / 32))
+        return {"image": picture.filter(ImageFilter.GaussianBlur(size / 32)), "label": index % 2}
 
 
 class Lmdb(Sequence[Any]):
@@ -180,3 +203,45 @@ def folders_or_download(folder: Path, name: str, held_out: str) -> tuple[Any, An
     else:
         splits = datasets.load_dataset(name, cache_dir=str(folder))
     return splits["train"], splits[held_out]
+
+
+def class_names(source: Any) -> tuple[str, ...]:
+    """The names of the classes of a collection's labels.
+
+    Args:
+        source: rows of a data set of the package datasets.
+
+    Returns:
+        The names, in the order of the labels.
+
+    Raises:
+        ValueError: it has no labels.
+    """
+    names = getattr(getattr(source, "features", {}).get("label"), "names", None)
+    if not names:
+        raise ValueError(
+            "labels: these images have none; expected a data set with a column label, or folders of classes in the "
+            "folder train"
+        )
+    return tuple(names)
+
+
+def main() -> None:
+    """Write the outliers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", choices=["svhn"])
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that they are downloaded to")
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--size", type=int, default=32, help="height and width")
+    parser.add_argument("--out", type=Path, default=Path("svhn.npy"))
+    options = parser.parse_args()
+    import datasets
+
+    rows = datasets.load_dataset(SVHN, "cropped_digits", split="test", cache_dir=str(options.data.expanduser()))
+    pictures = Pictures(rows, options.size)
+    np.save(options.out, np.stack([pictures.levels(i).numpy() for i in range(min(options.count, len(pictures)))]))
+    print(f"{options.out}: {min(options.count, len(pictures))} images")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from recipe_backbones import HVAE_CIFAR10, HVAE_TINY, NVAE_CELEBAHQ256, NVAE_CHURCH64, NVAE_CIFAR10, TINY, official_nvae
-from recipe_data import SOURCES, Pictures, Shapes
+from recipe_data import SOURCES, Pictures, Shapes, class_names
 from recipe_estimate import duration, report_costs
 from safetensors.torch import load_file, save_file
 from train_hvae import train as train_hvae
 
-from hvae_ebm_prior import DiffusionEBMPrior, TrainingRecord
+from hvae_ebm_prior import Coupling, DiffusionEBMPrior, LabelSet, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig, NVAEAdapter, freeze, recalibrate_batch_norm
 from hvae_ebm_prior.cli.loading import load_function
 from hvae_ebm_prior.presets import PRESETS, Preset
@@ -101,6 +101,7 @@ class Run:
         smoke: tiny and short.
         seed: of all randomness.
         device: where it runs.
+        classes: names of the labels that the prior is coupled to; none for a prior without.
     """
 
     recipe: str
@@ -113,12 +114,15 @@ class Run:
     smoke: bool
     seed: int
     device: str
+    classes: Sequence[str] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = make_parser().parse_args(arguments)
-    run = Run(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Run)})
+    run = Run(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(Run) if field.name != "classes"}
+    )
     options.out = options.out or Path("out") / run.recipe
     options.out.mkdir(parents=True, exist_ok=True)
     if options.estimate:
@@ -132,7 +136,10 @@ def train(run: Run, options: argparse.Namespace) -> None:
     recipe = RECIPES[run.recipe]
     out = options.out
     generator = torch.Generator().manual_seed(run.seed)
-    training_set, held_out = (Pictures(source, image_size(run)) for source in load_sources(run, options.data))
+    sources = load_sources(run, options.data)
+    training_set, held_out = (Pictures(source, image_size(run)) for source in sources)
+    if options.conditional:
+        run = replace(run, classes=class_names(sources[0]))
     if isinstance(recipe.backbone, HVAEConfig):
         make_hvae(run, training_set, held_out, out, options.hvae_epochs)
         adapter = load_backbone(run, out)
@@ -167,6 +174,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
         write_atomically(out / "prior.safetensors", lambda path: save_file(prior.state_dict(), path))
         write_json(out / "results.json", results_of_run(run, preset, training, prior, history))
 
+    training_set.labelled = bool(run.classes)
     try:
         prior.fit(training_set, training=training, callback=follow, generator=generator)
     except KeyboardInterrupt:
@@ -184,6 +192,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
             "reconstructions": prior.decode(prior.encode(images, generator=generator)),
             "Gaussian prior": prior.decode(torch.randn(count, prior.dim, generator=generator).to(prior.device)),
             "ours": prior.sample(count, generator=generator),
+            **{name: prior.sample(count, labels={"class": name}, generator=generator) for name in run.classes},
         }
     write_atomically(out / "samples.png", lambda path: save_grid(path, list(rows.values()), list(rows)))
     loader = shlex.quote(f"{os.path.relpath(__file__)}:load_prior")
@@ -338,7 +347,17 @@ def make_prior(run: Run, adapter: Any) -> tuple[DiffusionEBMPrior, Preset]:
     """An untrained prior of a run, and its settings."""
     preset = settings(run)
     torch.manual_seed(run.seed)  # initial weights of the energies
-    prior = DiffusionEBMPrior(adapter, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy)
+    coupling = None
+    if run.classes:
+        # As in the paper at t = 0 alone, or as this library's default.
+        coupling = Coupling(
+            {"class": LabelSet(tuple(run.classes))},
+            levels=(0,) if run.preset == "paper" else None,
+            networks=replace(preset.energy, spectral_norm=False, architecture="default"),
+        )
+    prior = DiffusionEBMPrior(
+        adapter, schedule=preset.schedule, langevin=preset.langevin, energy=preset.energy, coupling=coupling
+    )
     return prior, preset
 
 
@@ -415,6 +434,9 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["sample", "mean"],
         default="sample",
         help="what of p(x | z) is an NVAE's image (%(default)s)",
+    )
+    parser.add_argument(
+        "--conditional", action="store_true", help="couple the prior to the images' classes (CIFAR-10's ten, Figure 5)"
     )
     parser.add_argument(
         "--save-memory", action="store_true", help="keep no activations inside the NVAE's cells: a third more time"

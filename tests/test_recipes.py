@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import check_strip, read_strips, seed
 from recipe_backbones import TINY, official_nvae
-from recipe_data import Pictures, Shapes, celeba_hq, cifar10, lsun_churches
+from recipe_data import Pictures, Shapes, celeba_hq, cifar10, class_names, lsun_churches
 from recipe_estimate import BatchCost, duration, extrapolate
 from recipes import RECIPES, Run, load_prior, main, settings
 from stand_ins import AutoEncoder, perturb
@@ -93,6 +93,28 @@ def test_smoke(runs, recipe, preset):
         assert images.shape == (6, 3, size, size)
         assert images.dtype == np.uint8
     assert not list(folder.glob("part.*"))
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_a_conditional_recipe_knows_its_classes(preset, tmp_path):
+    """Those of the generated images are even and odd; in the paper labels take part at t = 0 alone."""
+    options = ["--smoke", "--conditional", "--device", "cpu", "--out", str(tmp_path), "--export", "6"]
+    main(["cifar10-hvae", "--preset", preset, *options])
+    assert len(read_strips(tmp_path / "samples.png")) == 6
+    prior = load_prior(tmp_path)
+    assert tuple(prior.coupling.sets["class"].categories) == ("even", "odd")
+    assert prior.coupling.levels == ((0,) if preset == "paper" else None)
+    assert prior.sample(2, labels={"class": "odd"}, generator=seed(0)).shape == (2, 3, 32, 32)
+
+
+def test_labels_of_pictures():
+    pictures = Pictures(Shapes(4, 8), 8, labelled=True)
+    image, labels = pictures[3]
+    assert labels == {"class": 1}
+    assert torch.equal(image, pictures.first(4)[3])
+    assert class_names(Shapes(4, 8)) == ("even", "odd")
+    with pytest.raises(ValueError, match="folders of classes in the folder train"):
+        class_names([])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
