@@ -144,7 +144,7 @@ class DiffusionEBMPrior(LearnedPrior):
         labels: Mapping[str, Any] | Expression | None = None,
         guidance: float = 1.0,
         temperature: float = 1.0,
-        tempering: Tempering = "before",
+        tempering: Tempering = "after",
         trajectory: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -158,8 +158,8 @@ class DiffusionEBMPrior(LearnedPrior):
                 expression of labels and priors, see `hvae_ebm_prior.density.composition`.
             guidance: strength of the labels, a factor on their log-probability; 1 for the conditional distribution.
             temperature: multiplies the std of the backbone's Gaussian layers.
-            tempering: "before" drawing, so that the energies see what will be decoded; or "after", as in the published
-                code, which multiplies the noise drawn at temperature 1.
+            tempering: "after" drawing, as in the published code, which multiplies the noise drawn at temperature 1; or
+                "before", so that the energies see what will be decoded.
             trajectory: return every level's state.
             generator: source of the noise; None takes torch's default generator.
 
@@ -185,7 +185,7 @@ class DiffusionEBMPrior(LearnedPrior):
         labels: Mapping[str, Any] | Expression | None = None,
         guidance: float = 1.0,
         temperature: float = 1.0,
-        tempering: Tempering = "before",
+        tempering: Tempering = "after",
         chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:

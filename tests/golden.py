@@ -113,7 +113,7 @@ def numbers() -> dict[str, Tensor]:
         found[f"{name}/trained/noise"] = prior.sample_noise(4, generator=seed(1))
     prior, images = build(schedule=COSINE, langevin=CHAINS, coupling=COUPLING), IMAGES[:3]
     other = build(schedule=COSINE, langevin=CHAINS, backbone=prior.backbone)
-    found["trajectory"] = prior.sample_noise(3, temperature=0.8, trajectory=True, generator=seed(1))
+    found["trajectory"] = prior.sample_noise(3, temperature=0.8, tempering="before", trajectory=True, generator=seed(1))
     found["held"] = prior.sample_noise(3, fixed={1: torch.ones(1, *SHAPES[1])}, generator=seed(1))
     found["labels"] = prior.sample_noise(3, labels={"class": "b"}, guidance=2.0, generator=seed(1))
     found["not"] = prior.sample_noise(3, labels=NOT(Label("class", 0) | Label("class", 1)), generator=seed(1))

@@ -45,8 +45,8 @@ def add_sample(commands: Commands) -> None:
     command.add_argument(
         "--tempering",
         choices=get_args(Tempering),
-        default="before",
-        help="multiply by it before drawing, or after, as the published code does (%(default)s)",
+        default="after",
+        help="multiply by it after drawing, as the published code does, or before (%(default)s)",
     )
 
 

@@ -25,8 +25,8 @@ from .energy_model import EnergyModel
 from .latent_prior import LatentPrior
 
 # What some priors' `sample` takes and others' does not, and what it is where nothing is asked for.
-DEFAULTS = {"labels": None, "guidance": 1.0, "temperature": 1.0, "tempering": "before"}
-Tempering = Literal["before", "after"]
+DEFAULTS = {"labels": None, "guidance": 1.0, "temperature": 1.0, "tempering": "after"}
+Tempering = Literal["after", "before"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class SamplingRequest:
     fixed: Mapping[int, Tensor] = field(default_factory=dict)
     condition: Condition | None = None
     temperature: float = 1.0
-    tempering: Tempering = "before"
+    tempering: Tempering = "after"
     langevin: LangevinConfig | None = None
 
     def rows(self, chunk: slice) -> "SamplingRequest":
@@ -61,7 +61,7 @@ def make_request(
     labels: Mapping[str, Any] | Expression | None = None,
     guidance: float = 1.0,
     temperature: float = 1.0,
-    tempering: Tempering = "before",
+    tempering: Tempering = "after",
     log_likelihood: Callable[[Tensor], Tensor] | None = None,
     langevin: LangevinConfig | None = None,
 ) -> SamplingRequest:
@@ -74,7 +74,7 @@ def make_request(
         labels: label set -> category, or an expression.
         guidance: strength of the labels.
         temperature: of the backbone's Gaussian layers.
-        tempering: "before" drawing, or "after".
+        tempering: "after" drawing, or "before".
         log_likelihood: log p(y | x) of images.
         langevin: settings of the chains.
 

@@ -475,6 +475,6 @@ def test_a_corrector_at_a_temperature_and_with_held_layers():
     }
     prior = DiffusionEBMPrior(IdentityBackbone((2,), (1,)), energy=[Quadratic(2, 0.0, -1.0), Quadratic(1)], **settings)
     held = torch.full((1, 1), 0.7)
-    u = prior.sample_noise(4000, fixed={1: held}, temperature=0.7, generator=seed(0))
+    u = prior.sample_noise(4000, fixed={1: held}, temperature=0.7, tempering="before", generator=seed(0))
     assert (u[:, 2] == 0.7).all()
     assert u[:, :2].var().item() == pytest.approx(1 / (1 / 0.49 + 2), rel=0.06)

@@ -109,7 +109,7 @@ def test_held_layers_and_temperature():
     tau = 0.7
     precision = 1 / 0.8**2 - 1 + 1 / tau**2
     cool = pair(drawing=DrawingConfig(flow_steps=0), langevin=LangevinConfig(steps=30, step_size=0.2))
-    u = cool.sample_noise(6000, temperature=tau, generator=seed(1))[:, 0]
+    u = cool.sample_noise(6000, temperature=tau, tempering="before", generator=seed(1))[:, 0]
     assert u.mean().item() == pytest.approx(0.5 / 0.8**2 / precision, abs=0.04)
     assert u.std().item() == pytest.approx(precision**-0.5, abs=0.03)
 

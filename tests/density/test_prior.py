@@ -106,7 +106,7 @@ def test_held_layers_are_exact_and_diffuse_with_the_others():
         assert (held * top).mean().item() == pytest.approx(expected, abs=0.06)
         assert held.var().item() == pytest.approx(1, abs=0.08)
     one = torch.randn(1, 2, generator=seed(1))
-    u = prior.sample_noise(3, fixed={0: one}, temperature=0.7, generator=seed(0))
+    u = prior.sample_noise(3, fixed={0: one}, temperature=0.7, tempering="before", generator=seed(0))
     assert torch.equal(prior.split(u)[0], one.expand(3, 2))
     images = prior.sample(5, fixed={1: top[:5, :1, None, None].expand(5, 1, 2, 2)}, chunk_size=2, generator=seed(0))
     assert images.shape == (5, 1, 2, 2)
@@ -147,7 +147,7 @@ def test_temperature_multiplies_the_std_of_the_gaussian_layers():
         energy=[Quadratic(40, w)],
         langevin=LangevinConfig(steps=60, step_size=0.2),
     )
-    u = prior.sample_noise(500, temperature=temperature, generator=seed(0))
+    u = prior.sample_noise(500, temperature=temperature, tempering="before", generator=seed(0))
     assert u.mean().item() == pytest.approx(temperature**2 * w, abs=0.02)
     assert u.std().item() == pytest.approx(temperature, rel=0.03)
     # After drawing, u is what is drawn at temperature 1, N(w, 1), times T; held layers are as they are.
