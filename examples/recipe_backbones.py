@@ -1,8 +1,8 @@
 """Backbones of the recipes: official NVAEs from your clone of github.com/NVlabs/NVAE, and the library's 3-layer HVAE.
 
-The architectures are those of the command lines that NVAE's README gives for CIFAR-10 and CelebA-HQ-256, and VAEBM's
-README for LSUN-Church-64. They are for `--estimate` and `--smoke`, which build models with random weights; a checkpoint
-brings its own.
+The architectures are those of the command lines that NVAE's README gives for CIFAR-10, CelebA-64 and CelebA-HQ-256, and
+VAEBM's README for LSUN-Church-64. They are for `--estimate` and `--smoke`, which build models with random weights; a
+checkpoint brings its own.
 """
 
 import argparse
@@ -52,6 +52,14 @@ NVAE_CELEBAHQ256 = COMMON | {
     "num_channels_dec": 30,
     "num_x_bits": 5,
     "num_nf": 2,
+}
+NVAE_CELEBA64 = COMMON | {
+    "dataset": "celeba_64",
+    "num_latent_scales": 3,
+    "num_groups_per_scale": 20,
+    "ada_groups": True,
+    "num_channels_enc": 64,
+    "num_channels_dec": 64,
 }
 NVAE_CHURCH64 = COMMON | {
     "dataset": "lsun_church_64",

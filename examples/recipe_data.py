@@ -1,4 +1,4 @@
-"""Images of the recipes: CIFAR-10, CelebA-HQ-256 and LSUN-Church, SVHN as outliers, and generated ones for `--smoke`.
+"""Images of the recipes: CIFAR-10, CelebA, CelebA-HQ-256 and LSUN-Church, SVHN as outliers, and generated ones.
 
     python examples/recipe_data.py svhn --data ~/data --count 10000 --out svhn.npy
 
@@ -10,9 +10,9 @@ is flipped.
 
 import argparse
 import io
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,11 @@ from hvae_ebm_prior.extras import missing
 
 CIFAR10 = "uoft-cs/cifar10"
 SVHN = "ufldl-stanford/svhn"
+# Aligned pictures, with 40 attributes as columns of truth values.
+CELEBA = "flwrlabs/celeba"
+ATTRIBUTES = ("Male", "Smiling", "Blond_Hair")
+# Such a column, as the package datasets describes it.
+TRUTH = SimpleNamespace(dtype="bool")
 # A copy of CelebA-HQ at 256x256, 28,000 + 2,000 pictures. NVAE's own split is 27,000 + 3,000; bring its LMDB folder to
 # have that.
 CELEBA_HQ = "mattymchen/celeba-hq"
@@ -34,21 +39,22 @@ CHURCHES_HELD_OUT = 10_000
 
 
 class Pictures(Dataset[Any]):
-    """Float images (3, size, size) in [0, 1] of a collection of pictures, or pairs of these and their label {"class":
-    index}.
+    """Float images (3, size, size) in [0, 1] of a collection of pictures, or pairs of these and their labels by name.
 
     Args:
         source: PIL pictures, or rows of a data set of the package datasets, of which the first picture is taken.
         size: height and width; the shorter side is resized to it and the middle cut out.
         bits: per colour; an NVAE of 5 bits was trained on multiples of 1 / 31.
-        labelled: give the rows' column "label" with the images.
+        columns: of the rows' labels, by name; none for images alone.
     """
 
-    def __init__(self, source: Sequence[Any], size: int, bits: int = 8, labelled: bool = False) -> None:
+    def __init__(
+        self, source: Sequence[Any], size: int, bits: int = 8, columns: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.source = source
         self.size = size
         self.bits = bits
-        self.labelled = labelled
+        self.columns = columns
 
     def __len__(self) -> int:
         return len(self.source)
@@ -56,7 +62,8 @@ class Pictures(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         row = self.source[index]
         image = self.image_of(self.levels_of(row))
-        return (image, {"class": row["label"]}) if self.labelled else image
+        labels = {name: int(row[column]) for name, column in self.columns.items()}
+        return (image, labels) if labels else image
 
     def image_of(self, levels: Tensor) -> Tensor:
         """Floats in [0, 1] of 8 bits."""
@@ -99,7 +106,7 @@ class Shapes(Sequence[Any]):
         self.seed = seed
 
     # As of a data set of the package datasets.
-    features = types.MappingProxyType({"label": types.SimpleNamespace(names=["even", "odd"])})
+    features = MappingProxyType({"label": SimpleNamespace(names=["even", "odd"]), **dict.fromkeys(ATTRIBUTES, TRUTH)})
 
     def __len__(self) -> int:
         return self.count
@@ -113,7 +120,8 @@ class Shapes(Sequence[Any]):
         left, top, width, height = random.uniform(size / 8, size / 2, 4).tolist()
         color = tuple(random.integers(0, 256, 3).tolist())
         ImageDraw.Draw(picture).ellipse((left, top, left + width, top + height), fill=color)
-        return {"image": picture.filter(ImageFilter.GaussianBlur(size / 32)), "label": index % 2}
+        attributes = {name: (index >> bit) % 2 == 1 for bit, name in enumerate(ATTRIBUTES)}
+        return {"image": picture.filter(ImageFilter.GaussianBlur(size / 32)), "label": index % 2, **attributes}
 
 
 class Lmdb(Sequence[Any]):
@@ -182,9 +190,15 @@ def lsun_churches(folder: Path) -> tuple[Any, Any]:
     return Subset(churches, range(split)), Subset(churches, range(split, len(churches)))
 
 
+def celeba(folder: Path) -> tuple[Any, Any]:
+    """CelebA's training and validation set with its attributes, downloaded to `folder`."""
+    return folders_or_download(folder, CELEBA, "valid")
+
+
 # Training and held-out pictures in a folder.
 SOURCES: dict[str, Callable[[Path], tuple[Any, Any]]] = {
     "cifar10": cifar10,
+    "celeba": celeba,
     "celeba-hq": celeba_hq,
     "lsun-churches": lsun_churches,
 }
@@ -205,25 +219,28 @@ def folders_or_download(folder: Path, name: str, held_out: str) -> tuple[Any, An
     return splits["train"], splits[held_out]
 
 
-def class_names(source: Any) -> tuple[str, ...]:
-    """The names of the classes of a collection's labels.
+def category_names(source: Any, column: str) -> tuple[str, ...]:
+    """The names of the categories in a column of labels: no and yes of a column of truth values.
 
     Args:
         source: rows of a data set of the package datasets.
+        column: its name; of folders of classes "label".
 
     Returns:
         The names, in the order of the labels.
 
     Raises:
-        ValueError: it has no labels.
+        ValueError: there is no such column.
     """
-    names = getattr(getattr(source, "features", {}).get("label"), "names", None)
-    if not names:
+    feature = getattr(source, "features", {}).get(column)
+    if getattr(feature, "dtype", None) == "bool":
+        return ("no", "yes")
+    if not getattr(feature, "names", None):
         raise ValueError(
-            "labels: these images have none; expected a data set with a column label, or folders of classes in the "
-            "folder train"
+            f"labels: these images have none; expected a data set with a column {column}, or for a column label "
+            "folders of classes in the folder train"
         )
-    return tuple(names)
+    return tuple(feature.names)
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""The paper's benchmarks: a prior for an official NVAE of CIFAR-10, CelebA-HQ-256 or LSUN-Church-64, or for a 3-layer
-HVAE of CIFAR-10.
+"""The paper's benchmarks: a prior for an official NVAE of CIFAR-10, CelebA-64, CelebA-HQ-256 or LSUN-Church-64, or for
+a 3-layer HVAE of CIFAR-10.
 
     python examples/recipes.py cifar10-nvae --repo ~/NVAE --checkpoint checkpoint.pt --data ~/data --out out/cifar10
     python examples/recipes.py cifar10-nvae --repo ~/NVAE --estimate        # its time and memory on this machine
@@ -17,27 +17,57 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from recipe_backbones import HVAE_CIFAR10, HVAE_TINY, NVAE_CELEBAHQ256, NVAE_CHURCH64, NVAE_CIFAR10, TINY, official_nvae
-from recipe_data import SOURCES, Pictures, Shapes, class_names
+from recipe_backbones import (
+    HVAE_CIFAR10,
+    HVAE_TINY,
+    NVAE_CELEBA64,
+    NVAE_CELEBAHQ256,
+    NVAE_CHURCH64,
+    NVAE_CIFAR10,
+    TINY,
+    official_nvae,
+)
+from recipe_data import ATTRIBUTES, SOURCES, Pictures, Shapes, category_names
 from recipe_estimate import duration, report_costs
 from safetensors.torch import load_file, save_file
 from train_hvae import train as train_hvae
 
 from hvae_ebm_prior import Coupling, DiffusionEBMPrior, LabelSet, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig, NVAEAdapter, freeze, recalibrate_batch_norm
+from hvae_ebm_prior.backbone import NoiseTransform
 from hvae_ebm_prior.cli.loading import load_function
+from hvae_ebm_prior.control import sample_in_turn
 from hvae_ebm_prior.presets import PRESETS, Preset
 from hvae_ebm_prior.saving.files import write_atomically, write_json
 from hvae_ebm_prior.saving.grid import save_grid
 
 SAVE_EVERY = 500
 SMOKE_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A label set of a recipe.
+
+    Attributes:
+        column: of the data's rows.
+        layers: the part of the layers that it is bound to, from 0, the top, to 1, the bottom.
+    """
+
+    column: str
+    layers: tuple[float, float] = (0.0, 1.0)
+
+    def of(self, count: int) -> tuple[int, ...]:
+        """Indices of the layers, out of `count`; one at least."""
+        start, end = (round(part * count) for part in self.layers)
+        start = min(start, count - 1)
+        return tuple(range(start, max(end, start + 1)))
 
 
 @dataclass(frozen=True)
@@ -53,6 +83,7 @@ class Recipe:
         epochs: passes over the images with these; the learning rate is then 4 to 5 % of what it was at first.
         recalibrate: estimate batch norm anew, as the published code does.
         published: Fréchet distances of the paper.
+        labels: label sets by name, with `--conditional`.
     """
 
     data: str
@@ -63,6 +94,7 @@ class Recipe:
     epochs: int
     recalibrate: bool
     published: Mapping[str, float | None]
+    labels: Mapping[str, Labels] = field(default_factory=dict)
 
 
 def published(gaussian: float, reconstructions: float | None, ours: float) -> dict[str, float | None]:
@@ -70,10 +102,20 @@ def published(gaussian: float, reconstructions: float | None, ours: float) -> di
     return {"Gaussian prior": gaussian, "reconstructions": reconstructions, "EBM diffusion prior": ours}
 
 
+CLASSES = {"class": Labels("label")}
+# What is global at the top, what is local below.
+FACES = {
+    name: Labels(column, layers)
+    for name, column, layers in zip(
+        ("gender", "smile", "hair"), ATTRIBUTES, ((0.0, 0.2), (0.2, 0.6), (0.6, 1.0)), strict=True
+    )
+}
 RECIPES = {
     "cifar10-nvae": Recipe(
-        "cifar10", 32, 50_000, NVAE_CIFAR10, "paper-cifar10", 30, True, published(37.73, 0.68, 8.93)
+        "cifar10", 32, 50_000, NVAE_CIFAR10, "paper-cifar10", 30, True, published(37.73, 0.68, 8.93), CLASSES
     ),
+    # The paper shows pictures of this one (Figure 4), and no distances.
+    "celeba64-nvae": Recipe("celeba", 64, 162_770, NVAE_CELEBA64, "lsun-church64", 30, False, {}, FACES),
     "celebahq256-nvae": Recipe(
         "celeba-hq", 256, 27_000, NVAE_CELEBAHQ256, "paper-celebahq256", 150, False, published(30.25, 1.64, 8.78)
     ),
@@ -81,7 +123,7 @@ RECIPES = {
         "lsun-churches", 64, 116_227, NVAE_CHURCH64, "lsun-church64", 30, False, published(38.13, 2.45, 7.34)
     ),
     "cifar10-hvae": Recipe(
-        "cifar10", 32, 50_000, HVAE_CIFAR10, "cifar10-hvae", 30, False, published(81.44, None, 35.13)
+        "cifar10", 32, 50_000, HVAE_CIFAR10, "cifar10-hvae", 30, False, published(81.44, None, 35.13), CLASSES
     ),
 }
 
@@ -101,7 +143,7 @@ class Run:
         smoke: tiny and short.
         seed: of all randomness.
         device: where it runs.
-        classes: names of the labels that the prior is coupled to; none for a prior without.
+        categories: names of the categories of the label sets that the prior is coupled to; none for a prior without.
     """
 
     recipe: str
@@ -114,15 +156,14 @@ class Run:
     smoke: bool
     seed: int
     device: str
-    classes: Sequence[str] = ()
+    categories: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = make_parser().parse_args(arguments)
-    run = Run(
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(Run) if field.name != "classes"}
-    )
+    given = [each.name for each in dataclasses.fields(Run) if each.name != "categories"]
+    run = Run(**{name: getattr(options, name) for name in given})
     options.out = options.out or Path("out") / run.recipe
     options.out.mkdir(parents=True, exist_ok=True)
     if options.estimate:
@@ -139,7 +180,10 @@ def train(run: Run, options: argparse.Namespace) -> None:
     sources = load_sources(run, options.data)
     training_set, held_out = (Pictures(source, image_size(run)) for source in sources)
     if options.conditional:
-        run = replace(run, classes=class_names(sources[0]))
+        if not recipe.labels:
+            raise ValueError(f"{run.recipe}: --conditional: its images have no labels")
+        names = {name: category_names(sources[0], labels.column) for name, labels in recipe.labels.items()}
+        run = replace(run, categories=names)
     if isinstance(recipe.backbone, HVAEConfig):
         make_hvae(run, training_set, held_out, out, options.hvae_epochs)
         adapter = load_backbone(run, out)
@@ -174,7 +218,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
         write_atomically(out / "prior.safetensors", lambda path: save_file(prior.state_dict(), path))
         write_json(out / "results.json", results_of_run(run, preset, training, prior, history))
 
-    training_set.labelled = bool(run.classes)
+    training_set.columns = {name: recipe.labels[name].column for name in run.categories}
     try:
         prior.fit(training_set, training=training, callback=follow, generator=generator)
     except KeyboardInterrupt:
@@ -192,7 +236,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
             "reconstructions": prior.decode(prior.encode(images, generator=generator)),
             "Gaussian prior": prior.decode(torch.randn(count, prior.dim, generator=generator).to(prior.device)),
             "ours": prior.sample(count, generator=generator),
-            **{name: prior.sample(count, labels={"class": name}, generator=generator) for name in run.classes},
+            **labelled_rows(prior, run, count, generator),
         }
     write_atomically(out / "samples.png", lambda path: save_grid(path, list(rows.values()), list(rows)))
     loader = shlex.quote(f"{os.path.relpath(__file__)}:load_prior")
@@ -201,6 +245,24 @@ def train(run: Run, options: argparse.Namespace) -> None:
         f"{out} written. Next:\n\n    hvae-ebm-prior evaluate {loader} {folder} --images {images} "
         f"--reference {reference} --features inception --device {run.device}"
     )
+
+
+def labelled_rows(
+    prior: DiffusionEBMPrior, run: Run, count: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Samples under every category of the only label set; of several sets, the last category of each in turn, with the
+    layers of those before held (Figure 4).
+    """
+    if len(run.categories) < 2 or prior.coupling is None:
+        return {
+            each: prior.sample(count, labels={name: each}, generator=generator)
+            for name, categories in run.categories.items()
+            for each in categories
+        }
+    sets = prior.coupling.sets
+    stages = [({name: names[-1]}, sets[name].layers or ()) for name, names in run.categories.items()]
+    states = sample_in_turn(prior, count, stages, generator=generator)
+    return {f"{name}: {run.categories[name][-1]}": prior.decode(u) for name, u in zip(sets, states, strict=True)}
 
 
 def load_prior(folder: str | Path) -> DiffusionEBMPrior:
@@ -348,10 +410,11 @@ def make_prior(run: Run, adapter: Any) -> tuple[DiffusionEBMPrior, Preset]:
     preset = settings(run)
     torch.manual_seed(run.seed)  # initial weights of the energies
     coupling = None
-    if run.classes:
+    if run.categories:
+        layers, labels = len(NoiseTransform(adapter).latent_shapes), RECIPES[run.recipe].labels
         # As in the paper at t = 0 alone, or as this library's default.
         coupling = Coupling(
-            {"class": LabelSet(tuple(run.classes))},
+            {name: LabelSet(tuple(each), labels[name].of(layers)) for name, each in run.categories.items()},
             levels=(0,) if run.preset == "paper" else None,
             networks=replace(preset.energy, spectral_norm=False, architecture="default"),
         )
@@ -370,7 +433,7 @@ def results_of_run(
     for name in ("loss", "gradient_norm") if last else ():
         means[name] = float(np.mean([getattr(record, name) for record in last]))
     return {
-        "run": dataclasses.asdict(run),
+        "run": fields_of(run),
         "settings": {name: str(value) for name, value in {**vars(preset), "training": training}.items()},
         "dimensions": prior.dim,
         "layers": len(prior.latent_shapes),
@@ -381,6 +444,11 @@ def results_of_run(
         "torch": torch.__version__,
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def fields_of(run: Run) -> dict[str, Any]:
+    """A run as JSON values."""
+    return {**vars(run), "categories": dict(run.categories)}
 
 
 def export(path: Path, pictures: Pictures, count: int, levels: Callable[[int], torch.Tensor]) -> None:
@@ -408,7 +476,7 @@ def estimate(run: Run, out: Path, batches: list[int] | None) -> None:
     iterations = recipe.epochs * epoch if run.preset == "paper" else preset.training.iterations
     sizes = batches or ([1, batch] if prior.device.type == "cuda" else [1, 2])
     figures = report_costs(prior, image_size(run), sorted(set(sizes)), batch, epoch, iterations)
-    write_json(out / "estimate.json", {"run": dataclasses.asdict(run), **figures})
+    write_json(out / "estimate.json", {"run": fields_of(run), **figures})
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -436,7 +504,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="what of p(x | z) is an NVAE's image (%(default)s)",
     )
     parser.add_argument(
-        "--conditional", action="store_true", help="couple the prior to the images' classes (CIFAR-10's ten, Figure 5)"
+        "--conditional", action="store_true", help="couple the prior to labels: CIFAR-10's classes, CelebA's attributes"
     )
     parser.add_argument(
         "--save-memory", action="store_true", help="keep no activations inside the NVAE's cells: a third more time"

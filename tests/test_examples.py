@@ -242,11 +242,10 @@ def test_attributes_in_turn(tmp_path, monkeypatch, capsys):
     training = dataclasses.replace(default.training, activity_images=64)
     monkeypatch.setitem(PRESETS, "default", dataclasses.replace(default, training=training))
     monkeypatch.setattr(in_turn, "load_subset", load_part)
-    options = ["--iterations", "1", "--samples", "2", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["in_turn.py", *options])
+    monkeypatch.setattr(sys, "argv", ["in_turn.py", "--iterations", "1", "--samples", "2", "--out", str(tmp_path)])
     in_turn.main()
     assert len(read_strips(tmp_path / "in_turn.png")) == 12
     assert "| trousers, patterned |" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["in_turn.py", *options, "--weights", str(tmp_path / "in_turn.safetensors")])
-    in_turn.main()
+    prior = in_turn.load_prior(tmp_path / "in_turn.safetensors")
+    assert {name: heads.keys() for name, heads in prior.heads.items()} == {"kind": {"0"}, "texture": {"1", "2"}}
     assert len(json.loads((tmp_path / "in_turn.json").read_text())["figures"]) == 8

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import json
 import os
 import sys
@@ -13,16 +14,21 @@ import pytest
 import torch
 from helpers import check_strip, read_strips, seed
 from recipe_backbones import TINY, official_nvae
-from recipe_data import Pictures, Shapes, celeba_hq, cifar10, class_names, lsun_churches
+from recipe_data import Pictures, Shapes, category_names, celeba_hq, cifar10, lsun_churches
 from recipe_estimate import BatchCost, duration, extrapolate
-from recipes import RECIPES, Run, load_prior, main, settings
+from recipes import RECIPES, Labels, Run, load_prior, main, settings
 from stand_ins import AutoEncoder, perturb
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.adapters import HVAE
 
 # Where the recipes find their backbone: each stand-in with the kind of output of the official one.
-FUNCTIONS = {"cifar10-nvae": "mixture_of_32", "celebahq256-nvae": "mixture_of_64", "lsun-church64-nvae": "normal_of_64"}
+FUNCTIONS = {
+    "cifar10-nvae": "mixture_of_32",
+    "celeba64-nvae": "mixture_of_64",
+    "celebahq256-nvae": "mixture_of_64",
+    "lsun-church64-nvae": "normal_of_64",
+}
 
 
 def mixture_of_32(checkpoint=None):
@@ -103,18 +109,39 @@ def test_a_conditional_recipe_knows_its_classes(preset, tmp_path):
     assert len(read_strips(tmp_path / "samples.png")) == 6
     prior = load_prior(tmp_path)
     assert tuple(prior.coupling.sets["class"].categories) == ("even", "odd")
+    assert prior.coupling.sets["class"].layers == (0, 1, 2)
     assert prior.coupling.levels == ((0,) if preset == "paper" else None)
     assert prior.sample(2, labels={"class": "odd"}, generator=seed(0)).shape == (2, 3, 32, 32)
 
 
+def test_attributes_of_a_recipe_are_drawn_in_turn(tmp_path):
+    """Those above in the layers above."""
+    options = ["--smoke", "--conditional", "--device", "cpu", "--out", str(tmp_path), "--export", "6"]
+    main(["celeba64-nvae", "--preset", "default", *backbone_options("celeba64-nvae"), *options])
+    prior = load_prior(tmp_path)
+    layers = [prior.coupling.sets[name].layers for name in ("gender", "smile", "hair")]
+    assert list(itertools.chain(*layers)) == list(range(len(prior.latent_shapes)))
+    assert len(read_strips(tmp_path / "samples.png")) == 7
+
+
+def test_labels_need_images_that_have_them(tmp_path):
+    options = ["--smoke", "--conditional", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="celebahq256-nvae: --conditional: its images have no labels"):
+        main(["celebahq256-nvae", *backbone_options("celebahq256-nvae"), *options])
+
+
 def test_labels_of_pictures():
-    pictures = Pictures(Shapes(4, 8), 8, labelled=True)
+    pictures = Pictures(Shapes(4, 8), 8, columns={"class": "label", "smile": "Smiling"})
     image, labels = pictures[3]
-    assert labels == {"class": 1}
+    assert labels == {"class": 1, "smile": 1}
     assert torch.equal(image, pictures.first(4)[3])
-    assert class_names(Shapes(4, 8)) == ("even", "odd")
+    assert category_names(Shapes(4, 8), "label") == ("even", "odd")
+    assert category_names(Shapes(4, 8), "Smiling") == ("no", "yes")
     with pytest.raises(ValueError, match="folders of classes in the folder train"):
-        class_names([])
+        category_names([], "label")
+    parts = [Labels("", part).of(35) for part in ((0, 0.2), (0.2, 0.6), (0.6, 1))]
+    assert parts == [tuple(range(7)), tuple(range(7, 21)), tuple(range(21, 35))]
+    assert Labels("", (0.5, 0.6)).of(1) == (0,)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
