@@ -20,15 +20,28 @@ from ..saving.files import write_json
 from ..training.callbacks import LOGS, open_log
 from ..training.checkpoint import find_checkpoints
 from ..training.config import ObjectiveName, TrainingConfig
-from ..training.image_data import DATA, image_shape, open_images
+from ..training.image_data import DATA, DecodedImages, image_shape, open_images, split_array
 from ..training.label_data import LABELS, LabelledImages, open_labels
 from ..training.learned_prior import LearnedPrior
 from .loading import FORM, Commands, load_model
 
 # Presets that `train` takes; the others are for baselines.
 SUITED = [name for name in PRESETS if name not in ("joint-ebm", "joint-ebm-published", "ncp", "nce-stages")]
-# What a run that is gone on with must have been begun with, besides the settings, which its checkpoints know.
-GIVEN = ("loader", "checkpoint", "data", "size", "limit", "preset", "seed", "labels", "label_layers")
+# What a run that is gone on with must have been begun with, and what it is where it is not given, besides the settings,
+# which its checkpoints know.
+GIVEN: dict[str, Any] = {
+    "loader": None,
+    "checkpoint": None,
+    "data": None,
+    "size": None,
+    "limit": None,
+    "preset": "default",
+    "seed": 0,
+    "labels": [],
+    "label_layers": [],
+    "background": "white",
+    "skip_broken": False,
+}
 
 
 def add_train(commands: Commands) -> None:
@@ -53,6 +66,12 @@ def add_train(commands: Commands) -> None:
         help="resize images, and crop them about their centre, to squares of this side (as they are)",
     )
     command.add_argument("--limit", type=int, help="use so many images from the start (all)")
+    command.add_argument(
+        "--background", default="white", help="color behind transparent pixels, by name or as #rrggbb (%(default)s)"
+    )
+    command.add_argument(
+        "--skip-broken", action="store_true", help="look at all files first, and leave out those that cannot be decoded"
+    )
     command.add_argument(
         "--labels",
         action="append",
@@ -105,14 +124,21 @@ def run_train(options: argparse.Namespace) -> None:
     # The first weights follow from the seed as well.
     with seeded(options.seed, torch.device("cpu")):
         prior = build(preset, backbone)
-    data: Any = open_images(options.data, image_shape(prior), size=options.size, limit=options.limit)
-    labels = couple_to_labels(prior, options, len(data))
+    data: Any = open_images(
+        options.data,
+        image_shape(prior),
+        size=options.size,
+        limit=options.limit,
+        background=options.background,
+        skip_broken=options.skip_broken,
+    )
+    labels = couple_to_labels(prior, options, data)
     if labels and not isinstance(data, Tensor):
         data = LabelledImages(data, labels)
     logs = [open_log(place, options.samples_every, options.out.name) for place in options.log]
     folder = options.out / "checkpoints"
     about = options.out / "train.json"
-    command = {name: getattr(options, name) for name in GIVEN}
+    command = {name: in_full(name, getattr(options, name)) for name in GIVEN}
     if begun := find_checkpoints(folder):
         check_command(about, command)
         print(f"going on from {begun[0]}", file=sys.stderr)
@@ -151,8 +177,10 @@ def run_train(options: argparse.Namespace) -> None:
     )
 
 
-def couple_to_labels(prior: LearnedPrior, options: argparse.Namespace, count: int) -> dict[str, Tensor]:
-    """Couple a prior to the labels that were asked for; their values (count,) by name."""
+def couple_to_labels(
+    prior: LearnedPrior, options: argparse.Namespace, data: Tensor | DecodedImages
+) -> dict[str, Tensor]:
+    """Couple a prior to the labels that were asked for; those of the images (N,) by name."""
     given = {
         key: [option.partition("=")[::2] for option in getattr(options, key)] for key in ("labels", "label_layers")
     }
@@ -167,20 +195,36 @@ def couple_to_labels(prior: LearnedPrior, options: argparse.Namespace, count: in
         raise ValueError(f"labels: expected NAME=SOURCE with different names, got {', '.join(options.labels)}")
     if unknown := layers.keys() - sources.keys():
         raise ValueError(f"label-layers: expected labels out of {', '.join(sources) or 'none'}, got {min(unknown)}")
+    indices = data.indices if isinstance(data, DecodedImages) else list(range(len(data)))
+    count = len(data.names) if isinstance(data, DecodedImages) else len(data)
     found = {name: open_labels(source, options.data, count) for name, source in sources.items()}
     if not found:
         return {}
     if not isinstance(prior, DiffusionEBMPrior):
         raise TypeError(f"labels: a {type(prior).__name__} has none")
     prior.couple(Coupling({name: LabelSet(kinds, layers.get(name)) for name, (kinds, _) in found.items()}))
-    return {name: values for name, (_, values) in found.items()}
+    return {name: values[indices] for name, (_, values) in found.items()}
+
+
+def in_full(name: str, value: Any) -> Any:
+    """The value of an option, with paths in full, so that photos, photos/ and ./photos are one."""
+    if isinstance(value, list):
+        return [f"{key}={in_full(name, source)}" for key, _, source in (each.partition("=") for each in value)]
+    if not isinstance(value, str) or name not in ("loader", "checkpoint", "data", "labels"):
+        return value
+    if name == "loader":
+        file, _, function = value.rpartition(":")
+        return f"{Path(file).resolve()}:{function}" if file.endswith(".py") else value
+    file, array = split_array(value)
+    path = Path(file).expanduser()
+    return (f"{path.resolve()}:{array}" if array else str(path.resolve())) if path.exists() else value
 
 
 def check_command(path: Path, command: Mapping[str, Any]) -> None:
     """Raise ValueError unless the run whose options stand in `path` was begun with those of `command`."""
     try:
-        # Runs that were begun before there were labels have none.
-        before = {"labels": [], "label_layers": [], **json.loads(path.read_text())}
+        # Runs that were begun before there were such options had none.
+        before = {name: in_full(name, value) for name, value in {**GIVEN, **json.loads(path.read_text())}.items()}
         changed = [name for name, value in command.items() if before[name] != value]
         differences = [f"{name} was {before[name]} and is {command[name]}" for name in changed]
     except (ValueError, KeyError, TypeError, OSError) as error:

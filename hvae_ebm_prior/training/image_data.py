@@ -1,6 +1,12 @@
 """Images to train on: files of a folder or a data set of the Hugging Face Hub, decoded when needed, or NumPy arrays."""
 
-from collections.abc import Callable
+import os
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +26,38 @@ DATA = (
 IMAGES = "file.npy or file.npz:name of images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 MODES = {1: "L", 3: "RGB"}
+# How many broken images a warning names.
+SHOWN = 10
+
+
+class BrokenImageError(OSError):
+    """An image that cannot be decoded; the message names it."""
 
 
 def open_images(
-    source: str, shape: tuple[int, int, int], *, size: int | None = None, limit: int | None = None
-) -> Tensor | Dataset[Tensor]:
+    source: str,
+    shape: tuple[int, int, int],
+    *,
+    size: int | None = None,
+    limit: int | None = None,
+    background: str = "white",
+    skip_broken: bool = False,
+) -> "Tensor | DecodedImages":
     """The images that a source names.
 
     Args:
-        source: a folder, whose files are taken in the order of their paths, those of folders in it too;
-            `hf:NAME[:SPLIT[:COLUMN]]`, by default the split "train" and the first column of images; or what
-            `load_images` takes.
-        shape: shape (C, H, W) that they must have. Those of folders and the Hub become grey or RGB as C says.
+        source: a folder, whose files are taken in the order of their paths, those of folders in it too, also where
+            these are links, and without what is hidden; `hf:NAME[:SPLIT[:COLUMN]]`, by default the split "train" and
+            the first column of images; or what `load_images` takes.
+        shape: shape (C, H, W) that they must have. Those of folders and the Hub become grey or RGB as C says, and are
+            turned as their EXIF data say.
         size: side of the square that those of folders and the Hub are resized and, about their centre, cropped to; None
             leaves them as they are.
         limit: use so many from the start; None for all.
+        background: color behind transparent pixels of folders and the Hub, by name or as #rrggbb; a warning says where
+            there are some.
+        skip_broken: look at all images of a folder or the Hub now, and leave out, with a warning that names them, those
+            that cannot be decoded.
 
     Returns:
         Images (N, C, H, W), or a dataset of images (C, H, W), in [0, 1].
@@ -42,28 +65,31 @@ def open_images(
     Raises:
         ValueError: there is no such source, it has no images, or they have another shape.
         ImportError: a package is missing.
-        OSError: a file cannot be read.
+        OSError: a file cannot be read; `BrokenImageError` where it is no whole image.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected a positive number of images, got {limit}")
     if size is not None and (size, size) != shape[1:]:
         raise ValueError(f"size: expected {shape[1]}, as the backbone draws {shape[2]}x{shape[1]} pixels, got {size}")
-    if Path(source).is_dir():
-        return folder_images(Path(source), shape, size, limit)
-    if source.startswith("hf:"):
-        return hub_images(source, shape, size, limit)
-    if not source.partition(":")[0].endswith((".npy", ".npz")):
+    if Path(source).expanduser().is_dir():
+        images = folder_images(Path(source).expanduser(), limit)
+    elif source.startswith("hf:"):
+        images = hub_images(source, limit)
+    elif not is_array(source):
         raise ValueError(f"data: expected {DATA}; there is no folder {source}")
-    if size is not None:
+    elif size is not None:
         raise ValueError(f"size: images of {source} are taken as they are; resize them before they are saved")
-    images = load_images(source)[:limit]
-    check_images(images)
-    if images.shape[1:] != shape:
-        raise ValueError(
-            f"{source}: expected images {shape} (channels, height, width), as the backbone draws, "
-            f"got {tuple(images.shape[1:])}"
-        )
-    return images
+    else:
+        array = load_images(source)[:limit]
+        check_images(array)
+        if array.shape[1:] != shape:
+            raise ValueError(
+                f"{source}: expected images {shape} (channels, height, width), as the backbone draws, "
+                f"got {tuple(array.shape[1:])}"
+            )
+        return array
+    names, read = images
+    return DecodedImages(names, read, Decoding(shape, size, background), skip_broken=skip_broken)
 
 
 @torch.no_grad()
@@ -73,89 +99,178 @@ def image_shape(prior: LatentPrior) -> tuple[int, int, int]:
     return channels, height, width
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How pictures become tensors.
+
+    Attributes:
+        shape: the shape (C, H, W) that they must have.
+        size: side to resize and crop to; None for none.
+        background: color behind transparent pixels.
+    """
+
+    shape: tuple[int, int, int]
+    size: int | None = None
+    background: str = "white"
+
+    def __post_init__(self) -> None:
+        if self.shape[0] not in MODES:
+            raise ValueError(
+                f"data: expected a backbone of grey or RGB images, this one's have {self.shape[0]} channels; "
+                "give an array of NumPy's"
+            )
+
+    def __call__(self, name: str, picture: Any) -> Tensor:
+        """The image (C, H, W) in [0, 1] of a Pillow image; errors begin with its name."""
+        from PIL import Image, ImageOps
+
+        if not isinstance(picture, Image.Image):
+            raise ValueError(
+                f"{name}: expected an image, got {type(picture).__name__}; "
+                "name the column of images, as hf:NAME:SPLIT:COLUMN"
+            )
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError(f"{name}: expected 8 bits per channel, got an image of mode {picture.mode}; convert it")
+        picture = self.opaque(name, ImageOps.exif_transpose(picture)).convert(MODES[self.shape[0]])
+        if self.size is not None:
+            picture = ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS)
+        if (picture.height, picture.width) != self.shape[1:]:
+            raise ValueError(
+                f"{name}: expected {self.shape[2]}x{self.shape[1]} pixels, as the backbone draws, "
+                f"got {picture.width}x{picture.height}; --size {self.shape[1]} resizes and crops"
+            )
+        pixels = torch.from_numpy(np.array(picture)).reshape(*self.shape[1:], self.shape[0])
+        return pixels.permute(2, 0, 1).float() / 255
+
+    def opaque(self, name: str, picture: Any) -> Any:
+        """The picture on the background, where it is transparent anywhere."""
+        from PIL import Image
+
+        if not picture.has_transparency_data:
+            return picture
+        picture = picture.convert("RGBA")
+        if picture.getchannel("A").getextrema()[0] == 255:
+            return picture
+        warnings.warn(
+            f"{name} has transparent pixels: they are shown on {self.background}, as those of all images are",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return Image.alpha_composite(Image.new("RGBA", picture.size, self.background), picture)
+
+
 class DecodedImages(Dataset[Tensor]):
     """A dataset of images (C, H, W) in [0, 1] that are decoded when they are asked for.
 
     Args:
-        count: how many there are.
-        read: the name and the Pillow image of an index.
-        shape: the shape (C, H, W) that they must have.
-        size: side to resize and crop to; None for none.
+        names: of all images, for errors.
+        read: the Pillow image of an index.
+        decoding: how it becomes a tensor.
+        skip_broken: leave out those that cannot be decoded.
+
+    Attributes:
+        indices: which of the images are in it, in order.
+
+    Raises:
+        BrokenImageError: the first image, or with `skip_broken` every one, cannot be decoded.
+        ValueError: the first image has another shape.
     """
 
     def __init__(
-        self, count: int, read: Callable[[int], tuple[str, Any]], shape: tuple[int, int, int], size: int | None
+        self, names: Sequence[str], read: Callable[[int], Any], decoding: Decoding, *, skip_broken: bool = False
     ) -> None:
-        if shape[0] not in MODES:
-            raise ValueError(
-                f"data: expected a backbone of grey or RGB images, this one's have {shape[0]} channels; "
-                "give an array of NumPy's"
-            )
-        self.count = count
+        self.names = names
         self.read = read
-        self.shape = shape
-        self.size = size
+        self.decoding = decoding
+        self.indices = list(range(len(names)))
+        if skip_broken:
+            self.indices = self.whole_images()
         self[0]  # so that what is wrong with all of them is an error now
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Tensor:
-        from PIL import Image, ImageOps
+        return self.decode(self.indices[index])
 
-        name, image = self.read(index)
-        if not isinstance(image, Image.Image):
-            raise ValueError(
-                f"{name}: expected an image, got {type(image).__name__}; "
-                "name the column of images, as hf:NAME:SPLIT:COLUMN"
+    def decode(self, index: int) -> Tensor:
+        """The image of an index of `names`."""
+        name = self.names[index]
+        try:
+            picture = self.read(index)
+        except Exception as error:  # Pillow's decoders raise whatever a damaged file makes of them
+            raise BrokenImageError(
+                f"{name}: cannot be read as an image ({error or type(error).__name__}); repair it or take it away, or "
+                "leave such images out with --skip-broken"
+            ) from error
+        return self.decoding(name, picture)
+
+    def whole_images(self) -> list[int]:
+        """Indices of the images that can be decoded."""
+        whole, broken = [], []
+        for index, name in enumerate(self.names):
+            try:
+                self.decode(index)
+            except BrokenImageError:
+                broken.append(name)
+            else:
+                whole.append(index)
+        if not whole:
+            raise BrokenImageError(f"data: none of the {len(broken)} images can be decoded, {broken[0]} the first")
+        if broken:
+            more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+            warnings.warn(
+                f"data: {len(broken)} of {len(self.names)} images cannot be decoded and are left out: "
+                f"{', '.join(broken[:SHOWN])}{more}",
+                RuntimeWarning,
+                stacklevel=3,
             )
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{name}: expected 8 bits per channel, got an image of mode {image.mode}; convert it")
-        image = image.convert(MODES[self.shape[0]])
-        if self.size is not None:
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
-        if (image.height, image.width) != self.shape[1:]:
-            raise ValueError(
-                f"{name}: expected {self.shape[2]}x{self.shape[1]} pixels, as the backbone draws, "
-                f"got {image.width}x{image.height}; --size {self.shape[1]} resizes and crops"
-            )
-        pixels = torch.from_numpy(np.array(image)).reshape(*self.shape[1:], self.shape[0])
-        return pixels.permute(2, 0, 1).float() / 255
+        return whole
 
 
-def folder_images(folder: Path, shape: tuple[int, int, int], size: int | None, limit: int | None) -> Dataset[Tensor]:
-    """The images of a folder and the folders in it; see `open_images`."""
+def folder_images(folder: Path, limit: int | None) -> tuple[list[str], Callable[[int], Any]]:
+    """Names of the images of a folder and the folders in it, and a function that reads one; see `open_images`."""
     Image = import_pillow()
     paths = image_files(folder)[:limit]
 
-    def read(index: int) -> tuple[str, Any]:
+    def read(index: int) -> Any:
         with Image.open(paths[index]) as image:
             image.load()
-            return str(paths[index]), image
+            return image
 
-    return DecodedImages(len(paths), read, shape, size)
+    return [str(path) for path in paths], read
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder and the folders in it, in the order of their paths; ValueError if there are none."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    """The images of a folder and the folders in it, in the order of their paths: links are followed, each real folder
+    is taken once, and what begins with a dot is left alone. ValueError if there are none.
+    """
+    paths: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        # Folders are entered in the order of their names, so that of two links to one it is always the same.
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            paths += [
+                Path(place, name)
+                for name in files
+                if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+            ]
+        seen.add(real)
     if not paths:
         raise ValueError(f"data: {folder} holds no images; expected files {', '.join(sorted(SUFFIXES))}")
-    return paths
+    return sorted(paths)
 
 
-def hub_images(source: str, shape: tuple[int, int, int], size: int | None, limit: int | None) -> Dataset[Tensor]:
-    """The images of a data set of the Hub; see `open_images`."""
+def hub_images(source: str, limit: int | None) -> tuple[list[str], Callable[[int], Any]]:
+    """Names of the images of a data set of the Hub, and a function that reads one; see `open_images`."""
     import_pillow()
     rows, column = hub_rows(source)
     count = len(rows) if limit is None else min(limit, len(rows))
     if count == 0:
         raise ValueError(f"data: {source} is empty")
-
-    def read(index: int) -> tuple[str, Any]:
-        return f"{source}, image {index}", rows[index][column]
-
-    return DecodedImages(count, read, shape, size)
+    return [f"{source}, image {index}" for index in range(count)], lambda index: rows[index][column]
 
 
 def hub_rows(source: str) -> tuple[Any, str]:
@@ -194,14 +309,24 @@ def load_images(path: str) -> Tensor:
         Images (N, C, H, W) in [0, 1].
 
     Raises:
-        ValueError: the array is no batch of images.
+        ValueError: the file is broken, or the array no batch of images.
         OSError: the file cannot be read.
+
+    Warns:
+        RuntimeWarning: bytes that are 0 and 1 alone, as of a mask, which are nearly black as images.
     """
     array = load_array(path)
     if array.ndim not in (3, 4) or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
         raise ValueError(
             f"{path}: expected uint8 or floating-point images (N, C, H, W) or (N, H, W[, C]), "
             f"got {array.dtype} {array.shape}"
+        )
+    if array.dtype == np.uint8 and array.size and array.max() == 1:
+        warnings.warn(
+            f"{path}: bytes that are 0 and 1 alone in {len(array)} images, which as pixels up to 255 are nearly black; "
+            "multiply them by 255, or save floats",
+            RuntimeWarning,
+            stacklevel=2,
         )
     if array.ndim == 3:
         array = array[:, None]
@@ -211,12 +336,39 @@ def load_images(path: str) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
+def split_array(source: str) -> tuple[str, str]:
+    """The file and the array's name, "" for none, of `file.npy` or `file.npz[:name]`; a colon elsewhere is the file's,
+    as in C:/images.npy.
+    """
+    file, archive, name = source.rpartition(".npz:")
+    return (f"{file}.npz", name) if archive else (source, "")
+
+
+def is_array(source: str) -> bool:
+    """Whether a source is of the form `file.npy` or `file.npz[:name]`."""
+    return split_array(source)[0].endswith((".npy", ".npz"))
+
+
 def load_array(path: str) -> np.ndarray:
-    """The array of `file.npy` or `file.npz:name`; ValueError where the archive has none of that name."""
-    file, archive, name = path.partition(".npz:")
-    array = np.load(file + archive.rstrip(":"), allow_pickle=False)
-    if isinstance(array, np.ndarray):
-        return array
-    if name not in array.files:
-        raise ValueError(f"{path}: expected file.npz:name with a name out of {', '.join(array.files)}")
-    return array[name]
+    """The array of `file.npy` or `file.npz:name`; ValueError where the file is broken or the archive has none of that
+    name, OSError where it cannot be read.
+    """
+    file, name = split_array(path)
+    try:
+        # Opened here, as NumPy leaves broken archives open.
+        with Path(file).expanduser().open("rb") as opened:
+            array = np.load(opened, allow_pickle=False)
+            if isinstance(array, np.ndarray):
+                return array
+            if name in array.files:
+                return array[name]
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, KeyError, struct.error) as error:
+        kind = (
+            "too large, or its header is damaged"
+            if isinstance(error, MemoryError)
+            else "cut, damaged or something else"
+        )
+        raise ValueError(
+            f"{file}: expected a file that numpy.save or numpy.savez wrote, and this one is {kind}"
+        ) from error
+    raise ValueError(f"{path}: expected file.npz:name with a name out of {', '.join(array.files)}")

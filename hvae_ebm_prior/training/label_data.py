@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .image_data import hub_rows, image_files, load_array
+from .image_data import hub_rows, image_files, is_array, load_array
 
 LABELS = (
     "folders (of --data, each class in its own), column:NAME (of an hf: data set), "
@@ -50,7 +50,7 @@ def open_labels(source: str, data: str, count: int) -> tuple[int | tuple[str, ..
         return labels_of_folders(data, count)
     if source.startswith("column:"):
         return labels_of_column(data, source.removeprefix("column:"), count)
-    if not source.partition(":")[0].endswith((".npy", ".npz")):
+    if not is_array(source):
         raise ValueError(f"labels: expected {LABELS}; got {source}")
     array = load_array(source)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -62,7 +62,7 @@ def open_labels(source: str, data: str, count: int) -> tuple[int | tuple[str, ..
 
 def labels_of_folders(data: str, count: int) -> tuple[tuple[str, ...], Tensor]:
     """See `open_labels`."""
-    folder = Path(data)
+    folder = Path(data).expanduser()
     if not folder.is_dir():
         raise ValueError(f"labels: folders are those of a folder of images, and --data is {data}")
     paths = [path.relative_to(folder) for path in image_files(folder)[:count]]
