@@ -145,7 +145,7 @@ def interpolate(
     """
     check_noise(start, prior.dim)
     check_noise(end, prior.dim)
-    check_count(steps, "steps")
+    steps = check_count(steps, "steps")
     if start.shape != end.shape or steps < 2:
         raise ValueError(
             f"expected two noises of one shape and at least 2 steps, "

@@ -125,7 +125,7 @@ class DiffusionEBMPrior(LearnedPrior):
         Raises:
             TypeError, ValueError: images of a wrong type, shape or range, or the prior is not coupled at t = 0.
         """
-        check_count(draws, "draws")
+        draws = check_count(draws, "draws")
         if self.coupling is None or (self.coupling.levels is not None and 0 not in self.coupling.levels):
             raise ValueError("classify: this prior is not coupled to labels at t = 0; see DiffusionEBMPrior.couple")
         probabilities: dict[str, list[Tensor]] = {name: [] for name in self.coupling.sets}
@@ -268,8 +268,8 @@ class DiffusionEBMPrior(LearnedPrior):
             TypeError, ValueError: energies without context, or noise of a wrong type or shape.
         """
         check_noise(u, self.dim, self.device)
-        check_count(steps, "steps")
-        check_count(probes, "probes")
+        steps = check_count(steps, "steps")
+        probes = check_count(probes, "probes")
         parts = u.split(self.samples_per_chunk)
         return torch.cat([log_prob_by_layer(self, part, steps, probes, seed).sum(1) for part in parts])
 

@@ -1,7 +1,10 @@
 """Checks of arguments at the border; errors name the value that came, the one expected, and what to do."""
 
+import operator
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,8 +51,8 @@ def check_levels(t: int | Tensor, n: int, steps: int, device: torch.device) -> T
         if t.dtype != torch.long:
             raise TypeError(f"t: expected an int or a torch.long tensor, got {t.dtype}")
         levels = t.to(device)
-    elif isinstance(t, int) and not isinstance(t, bool):
-        levels = torch.full((n,), t, dtype=torch.long, device=device)
+    elif (level := as_integer(t)) is not None:
+        levels = torch.full((n,), level, dtype=torch.long, device=device)
     else:
         raise TypeError(f"t: expected an int or a torch.long tensor, got {type(t).__name__}")
     if tuple(levels.shape) != (n,):
@@ -59,12 +62,47 @@ def check_levels(t: int | Tensor, n: int, steps: int, device: torch.device) -> T
     return levels
 
 
-def check_count(n: int, name: str = "n") -> None:
-    """Raise TypeError or ValueError unless `n` is a positive integer."""
-    if not isinstance(n, int) or isinstance(n, bool):
+def check_count(n: int, name: str = "n") -> int:
+    """A positive integer of any kind, NumPy's or a tensor's too, as Python's; TypeError or ValueError for anything
+    else.
+    """
+    number = as_integer(n)
+    if number is None:
         raise TypeError(f"{name}: expected a positive integer, got {type(n).__name__}")
-    if n < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {n}")
+    if number < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {number}")
+    return number
+
+
+def as_integer(value: Any) -> int | None:
+    """A whole number of any kind as Python's; None for what is none, truth values among them."""
+    if isinstance(value, bool | np.bool_) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def set_integers(settings: Any, least: Mapping[str, int]) -> None:
+    """Make fields of a frozen dataclass Python's integers.
+
+    Args:
+        settings: the dataclass, as it is being made.
+        least: the smallest value of every field; one that is None is left alone.
+
+    Raises:
+        ValueError: a field is no integer, or a smaller one.
+    """
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        number = as_integer(value)
+        if number is None or number < lowest:
+            kind = "a positive integer" if lowest == 1 else f"an integer from {lowest}"
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
+        object.__setattr__(settings, name, number)
 
 
 def check_temperature(temperature: float) -> None:

@@ -90,7 +90,7 @@ class JointEBMPrior(DiffusionEBMPrior):
         for name, value, kind in (("chains", chains, Chains), ("target", target, Target)):
             if value not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
-        check_count(kept, "kept")
+        kept = check_count(kept, "kept")
         if not 0 <= renewal <= 1:
             raise ValueError(f"renewal: expected a probability from 0 to 1, got {renewal}")
         if langevin is None:

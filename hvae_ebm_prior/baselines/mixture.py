@@ -57,8 +57,8 @@ class GaussianMixturePrior(LatentPrior):
         covariance: Covariance = "full",
         dims: int = 16,
     ) -> None:
-        check_count(components, "components")
-        check_count(dims, "dims")
+        components = check_count(components, "components")
+        dims = check_count(dims, "dims")
         if covariance not in ("diag", "full"):
             raise ValueError(f'covariance: expected "diag" or "full", got {covariance!r}')
         super().__init__(backbone)
@@ -100,7 +100,7 @@ class GaussianMixturePrior(LatentPrior):
             from sklearn.mixture import GaussianMixture  # type: ignore[import-untyped]
         except ImportError as error:
             raise missing("the Gaussian mixture needs scikit-learn", "baselines") from error
-        check_count(images, "images")
+        images = check_count(images, "images")
         u = self._posterior_pairs(data, images, generator)
         if u.shape[1] < self.components:
             raise ValueError(

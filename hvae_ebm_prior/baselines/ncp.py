@@ -86,7 +86,7 @@ class NCPPrior(LearnedPrior):
     ) -> None:
         if sampler not in ("sir", "langevin"):
             raise ValueError(f'sampler: expected "sir" or "langevin", got {sampler!r}')
-        check_count(proposals, "proposals")
+        proposals = check_count(proposals, "proposals")
         super().__init__(
             backbone,
             schedule=DiffusionSchedule.marginal(),

@@ -83,8 +83,8 @@ class MultiStagePrior(LearnedPrior):
         execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
         pool: int = 4000,
     ) -> None:
-        check_count(stages, "stages")
-        check_count(pool, "pool")
+        stages = check_count(stages, "stages")
+        pool = check_count(pool, "pool")
         super().__init__(
             backbone,
             schedule=DiffusionSchedule.marginal(),

@@ -31,6 +31,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..backbone.validation import set_integers
 from .schedule import DiffusionSchedule
 from .streams import Streams
 
@@ -83,16 +84,7 @@ class LangevinConfig:
         for name, kind in (("integrator", Integrator), ("start", Start), ("step_rule", StepRule)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
-        counts = {
-            "steps": self.steps,
-            "top_steps": self.top_steps,
-            "sampling_steps": 1 if self.sampling_steps is None else self.sampling_steps,
-        }
-        for name, steps in counts.items():
-            if not isinstance(steps, int) or steps < 1:
-                raise ValueError(f"{name} must be a positive integer, got {steps!r}")
-        if not isinstance(self.corrector_steps, int) or self.corrector_steps < 0:
-            raise ValueError(f"corrector_steps must be an integer from 0, got {self.corrector_steps!r}")
+        set_integers(self, {"steps": 1, "top_steps": 1, "sampling_steps": 1, "corrector_steps": 0})
         if not self.drift_limit > 0:
             raise ValueError(f"drift_limit must be positive, got {self.drift_limit!r}")
         if not 0 < self.step_size < float("inf"):

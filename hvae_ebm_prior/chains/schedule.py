@@ -18,6 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..backbone.validation import as_integer
+
 # The reverse pass starts from N(0, I), so the last level may keep no more than this signal-to-noise ratio.
 LARGEST_LAST_SNR = 0.01
 
@@ -116,7 +118,7 @@ class DiffusionSchedule:
         Raises:
             ValueError: `steps` is below 1.
         """
-        check_steps(steps)
+        steps = check_steps(steps)
         inner = (math.tan(math.pi * t / (2 * steps)) ** -2 for t in range(1, steps))
         return cls((math.inf, *inner, 0.0))
 
@@ -136,7 +138,7 @@ class DiffusionSchedule:
         Raises:
             ValueError: `steps` is below 1 or above 500.
         """
-        check_steps(steps)
+        steps = check_steps(steps)
         if steps > 500:
             raise ValueError(f"the ddpm schedule has room for 500 steps, got {steps}; use cosine")
         stride = 1000 // (2 * (steps - 1)) if steps > 1 else 0
@@ -155,7 +157,9 @@ class DiffusionSchedule:
         return cls((math.inf, 0.0))
 
 
-def check_steps(steps: int) -> None:
-    """Raise ValueError unless `steps` is an integer of at least 1."""
-    if not isinstance(steps, int) or steps < 1:
+def check_steps(steps: int) -> int:
+    """A number of steps as Python's integer; ValueError unless it is one of at least 1."""
+    number = as_integer(steps)
+    if number is None or number < 1:
         raise ValueError(f"a schedule needs an integer number of steps of at least 1, got {steps!r}")
+    return number

@@ -166,7 +166,7 @@ def watch(prior: LearnedPrior, settings: Settings, steps: int) -> tuple[Tensor, 
         TypeError, ValueError: a number beyond the page's bounds.
         ChainDiverged: a chain left the finite numbers.
     """
-    check_count(steps, "steps")
+    steps = check_count(steps, "steps")
     check_bounds("steps", steps, 1, MAX_STEPS)
     n = min(settings.count, MAX_CHAINS)
     has_chains = not (isinstance(prior, NCPPrior) and prior.sampler == "sir")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.transform import LayerState, drive
+from ..backbone.validation import set_integers
 from ..chains.execution import frozen, walk_gradient, walk_values_and_gradient
 from ..chains.flow import LARGEST_ANGLE, follow_flow
 from ..chains.langevin import ChainDiverged, langevin_chain
@@ -51,8 +52,7 @@ class DrawingConfig:
     flow_steps: int = 12
 
     def __post_init__(self) -> None:
-        if not isinstance(self.flow_steps, int) or self.flow_steps < 0:
-            raise ValueError(f"flow_steps must be an integer from 0, got {self.flow_steps!r}")
+        set_integers(self, {"flow_steps": 0})
 
 
 class Above(NamedTuple):

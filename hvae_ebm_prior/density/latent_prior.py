@@ -141,7 +141,7 @@ class LatentPrior(nn.Module, ABC):
         """
         check_images(images)
         if mcmc_steps:
-            check_count(mcmc_steps, "mcmc_steps")
+            mcmc_steps = check_count(mcmc_steps, "mcmc_steps")
         if images.dtype == torch.float64:  # what NumPy gives; backbones are rarely in double
             images = images.to(self.transform.dtype)
         with contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device):
@@ -178,7 +178,7 @@ class LatentPrior(nn.Module, ABC):
             TypeError, ValueError: a wrong count.
             ChainDiverged: a chain left the finite numbers.
         """
-        check_count(n)
+        n = check_count(n)
         return self._draw(draw_key(generator), range(n))
 
     def sample(self, n: int, *, chunk_size: int | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -197,14 +197,14 @@ class LatentPrior(nn.Module, ABC):
             TypeError, ValueError: a wrong count.
             ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
         """
-        check_count(n)
+        n = check_count(n)
         key = agree(draw_key(generator))
         return self._decode_in_chunks(n, lambda chunk: self._draw(key, range(n)[chunk]), chunk_size)
 
     def _decode_in_chunks(self, n: int, draw: Callable[[slice], Tensor], chunk_size: int | None) -> Tensor:
         """Images (n, C, H, W) of the noise that `draw` returns for chunks of samples; processes share the work."""
         size = self.samples_per_chunk if chunk_size is None else chunk_size
-        check_count(size, "chunk_size")
+        size = check_count(size, "chunk_size")
         mine = share(n)
         images: list[Tensor] = []
 

@@ -84,7 +84,7 @@ def make_request(
     Raises:
         TypeError, ValueError: something that cannot be sampled.
     """
-    check_count(n)
+    n = check_count(n)
     check_temperature(temperature)
     if tempering not in get_args(Tempering):
         raise ValueError(f"tempering: expected one of {', '.join(get_args(Tempering))}, got {tempering!r}")

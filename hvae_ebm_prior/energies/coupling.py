@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.transform import LayerState
+from ..backbone.validation import as_integer
 from .build import make_network
 from .context import ContextEnergy, takes_context
 from .networks import EnergyConfig, LayerEnergy
@@ -75,12 +76,13 @@ class LabelSet:
             return list(self.categories).index(value)
         if isinstance(value, bool) and self.size > 2:
             raise TypeError(f"label {name!r}: expected an index 0..{self.size - 1}, got {value!r}")
-        if not isinstance(value, int):
+        number = int(value) if isinstance(value, bool) else as_integer(value)
+        if number is None:
             kind = type(value).__name__
             raise TypeError(f"label {name!r}: expected a category's index or name, or a tensor of indices, got {kind}")
-        if not 0 <= value < self.size:
-            raise ValueError(f"label {name!r}: expected an index 0..{self.size - 1}, got {value}")
-        return int(value)
+        if not 0 <= number < self.size:
+            raise ValueError(f"label {name!r}: expected an index 0..{self.size - 1}, got {number}")
+        return number
 
 
 @dataclass(frozen=True)

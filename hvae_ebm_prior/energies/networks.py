@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ..backbone.validation import set_integers
+
 Architecture = Literal["default", "published-cifar10", "published-celebahq256"]
 # Maps are halved until neither side is longer than this, then read out position by position; a network over all
 # dimensions reads smaller ones, which learns fast, and would overfit and diverge on larger ones.
@@ -60,9 +62,7 @@ class EnergyConfig:
             raise ValueError("architecture: the published networks have no context; set context=False as well")
         if self.context and self.spectral_norm:
             raise ValueError("spectral_norm: it is for energies without context; set context=False as well")
-        for name in ("width", "vector_width", "blocks"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        set_integers(self, {"width": 1, "vector_width": 1, "blocks": 1})
 
 
 class TimeConditionedBlock(nn.Module):

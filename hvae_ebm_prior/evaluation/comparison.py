@@ -165,7 +165,7 @@ def compare(
     for name, values in (("candidates", candidates), ("budgets", budgets), ("seeds", seeds)):
         if not values:
             raise ValueError(f"{name}: expected at least one")
-    path = Path(path)
+    path = Path(path).expanduser()
     kept: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {"iterations": {}, "runs": {}}
     iterations, runs = kept["iterations"], kept["runs"]
 

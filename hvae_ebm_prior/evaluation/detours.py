@@ -48,7 +48,7 @@ def diffusion_scores(
     """
     check_detour(prior, level, noise)
     check_images(images)
-    check_count(draws, "draws")
+    draws = check_count(draws, "draws")
 
     def scores_of_a_draw() -> Tensor:
         samples = prior.draw_levels(draw_key(generator), range(len(images)), SamplingRequest())[level]

@@ -37,8 +37,8 @@ class EarlyStopping:
 
     def __init__(self, images: Tensor, *, every: int = 250, patience: int = 4, seed: int = 0) -> None:
         check_images(images)
-        check_count(every, "every")
-        check_count(patience, "patience")
+        every = check_count(every, "every")
+        patience = check_count(patience, "patience")
         self.images, self.every, self.patience, self.seed = images, every, patience, seed
         self.history: list[tuple[int, float]] = []
         self.best: tuple[int, float] | None = None

@@ -115,9 +115,9 @@ def find_inception(url: str, given: str | Path | None) -> Path:
     name = url.rpartition("/")[2]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / name
     if given is not None:
-        if not Path(given).is_file():
+        if not Path(given).expanduser().is_file():
             raise FileNotFoundError(f"weights: there is no file {given}; it should be {name}, from {url}")
-        return Path(given)
+        return Path(given).expanduser()
     if not cached.exists():
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)

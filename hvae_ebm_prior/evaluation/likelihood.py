@@ -248,7 +248,7 @@ def log_normalizer(
     check_noise(u_next, prior.dim, prior.device)
     levels = check_levels(t, len(u_next), prior.schedule.steps, u_next.device)
     chunk_size = prior.samples_per_chunk if chunk_size is None else chunk_size
-    check_count(chunk_size, "chunk_size")
+    chunk_size = check_count(chunk_size, "chunk_size")
     forward_key, reverse_key = draw_key(generator), draw_key(generator)
     forward, acceptance = annealed_weights(prior, u_next, levels, forward_key, annealing, chunk_size)
     reverse = torch.full_like(levels, torch.nan, dtype=forward.dtype)

@@ -95,7 +95,7 @@ def flow_scores(
         TypeError: energies without context, or images of a wrong type.
         ValueError: images of a wrong shape or range.
     """
-    check_count(steps, "steps")
+    steps = check_count(steps, "steps")
     return above_cuts(posterior_means(prior, images, draws, generator, lambda u: -log_prob_by_layer(prior, u, steps)))
 
 

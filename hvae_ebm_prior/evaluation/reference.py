@@ -59,7 +59,7 @@ def save_reference(reference: Reference, path: str | Path) -> None:
     Raises:
         ValueError: there are moments alone, or the file's name ends in .npz.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if reference.features is None or path.suffix == ".npz":
         raise ValueError(
             "statistics: expected features to save and a name such as statistics.safetensors; .npz files are only read"

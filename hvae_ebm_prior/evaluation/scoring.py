@@ -44,8 +44,8 @@ def averaged(
         Scores (N, ...).
     """
     check_images(images)
-    check_count(draws, "draws")
-    check_count(copies, "draws")
+    draws = check_count(draws, "draws")
+    copies = check_count(copies, "draws")
     images = images.to(prior.device, prior.transform.dtype)
     chunk_size = max(1, prior.samples_per_chunk // copies)
     scores = []

@@ -97,10 +97,10 @@ def langevin_transitions(
         TypeError, ValueError: a count that is no positive integer.
         ChainDiverged: a chain left the finite numbers.
     """
-    check_count(steps, "steps")
+    steps = check_count(steps, "steps")
     every = max(1, steps // RECORDS) if every is None else every
     for name, count in (("n", n), ("every", every), ("shown", shown), ("columns", columns)):
-        check_count(count, name)
+        count = check_count(count, name)
     recorded = sorted({*range(0, steps, every), steps})
     kept = torch.linspace(0, len(recorded) - 1, min(columns, len(recorded))).round().long().tolist()
     times = torch.tensor(recorded), torch.tensor([recorded[i] for i in kept])

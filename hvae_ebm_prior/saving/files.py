@@ -14,7 +14,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         path: the file to make or replace.
         write: writes to the path that it is given.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     scratch = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")  # some writers look at the suffix
     try:
         write(scratch)

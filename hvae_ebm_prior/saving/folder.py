@@ -60,7 +60,7 @@ def save(
         TypeError: a class, or networks, that cannot be described in `config.json`.
         OSError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     config = make_config(prior, fingerprint(prior), installed(LIBRARY) or "unknown", trained, metrics)
     folder.mkdir(parents=True, exist_ok=True)
     if samples:

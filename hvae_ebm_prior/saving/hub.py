@@ -33,8 +33,8 @@ def fetch(repo_or_dir: str | Path, *, subfolder: str = "", local_dir: str | Path
         ValueError: no name of a repository.
     """
     name = str(repo_or_dir)
-    if Path(repo_or_dir).is_dir():
-        return Path(repo_or_dir) / subfolder
+    if Path(repo_or_dir).expanduser().is_dir():
+        return Path(repo_or_dir).expanduser() / subfolder
     if isinstance(repo_or_dir, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: there is no such folder, and no repository of the Hub has such a name")
     patterns = [f"{subfolder}/{file}" if subfolder else file for file in FILES]
@@ -73,7 +73,7 @@ def upload(
         InvalidPrior: the folder holds no saved prior, or a damaged one.
         OSError: the folder cannot be read, or the Hub's own errors.
     """
-    load_config(Path(folder))
+    load_config(Path(folder).expanduser())
     api = HfApi(library_name=LIBRARY, token=token)
     with connection_errors():
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -87,10 +87,10 @@ class Logger:
     """
 
     def __init__(self, every: int, samples_every: int, samples: int, seed: int) -> None:
-        check_count(every, "every")
-        check_count(samples, "samples")
+        every = check_count(every, "every")
+        samples = check_count(samples, "samples")
         if samples_every:
-            check_count(samples_every, "samples_every")
+            samples_every = check_count(samples_every, "samples_every")
         self.every = every
         self.samples_every = samples_every
         self.samples = samples
@@ -138,7 +138,7 @@ class TensorBoard(Logger):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise missing("the callback TensorBoard needs tensorboard", "tensorboard") from error
-        self.log_dir = Path(log_dir)
+        self.log_dir = Path(log_dir).expanduser()
         self._open = SummaryWriter
         self._writer: Any = None
 

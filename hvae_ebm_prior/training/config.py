@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..backbone.validation import check_count
+from ..backbone.validation import set_integers
 
 ObjectiveName = Literal["score", "score-recovery", "score-joint-recovery", "recovery", "joint-recovery"]
 
@@ -88,12 +88,7 @@ class TrainingConfig:
         return cls(iterations=min(max(round(2000 * math.sqrt(images / 10_000)), 500), 20_000))
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        for name in ("micro_batch", "encode_batch"):
-            if getattr(self, name) is not None:
-                check_count(getattr(self, name), name)
+        set_integers(self, dict.fromkeys(("iterations", "batch_size", "micro_batch", "encode_batch", "noise_draws"), 1))
         for name in ("learning_rate", "clip_norm", "gap_limit", "epoch_decay", "recovery_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -105,7 +100,6 @@ class TrainingConfig:
             )
         if not 0 < self.recovery_share <= 1:
             raise ValueError(f"recovery_share must be in (0, 1], got {self.recovery_share!r}")
-        check_count(self.noise_draws, "noise_draws")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         for name in ("energy_penalty", "weight_decay", "warmup", "restarts", "activity_images", "workers"):

@@ -71,7 +71,7 @@ class Checkpoints:
             if self.resume:
                 raise ValueError("resume: there is nothing to go on from without checkpoint_dir")
             return None
-        folder = Path(self.folder)
+        folder = Path(self.folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         if not self.resume and find_checkpoints(folder):
             raise FileExistsError(

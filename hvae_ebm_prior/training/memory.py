@@ -63,7 +63,7 @@ class MemoryEstimate:
 
 def estimate_memory(prior: TrainablePrior, images: int) -> MemoryEstimate:
     """What training `prior` with so many images at a time takes; see `LearnedPrior.estimate`."""
-    check_count(images, "batch_size")
+    images = check_count(images, "batch_size")
     one = peak_activations(prior, 1)
     two = peak_activations(prior, 2)
     energies = sum(tensor.nbytes for tensor in prior.state_dict().values())

@@ -88,7 +88,7 @@ class PosteriorCache(Dataset[Tensor]):
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         index = read_index(self.folder)
         if index is None:
             raise InvalidCache(
@@ -189,10 +189,10 @@ class PosteriorCache(Dataset[Tensor]):
             BackboneMismatch: a cache of another backbone is there.
         """
         images = check_data(data, labels)
-        check_count(batch_size, "batch_size")
-        check_count(shard_size, "shard_size")
+        batch_size = check_count(batch_size, "batch_size")
+        shard_size = check_count(shard_size, "shard_size")
         check_count(1 if draws is None else draws, "draws")
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         saved = read_index(folder)
         key = draw_key(generator)
         if saved is not None:
