@@ -80,6 +80,7 @@ class PriorConfig:
         family: class of the backbone's adapter, for people.
         training: how it was trained; None where `fit` was not called.
         metrics: figures of quality.
+        weights: SHA-256 of the file of the weights that belong to it; empty in folders of before there was one.
     """
 
     schema: int
@@ -92,6 +93,7 @@ class PriorConfig:
     family: str = ""
     training: TrainingSummary | None = None
     metrics: tuple[Metric, ...] = ()
+    weights: str = ""
 
 
 def saved_kinds() -> dict[str, type[EnergyModel]]:

@@ -4,8 +4,13 @@ A saved prior is three files, and a picture where there is one. Files from elsew
 against types and bounds, and the weights against the shapes that follow from it.
 """
 
+import json
+import os
+import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,14 +24,17 @@ from ..density.gaussian import GaussianPrior
 from ..extras import installed
 from .card import LIBRARY, Card, write_card
 from .config import Metric, PriorConfig, TrainingSummary, build_prior, make_config, read_config
-from .files import write_atomically, write_json
+from .digest import digest_file
+from .files import scratch_file, write_atomically, write_json
 from .fingerprint import BackboneMismatch, check_backbone, fingerprint
 from .grid import save_grid
 from .typed_json import InvalidPrior, read_json_file, to_json
-from .weights_file import read_weights, write_weights
+from .weights_file import read_weights, save_weights
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+# The weights before, while others are being saved.
+PREVIOUS = ".model.previous.safetensors"
 CARD = "README.md"
 SAMPLES = "samples.png"
 FILES = (CONFIG, WEIGHTS, CARD, SAMPLES)
@@ -62,13 +70,46 @@ def save(
     """
     folder = Path(folder).expanduser()
     config = make_config(prior, fingerprint(prior), installed(LIBRARY) or "unknown", trained, metrics)
+    # Whoever loads it must be able to read what is written.
+    read_config(json.loads(json.dumps(to_json(config))))
+    text = write_card(config, card or Card(), repo_id=repo_id or folder.name, samples=SAMPLES if samples else None)
     folder.mkdir(parents=True, exist_ok=True)
     if samples:
         save_samples(folder / SAMPLES, prior, samples, seed)
-    text = write_card(config, card or Card(), repo_id=repo_id or folder.name, samples=SAMPLES if samples else None)
-    write_weights(folder / WEIGHTS, prior.state_dict(), {"format": "pt"})
-    write_json(folder / CONFIG, to_json(config))
+    with scratch_file(folder / WEIGHTS, partial(save_weights, prior.state_dict(), {"format": "pt"})) as weights:
+        digest = digest_file(weights)
+        # Settings name the weights that they go with; until they are replaced the former weights stay.
+        keep_previous(folder)
+        os.replace(weights, folder / WEIGHTS)
+        write_json(folder / CONFIG, to_json(replace(config, weights=digest)))
+    (folder / PREVIOUS).unlink(missing_ok=True)
     write_atomically(folder / CARD, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def keep_previous(folder: Path) -> None:
+    """Give the weights in a folder a second name, by which `load` finds them if saving ends before it is done."""
+    (folder / PREVIOUS).unlink(missing_ok=True)
+    if (folder / WEIGHTS).exists():
+        try:
+            os.link(folder / WEIGHTS, folder / PREVIOUS)
+        except OSError:  # file systems without links
+            shutil.copyfile(folder / WEIGHTS, folder / PREVIOUS)
+
+
+def read_own_weights(folder: Path, prior: EnergyModel, digest: str) -> dict[str, Tensor]:
+    """The weights in a folder that its settings were written with; InvalidPrior where they are others, or not those of
+    `prior`.
+    """
+    if digest and digest_file(folder / WEIGHTS) != digest:
+        previous = folder / PREVIOUS
+        if previous.is_file() and digest_file(previous) == digest:
+            return read_tensors(previous, prior)
+        read_tensors(folder / WEIGHTS, prior)  # which says more, if that is where the fault is
+        raise InvalidPrior(
+            f"{WEIGHTS}: not the weights that {CONFIG} was written with: one of the files is damaged, or of another "
+            "prior; save the prior again"
+        )
+    return read_tensors(folder / WEIGHTS, prior)
 
 
 def save_samples(path: Path, prior: EnergyModel, count: int, seed: int, columns: int = 8) -> None:
@@ -135,17 +176,17 @@ def load(
             f"expected a {kind.__name__}, got a {config.kind}; load it with {config.kind}.from_pretrained"
         )
     try:
-        prior.load_state_dict(read_tensors(folder, prior), assign=True)
+        prior.load_state_dict(read_own_weights(folder, prior, config.weights), assign=True)
     except BaseException:
         prior.release()
         raise
     return prior.to(where, dtype).eval().requires_grad_(True), config.training
 
 
-def read_tensors(folder: Path, prior: EnergyModel) -> dict[str, Tensor]:
-    """The weights of a saved prior, all in one dtype; InvalidPrior where they are not those of `prior`."""
+def read_tensors(path: Path, prior: EnergyModel) -> dict[str, Tensor]:
+    """The weights in a file, all in one dtype; InvalidPrior where they are not those of `prior`."""
     shapes = {name: tuple(tensor.shape) for name, tensor in prior.state_dict().items()}
-    tensors = read_weights(folder / WEIGHTS, shapes)
+    tensors = read_weights(path, shapes)
     if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
         raise InvalidPrior(f"{WEIGHTS}: expected tensors of one dtype, got {', '.join(sorted(map(str, dtypes)))}")
     return tensors

@@ -5,6 +5,7 @@ makes us allocate is bounded by its own size. Nothing in it is executed.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +23,14 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors, of any device and layout, to a safetensors file; the metadata are texts in its header."""
+    write_atomically(path, partial(save_weights, tensors, metadata))
+
+
+def save_weights(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, path: Path) -> None:
+    """The same, in place."""
     # Copies, as the format takes no tensors that share memory, and networks may.
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda scratch: save_file(plain, scratch, metadata=dict(metadata or {})))
+    save_file(plain, path, metadata=dict(metadata or {}))
 
 
 def read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -356,7 +356,7 @@ IMAGES = torch.zeros(2, 1, 2, 2)
         (lambda p: p.sample(0), ValueError, "n: expected a positive integer, got 0"),
         (lambda p: p.sample(2.0), TypeError, "n: expected a positive integer, got float"),
         (lambda p: p.sample(1, chunk_size=0), ValueError, "chunk_size: expected a positive integer, got 0"),
-        (lambda p: p.sample(1, tempering="during"), ValueError, "before, after, got 'during'"),
+        (lambda p: p.sample(1, tempering="during"), ValueError, "after, before, got 'during'"),
         (lambda p: p.sample(1, temperature=0.0), ValueError, r"temperature: expected a positive number, got 0\.0"),
         (lambda p: p.sample(1, labels={"class": 3}), ValueError, "not coupled to labels"),
         (
