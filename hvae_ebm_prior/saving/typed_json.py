@@ -21,7 +21,18 @@ INFINITE = {"inf": math.inf, "-inf": -math.inf}
 # that value is read as if it lacked the setting; with another it is refused, as this version would do something else.
 FORMER_SETTINGS: Mapping[str, Any] = {"curvature_limit": None, "vector_size": 0}
 # Settings that files and checkpoints of older versions lack, whatever they were made with.
-LATER_SETTINGS = frozenset({"context", "drawing", "objective", "recovery_share", "recovery_weight", "noise_draws"})
+LATER_SETTINGS = frozenset(
+    {
+        "context",
+        "drawing",
+        "objective",
+        "recovery_share",
+        "recovery_weight",
+        "noise_draws",
+        "architecture",
+        "digest_of_images",
+    }
+)
 # Bounds on the values of a file, far above what any prior needs.
 LARGEST_FILE = 2**20
 LARGEST_NUMBER = 2**31

@@ -21,11 +21,22 @@ from ..backbone.validation import check_images
 from ..chains.streams import draw_key, sample_seeds
 from ..density.latent_prior import LatentPrior
 from ..energies.coupling import Labels
+from ..saving.digest import digest_images
+from .image_data import DecodedImages
 from .posterior_cache import PosteriorCache
 
 # Images (N, C, H, W), or numbers (N,) of rows of a posterior cache; labels or None; and the pass over the data, from 0.
 Batch = tuple[Tensor, Tensor | Labels | None, int]
 END = object()
+
+
+# Images that a digest of the data looks at.
+LOOKED_AT = 16
+
+
+def some(count: int) -> list[int]:
+    """Indices of a few images out of `count`, from the first to the last."""
+    return torch.linspace(0, count - 1, min(count, LOOKED_AT)).round().long().tolist()
 
 
 class Batches:
@@ -131,17 +142,24 @@ class Batches:
         return prior.encode(images.to(prior.device, non_blocking=True), generator=generator)
 
     def summary(self) -> dict[str, Any]:
-        """Kind and size of the data, as JSON values, as far as they show without reading the data."""
+        """Kind and size of the data, as JSON values, and a digest of some images where these are always the same, as
+        those of a tensor or of files are.
+        """
         if isinstance(self.data, Tensor):
             labels = sorted(self.labels) if self.labels else None
-            return {"kind": "tensor", "shape": list(self.data.shape), "dtype": str(self.data.dtype), "labels": labels}
+            form = {"shape": list(self.data.shape), "dtype": str(self.data.dtype), "labels": labels}
+            return {"kind": "tensor", **form, "digest_of_images": digest_images(self.data[some(len(self.data))])}
         if isinstance(self.data, PosteriorCache):
             return {"kind": "posterior cache", "length": len(self.data), "digest": self.data.digest}
         try:
             length = len(self.data)
         except TypeError:  # a loader of a stream has the method and no length
             length = None
-        return {"kind": "dataset" if self._indexed else "batches", "length": length}
+        about: dict[str, Any] = {"kind": "dataset" if self._indexed else "batches", "length": length}
+        files = getattr(self.data, "images", self.data)
+        if length and isinstance(files, DecodedImages):
+            about["digest_of_images"] = digest_images(torch.stack([files[i] for i in some(length)]))
+        return about
 
     def place(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Where the next batch is in the data: random states, and numbers, by name."""

@@ -147,7 +147,7 @@ def read_numbers(path: Path, run: Run) -> tuple[str, dict[str, Any]]:
             raise BrokenCheckpoint(
                 f"{path}: expected format {FORMAT}, got {content['format']!r}; read it with the version that wrote it"
             )
-        saved, current = in_present_form(content["run"]), settings_of_run(run)
+        saved, current = content["run"], settings_of_run(run)
         saved_backbone, current_backbone = (
             from_json(Fingerprint, settings.pop("backbone"), "backbone") for settings in (saved, current)
         )
@@ -166,14 +166,6 @@ def read_numbers(path: Path, run: Run) -> tuple[str, dict[str, Any]]:
             "begun with (the learning rate depends on iterations at every step), or another checkpoint_dir"
         )
     return digest, numbers
-
-
-def in_present_form(settings: Any) -> Any:
-    """Settings of a run, where they were written before networks had an `architecture` with the one there was."""
-    if not isinstance(settings, dict):
-        return settings
-    new = {"architecture": "default"} if "vector_width" in settings else {}
-    return new | {name: in_present_form(value) for name, value in settings.items()}
 
 
 def settings_of_run(run: Run) -> dict[str, Any]:

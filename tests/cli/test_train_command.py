@@ -341,3 +341,29 @@ def test_a_missing_package_is_named_with_the_extra(module, source, files, monkey
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"install hvae-ebm-prior\[data\]"):
         open_images(source, (1, 8, 8))
+
+
+@pytest.mark.parametrize("spelling", ["./images.npz:train", "{files}/images.npz:train", "~/images.npz:train"])
+def test_the_same_images_under_another_name_are_the_same_run(spelling, files, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(files))
+    assert main(command("images.npz:train", "--iterations", "2")) == 0
+    arguments = command(spelling.format(files=files), "--iterations", "2")
+    arguments[arguments.index("mine.py:load")] = "./mine.py:load"
+    assert main(arguments) == 0
+    assert "going on from run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["array", "folder"])
+def test_other_images_of_the_same_shape_are_another_run(kind, folder, files, capsys):
+    """Also under the name that the first ones had."""
+    source = str(folder) if kind == "folder" else "images.npz:train"
+    assert main(command(source, "--iterations", "2")) == 0
+    others = 255 - PIXELS
+    if kind == "folder":
+        image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+        for path, pixels in zip(sorted(folder.rglob("*.PNG")), others, strict=True):
+            image.fromarray(pixels).save(path)
+    else:
+        np.savez(files / "images.npz", train=others)
+    assert main(command(source, "--iterations", "2")) == 2
+    assert "this checkpoint is of another run: data.digest_of_images is" in capsys.readouterr().err
