@@ -249,7 +249,7 @@ class DiffusionEBMPrior(LearnedPrior):
         request = make_request(
             self, n, fixed=fixed, labels=labels, guidance=guidance, log_likelihood=log_likelihood, langevin=langevin
         )
-        return self._decode_finite(self._draw(draw_key(generator), range(n), request))
+        return self.decode(self._draw(draw_key(generator), range(n), request))
 
     def log_prob(self, u: Tensor, *, steps: int = 20, probes: int = 1, seed: int = 0) -> Tensor:
         """log p(u) of the prior in nats, normalised: the density of what ancestral drawing follows, with the noise of

@@ -30,6 +30,31 @@ def check_images(images: Tensor) -> None:
         )
 
 
+# How far images may leave [0, 1] by rounding, also in half precision.
+ROUNDING = 1e-2
+
+
+def check_decoded(images: Tensor, n: int) -> None:
+    """Raise TypeError or ValueError unless what a backbone decoded is floating-point images (n, C, H, W) with values in
+    [0, 1], as far as they are finite.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"decode: the backbone's adapter must return floating-point images (N, C, H, W) in [0, 1], got {kind}"
+        )
+    if images.ndim != 4 or len(images) != n:
+        raise ValueError(
+            f"decode: the backbone's adapter must return {n} images ({n}, C, H, W), got shape {tuple(images.shape)}"
+        )
+    low, high = images.detach().nan_to_num(0.5, 0.5, 0.5).aminmax()
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise ValueError(
+            f"decode: the backbone's adapter must return images in [0, 1], got {low.item():.4g} to {high.item():.4g}; "
+            "rescale them in its decode, for example by (x + 1) / 2"
+        )
+
+
 def check_noise(u: Tensor, dim: int, device: torch.device | None = None) -> None:
     """Raise TypeError or ValueError unless `u` is a floating-point (N, dim) tensor, on `device` where that is given."""
     if not isinstance(u, Tensor) or not u.is_floating_point():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backbone.lock import lock
 from ..backbone.registry import find_adapter
 from ..backbone.transform import BackboneAdapter, NoiseTransform
-from ..backbone.validation import check_count, check_images, check_noise
+from ..backbone.validation import check_count, check_decoded, check_images, check_noise
 from ..chains.langevin import ChainDiverged
 from ..chains.streams import draw_key, draw_seeds, open_streams, seeded
 from ..processes import agree, collect, join_rows, share
@@ -156,9 +156,27 @@ class LatentPrior(nn.Module, ABC):
         return u
 
     def decode(self, u: Tensor) -> Tensor:
-        """The backbone's images (N, C, H, W) of noise `u` (N, D), differentiable in u."""
+        """The backbone's images of noise, differentiable in it.
+
+        Args:
+            u: noise (N, D).
+
+        Returns:
+            Images (N, C, H, W) in [0, 1].
+
+        Raises:
+            TypeError, ValueError: noise of a wrong type or shape, or a backbone that decodes to something else than
+                images in [0, 1].
+            ChainDiverged: the images are not finite.
+        """
         check_noise(u, self.dim, self.device)
-        return self.transform.decode(u)
+        images = self.transform.decode(u)
+        check_decoded(images, len(u))
+        if not bool(torch.isfinite(images.detach()).all()):
+            raise ChainDiverged(
+                "the backbone's images are not finite; check the noise, and the backbone's precision and statistics"
+            )
+        return images
 
     @abstractmethod
     def _draw(self, key: int, samples: range) -> Tensor:
@@ -210,17 +228,7 @@ class LatentPrior(nn.Module, ABC):
 
         def decode_all() -> None:
             chunks = [slice(first, min(first + size, mine.stop)) for first in mine[::size]]
-            images.extend(self._decode_finite(draw(chunk)) for chunk in chunks)
+            images.extend(self.decode(draw(chunk)).detach() for chunk in chunks)
 
         collect(decode_all)
         return join_rows(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive
-
-    @torch.no_grad()
-    def _decode_finite(self, u: Tensor) -> Tensor:
-        images = self.transform.decode(u)
-        if not bool(torch.isfinite(images).all()):
-            raise ChainDiverged(
-                "the backbone's images are not finite though the noise is; check the backbone's precision and "
-                "statistics"
-            )
-        return images

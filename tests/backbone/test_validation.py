@@ -17,6 +17,8 @@ from hvae_ebm_prior import (
     TrainingConfig,
 )
 from hvae_ebm_prior.backbone.validation import check_count
+from hvae_ebm_prior.chains.langevin import ChainDiverged
+from hvae_ebm_prior.control import edit
 
 KINDS = [np.int64(2), np.uint8(2), np.array(2), torch.tensor(2)]
 
@@ -51,3 +53,43 @@ def test_what_is_no_whole_number_is_refused(wrong):
         check_count(wrong)
     with pytest.raises(ValueError, match="width must be a positive integer"):
         EnergyConfig(width=wrong) if wrong is not None else EnergyConfig(width=0)
+
+
+class Decoding(RandomBackbone):
+    """Decodes to what it is given a function for."""
+
+    def __init__(self, change):
+        super().__init__([(2,), (3,)])
+        self.change = change
+
+    def decode(self, features):
+        return self.change(super().decode(features))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: (255 * x).byte(), TypeError, "got torch.uint8"),
+        (lambda x: x.numpy(), TypeError, "got ndarray"),
+        (lambda x: x[:, 0], ValueError, r"2 images \(2, C, H, W\), got shape \(2, 2, 2\)"),
+        (lambda x: x[:1], ValueError, r"got shape \(1, 1, 2, 2\)"),
+        (lambda x: 2 * x - 1.5, ValueError, r"images in \[0, 1\], got -.* rescale them in its decode"),
+        (lambda x: x * torch.nan, ChainDiverged, "not finite"),
+        (lambda x: x / 0, ChainDiverged, "not finite"),
+    ],
+)
+@pytest.mark.parametrize("use", ["sample", "edit", "decode"])
+def test_only_images_leave_the_library(use, change, error, message):
+    prior = DiffusionEBMPrior(Decoding(change), energy=TINY, langevin=LangevinConfig(steps=1))
+    calls = {
+        "sample": lambda: prior.sample(2, generator=seed(0)),
+        "edit": lambda: edit(prior, torch.rand(2, 1, 2, 2), (0,), generator=seed(0)),
+        "decode": lambda: prior.decode(torch.zeros(2, prior.dim)),
+    }
+    with torch.no_grad(), pytest.raises(error, match=message):
+        calls[use]()
+
+
+def test_rounding_is_no_other_range():
+    prior = DiffusionEBMPrior(Decoding(lambda x: x.round() + 1e-6), energy=TINY)
+    assert prior.sample(2, generator=seed(0)).max() <= 1 + 2e-6
