@@ -41,7 +41,7 @@ from walk import make_model
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, LangevinConfig
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, NVAEAdapter, freeze
 from hvae_ebm_prior.backbone.transform import drive
-from hvae_ebm_prior.chains.execution import walk_gradient
+from hvae_ebm_prior.chains.autograd import walk_gradient
 from hvae_ebm_prior.chains.kernels import langevin_update
 from hvae_ebm_prior.chains.langevin import langevin_coefficients
 from hvae_ebm_prior.chains.streams import open_streams

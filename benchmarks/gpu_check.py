@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from quickstart import make_prior
 
 from hvae_ebm_prior import ExecutionConfig
-from hvae_ebm_prior.chains.execution import walk_gradient
+from hvae_ebm_prior.chains.autograd import walk_gradient
 from hvae_ebm_prior.chains.kernels import langevin_update
 from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.density.conditional import draw_conditional

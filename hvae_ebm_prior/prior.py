@@ -104,7 +104,8 @@ class DiffusionEBMPrior(LearnedPrior):
         """
         if not isinstance(coupling, Coupling):
             raise TypeError(f"coupling: expected a Coupling, got {type(coupling).__name__}")
-        heads = build_heads(coupling, self.latent_shapes, list(self.energies), self.schedule.steps, self.device)
+        with torch.inference_mode(False):
+            heads = build_heads(coupling, self.latent_shapes, list(self.energies), self.schedule.steps, self.device)
         self.heads = heads.to(self.dtype).train(self.training)
         self.coupling = coupling
 

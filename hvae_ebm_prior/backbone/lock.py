@@ -44,6 +44,17 @@ def lock(adapter: BackboneAdapter) -> Callable[[], None]:
     return release
 
 
+def check_autograd(adapter: BackboneAdapter) -> None:
+    """Raise ValueError where the backbone's weights cannot take part in autograd, which chains need."""
+    for module in backbone_modules(adapter):
+        for name, parameter in module.named_parameters():
+            if parameter.is_inference():
+                raise ValueError(
+                    f"backbone: its {name} was made under torch.inference_mode(), where no gradient can go through it; "
+                    "build or load the model outside"
+                )
+
+
 def _hold(part: nn.Module | nn.Parameter, flag: bool) -> None:
     _, original, holders = _held.get(id(part), (part, flag, 0))
     _held[id(part)] = part, original, holders + 1

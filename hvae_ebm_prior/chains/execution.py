@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from ..backbone.transform import LayerState
 from ..energies.context import ContextEnergy
 from ..energies.networks import LayerEnergy
+from .autograd import walk_gradient
 from .kernels import Backend
 
 # On a CPU, networks of equal shape run as one while their inputs have no more numbers than this; beyond, one after the
@@ -75,22 +76,6 @@ class ExecutionConfig:
             return nullcontext()
         # Without the cache, in which weights that a chain used without gradients would stay so.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-
-
-def walk_gradient(total: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> Tensor:
-    """Gradient in u (N, D) of the scalar `total(u, t)`, at levels `t` (N,)."""
-    # Inference tensors cannot take part in autograd; copies can.
-    with torch.inference_mode(False), torch.enable_grad():
-        u = u.detach().clone().requires_grad_()
-        return torch.autograd.grad(total(u, t.clone()), u)[0]
-
-
-def walk_values_and_gradient(values: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """`values(u, t)`, (N,) or (N, L), and the gradient of their sum in u (N, D), at levels `t` (N,), by one walk."""
-    with torch.inference_mode(False), torch.enable_grad():
-        u = u.detach().clone().requires_grad_()
-        at_u = values(u, t.clone())
-        return at_u.detach(), torch.autograd.grad(at_u.sum(), u)[0]
 
 
 def chain_gradient(

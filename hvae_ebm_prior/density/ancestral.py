@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..backbone.transform import LayerState, drive
 from ..backbone.validation import set_integers
-from ..chains.execution import frozen, walk_gradient, walk_values_and_gradient
+from ..chains.autograd import walk_gradient, walk_values_and_gradient, with_autograd
+from ..chains.execution import frozen
 from ..chains.flow import LARGEST_ANGLE, follow_flow
 from ..chains.langevin import ChainDiverged, langevin_chain
 from ..chains.metropolis import metropolis_chain
@@ -95,6 +96,7 @@ class LayerTerms:
         return f, {name: values.log_softmax(1) for name, values in logits.items()}
 
 
+@with_autograd
 @torch.no_grad()
 def draw_layers(
     model: EnergyModel,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from ..chains.execution import chain_gradient, repeat, walk_values_and_gradient
+from ..chains.autograd import walk_values_and_gradient, with_autograd
+from ..chains.execution import chain_gradient, repeat
 from ..chains.langevin import LangevinConfig, langevin_chain
 from ..chains.metropolis import metropolis_chain
 from ..chains.streams import SampleStreams, Streams
@@ -23,6 +24,7 @@ from .energy_model import EnergyModel
 Held = tuple[Tensor, Tensor]
 
 
+@with_autograd
 def draw_conditional(
     model: EnergyModel,
     u_next: Tensor,

@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from ..backbone.transform import BackboneAdapter, LayerState
 from ..backbone.validation import check_levels, check_noise
-from ..chains.execution import (
-    CompiledTotal,
-    Corrections,
-    ExecutionConfig,
-    batched_energies,
-    frozen,
-    one_by_one,
-    walk_gradient,
-)
+from ..chains.autograd import walk_gradient
+from ..chains.execution import CompiledTotal, Corrections, ExecutionConfig, batched_energies, frozen, one_by_one
 from ..chains.langevin import LangevinConfig, gaussian_part, published_step
 from ..chains.schedule import DiffusionSchedule
 from ..energies.build import build_energies
@@ -89,7 +82,8 @@ class EnergyModel(LatentPrior):
                 raise ValueError(
                     "the published step rule divides by sigma_bar_0, which is 0 here; use DiffusionSchedule.ddpm"
                 )
-            self.energies = build_energies(energy, self.input_shapes, schedule.steps, self.transform.device)
+            with torch.inference_mode(False):
+                self.energies = build_energies(energy, self.input_shapes, schedule.steps, self.transform.device)
             if langevin.step_rule == "published" and self.has_context:
                 raise ValueError(
                     "the published step rule scales energies of the published kind; set EnergyConfig(context=False)"

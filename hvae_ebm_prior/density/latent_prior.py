@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..backbone.lock import lock
+from ..backbone.lock import check_autograd, lock
 from ..backbone.registry import find_adapter
 from ..backbone.transform import BackboneAdapter, NoiseTransform
 from ..backbone.validation import check_count, check_decoded, check_images, check_noise
@@ -43,6 +43,7 @@ class LatentPrior(nn.Module, ABC):
     def __init__(self, backbone: BackboneAdapter | nn.Module) -> None:
         super().__init__()
         adapter = find_adapter(backbone)
+        check_autograd(adapter)
         self._release = weakref.finalize(self, lock(adapter))
         self._release.atexit = False
         try:
@@ -125,7 +126,8 @@ class LatentPrior(nn.Module, ABC):
         """A posterior draw z ~ q(z|x) as noise u = T⁻¹(z).
 
         Args:
-            images: (N, C, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1], of any floating-point type and on any device; they go to the backbone in
+                its own.
             mcmc_steps: Langevin steps with a Metropolis test from there, on the backbone's own p(z | x), each a
                 gradient of the backbone; the first half of them looks for the steps' size
                 (`hvae_ebm_prior.density.posterior`).
@@ -142,8 +144,7 @@ class LatentPrior(nn.Module, ABC):
         check_images(images)
         if mcmc_steps:
             mcmc_steps = check_count(mcmc_steps, "mcmc_steps")
-        if images.dtype == torch.float64:  # what NumPy gives; backbones are rarely in double
-            images = images.to(self.transform.dtype)
+        images = images.to(self.transform.device, self.transform.dtype)
         with contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device):
             z = self.transform.adapter.infer(images)
         u = self.transform.to_noise(z).to(self.dtype)
@@ -151,7 +152,6 @@ class LatentPrior(nn.Module, ABC):
             raise ValueError("the backbone's posterior draws are not finite; check its weights and that images suit it")
         if mcmc_steps:
             streams = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype)
-            images = images.to(self.transform.device)
             u = refine_posterior(self.transform, u, images, steps=mcmc_steps, streams=streams)
         return u
 

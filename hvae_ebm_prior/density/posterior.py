@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backbone.elbo import check_density, density_adapter
 from ..backbone.transform import NoiseTransform
-from ..chains.execution import walk_values_and_gradient
+from ..chains.autograd import walk_values_and_gradient, with_autograd
 from ..chains.langevin import ChainDiverged
 from ..chains.metropolis import Proposal, metropolis_step, visit
 from ..chains.streams import Streams
@@ -23,6 +23,7 @@ ACCEPTANCE = 0.574
 FIRST_STEP = 1e-3
 
 
+@with_autograd
 @torch.no_grad()
 def refine_posterior(transform: NoiseTransform, u: Tensor, images: Tensor, *, steps: int, streams: Streams) -> Tensor:
     """Langevin steps with a Metropolis test from posterior draws.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backbone.transform import NoiseTransform
 from ..backbone.validation import check_count, check_fixed, check_temperature
+from ..chains.autograd import with_autograd
 from ..chains.langevin import LangevinConfig
 from ..chains.schedule import DiffusionSchedule
 from ..chains.streams import Streams, open_streams
@@ -133,6 +134,7 @@ def split_request(
         yield request.rows(rows), open_streams(key, samples[rows], model.device, model.dtype, model.execution.backend)
 
 
+@with_autograd
 def sample_levels(model: EnergyModel, request: SamplingRequest, key: int, samples: range) -> list[Tensor]:
     """States of all levels, by the chains of `model`.
 

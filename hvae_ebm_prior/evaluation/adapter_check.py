@@ -21,7 +21,11 @@ from .diagnosis import LayerReport, describe_layers, layer_table
 
 
 def check_adapter(
-    adapter: BackboneAdapter, images: Tensor, *, tolerance: float = 1e-3, generator: torch.Generator | None = None
+    adapter: BackboneAdapter,
+    images: Tensor,
+    *,
+    tolerance: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[LayerReport]:
     """Check an adapter on real images, and print what its layers do.
 
@@ -29,7 +33,8 @@ def check_adapter(
         adapter: the adapter, around a trained model.
         images: at least 8 images (N, C, H, W) in [0, 1], in the form the prior will be given; some hundreds make the
             table useful.
-        tolerance: largest error of T(T^-1(z)) and between batch sizes, relative to the largest entry.
+        tolerance: largest error of T(T^-1(z)) and between batch sizes, relative to the largest entry; None for one in a
+            thousand, or eight times the rounding error of the latents' type where that is more.
         generator: source of all randomness; None takes torch's default generator.
 
     Returns:
@@ -51,7 +56,11 @@ def check_adapter(
 
 
 def find_faults(
-    adapter: BackboneAdapter, images: Tensor, *, tolerance: float = 1e-3, generator: torch.Generator | None = None
+    adapter: BackboneAdapter,
+    images: Tensor,
+    *,
+    tolerance: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> Iterator[str]:
     """Every promise that `adapter` breaks, in words; arguments as in `check_adapter`."""
     release = lock(adapter)
@@ -66,7 +75,7 @@ def find_faults(
             u=seeded_noise(transform, 8, seed_u),
             infer=partial(seeded_infer, adapter, seed),
             seed=seed_u,
-            tolerance=tolerance,
+            tolerance=max(1e-3, 8 * torch.finfo(transform.dtype).eps) if tolerance is None else tolerance,
         )
         for check in CHECKS:
             try:

@@ -38,7 +38,7 @@ from torch.nn.utils import parametrize
 
 from ..backbone.elbo import backbone_bound, density_adapter
 from ..backbone.validation import check_count, check_images, check_levels, check_noise
-from ..chains.execution import walk_values_and_gradient
+from ..chains.autograd import walk_values_and_gradient
 from ..chains.langevin import ChainDiverged, LangevinConfig, chain_start
 from ..chains.metropolis import Proposal, ValueAndGradient, Visit, metropolis_step, plain_proposal
 from ..chains.streams import Streams, draw_key, draw_seeds, open_streams, seeded

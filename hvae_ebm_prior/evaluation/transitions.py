@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..backbone.validation import check_count, check_images
-from ..chains.execution import batched_energies, chain_gradient, walk_values_and_gradient
+from ..chains.autograd import walk_values_and_gradient
+from ..chains.execution import batched_energies, chain_gradient
 from ..chains.langevin import langevin_chain
 from ..chains.metropolis import log_acceptance, plain_proposal, propose, visit
 from ..chains.streams import Streams, draw_key, open_streams

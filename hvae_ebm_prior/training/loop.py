@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..backbone.validation import check_count
+from ..chains.autograd import with_autograd
 from ..chains.langevin import ChainDiverged
 from ..energies.coupling import Labels, check_labels
 from ..processes import agree, agree_on_generator, alone, broadcast, collect, rank
@@ -81,6 +82,8 @@ class Checkpoints:
         return folder
 
 
+@with_autograd
+@torch.enable_grad()
 def train(
     prior: TrainablePrior,
     data: Data,

@@ -22,7 +22,7 @@ from hvae_ebm_prior import (
 )
 from hvae_ebm_prior.baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
 from hvae_ebm_prior.baselines.ncp import pick
-from hvae_ebm_prior.chains.execution import walk_gradient
+from hvae_ebm_prior.chains.autograd import walk_gradient
 from hvae_ebm_prior.chains.langevin import gaussian_part, langevin_coefficients
 from hvae_ebm_prior.control import resample
 from hvae_ebm_prior.energies.context import ContextEnergy

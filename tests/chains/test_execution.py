@@ -12,14 +12,8 @@ from stand_ins import perturb
 from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, EnergyConfig, ExecutionConfig, LangevinConfig
-from hvae_ebm_prior.chains.execution import (
-    CompiledTotal,
-    batched_energies,
-    one_by_one,
-    plain_copy,
-    repeat,
-    walk_gradient,
-)
+from hvae_ebm_prior.chains.autograd import walk_gradient
+from hvae_ebm_prior.chains.execution import CompiledTotal, batched_energies, one_by_one, plain_copy, repeat
 from hvae_ebm_prior.chains.langevin import langevin_chain
 from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.energies.build import build_energies

@@ -11,7 +11,7 @@ from helpers import check_moments, seed
 from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, ExecutionConfig, LangevinConfig, langevin_update
-from hvae_ebm_prior.chains.execution import walk_gradient
+from hvae_ebm_prior.chains.autograd import walk_gradient
 from hvae_ebm_prior.chains.langevin import ChainDiverged, gaussian_part, langevin_chain, langevin_coefficients
 from hvae_ebm_prior.chains.streams import SampleStreams, draw_seeds, open_streams
 from hvae_ebm_prior.density.conditional import draw_conditional
