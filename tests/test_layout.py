@@ -20,7 +20,7 @@ ORDER = [
     *("baselines", "evaluation"),
     *("ood", "likelihood", "transitions", "testing", "callbacks", "posterior_cache"),
     *("cli", "demo"),
-    *("adapters", "__init__"),
+    *("adapters", "__init__", "__main__"),
 ]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -73,7 +73,7 @@ def test_rooms_have_no_circles():
 def test_rooms_say_what_they_are_for():
     rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
     assert len(rooms) <= 11
-    assert len(list(PACKAGE.glob("*.py"))) <= 14
+    assert len(list(PACKAGE.glob("*.py"))) <= 15
     for room in rooms:
         assert re.search(
             r"[Mm]ay import|Imports nothing", ast.get_docstring(ast.parse((room / "__init__.py").read_text()))

@@ -11,7 +11,7 @@ from ..extras import installed
 from ..saving.config import PriorConfig, settings_in_words
 from ..saving.folder import WEIGHTS, load_config
 from ..saving.hub import fetch
-from .loading import Commands
+from .loading import Commands, folder_or_repository
 
 
 def add_info(commands: Commands) -> None:
@@ -35,7 +35,8 @@ def run_info(options: argparse.Namespace) -> None:
 
 def describe_saved(repo_or_dir: str) -> str:
     """What a saved prior in a folder or repository says of itself, in lines."""
-    folder = fetch(repo_or_dir)
+    with folder_or_repository(repo_or_dir):
+        folder = fetch(repo_or_dir)
     size = (folder / WEIGHTS).stat().st_size / 1e6
     return "\n".join([*summary(load_config(folder)), f"{'weights':14}{size:.1f} MB"])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 
 from ..training.learned_prior import LearnedPrior
@@ -53,7 +54,19 @@ def load_model(options: argparse.Namespace) -> Any:
 def load_prior(options: argparse.Namespace) -> Any:
     """What the loader returns, or the saved prior that `--prior` names, of whichever class, on it."""
     model = load_model(options)
-    return LearnedPrior.from_pretrained(options.prior, backbone=model) if options.prior else model
+    if not options.prior:
+        return model
+    with folder_or_repository(options.prior):
+        return LearnedPrior.from_pretrained(options.prior, backbone=model)
+
+
+@contextmanager
+def folder_or_repository(name: str) -> Iterator[None]:
+    """Where the Hub has no repository of this name, or cannot be asked, say that there is no folder of it either."""
+    try:
+        yield
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"there is no folder {name}; as a repository of the Hub: {error}") from error
 
 
 def load_function(name: str, what: str = "loader") -> Callable[..., Any]:

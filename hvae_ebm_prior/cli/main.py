@@ -2,10 +2,14 @@
 
 import argparse
 import sys
+import sysconfig
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 from ..chains.langevin import ChainDiverged
+from ..extras import installed
 from ..training.guard import TrainingDiverged
 from .demo_command import add_demo
 from .diagnose_command import add_diagnose
@@ -17,6 +21,8 @@ from .prior_commands import add_edit, add_interpolate, add_ood, add_sample, add_
 from .train_command import add_train
 from .trial_commands import add_trials
 
+# Code that is none of the user's: this library, Python's own, and what is installed.
+OTHERS_CODE = [Path(__file__).parent.parent, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))]
 # What the user can mend, and so a message is enough.
 MISTAKES = (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDiverged, TrainingDiverged)
 
@@ -29,9 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with importable(options.loader) if "loader" in options else nullcontext():
             options.run(options)
     except MISTAKES as error:
-        print(f"hvae-ebm-prior: {error}", file=sys.stderr)
+        if options.debug:
+            raise
+        print(f"hvae-ebm-prior: {error}{users_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def users_line(error: BaseException) -> str:
+    """Where in the user's own code an error arose, as a line of its own; empty where it did not."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(place) for place in OTHERS_CODE)]
+    if not own:
+        return ""
+    frame = own[-1]
+    return f"\n  in {frame.filename}, line {frame.lineno}, in {frame.name}: {frame.line}\n  (--debug shows all of it)"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,6 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hvae-ebm-prior", description="Better samples from a trained hierarchical VAE."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {installed('hvae-ebm-prior') or 'unknown'}")
+    parser.add_argument("--debug", action="store_true", help="show where errors arise, as Python does")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_diagnose(commands)
     add_train(commands)

@@ -100,7 +100,10 @@ def add_prior_command(commands: Commands, name: str, draw: Draw, text: str) -> a
     command = commands.add_parser(name, help=text, description=description)
     add_loader(command, "your trained DiffusionEBMPrior, or your model with --prior", saved=True)
     command.add_argument(
-        "--out", type=Path, default=Path(f"{name}.png"), help="the picture; figures go beside it (%(default)s)"
+        "--out",
+        type=Path,
+        default=Path(f"{name}.png"),
+        help="the picture, or a folder for it; figures go beside it (%(default)s)",
     )
     command.set_defaults(run=partial(run_prior_command, draw))
     return command
@@ -143,6 +146,10 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
         path = getattr(options, name, None)
         if path is not None:
             setattr(options, name, load_images(path)[: options.limit])
+    if options.out.is_dir():
+        options.out /= f"{options.command}.png"
+    elif not options.out.suffix:
+        options.out = options.out.with_suffix(".png")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figures = draw(prior, options, generator)
     record = options.out.with_suffix(".json")

@@ -1,0 +1,84 @@
+"""What users type, and the bugs in their own files: the command line says what it did, and where an error is."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hvae_ebm_prior import __version__
+from hvae_ebm_prior.cli.main import main
+
+LOADER = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+import torch
+from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig
+from hvae_ebm_prior.adapters import HVAE, HVAEConfig
+
+@dataclass
+class Settings:
+    size: int = 8
+
+def load(path: str | None = None):
+    torch.manual_seed(0)
+    model = HVAE(HVAEConfig(image_size=Settings().size, widths=(8, 8), latent_channels=(2, 1)))
+    return DiffusionEBMPrior(model, energy=EnergyConfig(width=8, vector_width=8))
+
+def broken(path=None):
+    return load().missing
+
+def raising(path=None):
+    return torch.load("nowhere.pt")
+"""
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(LOADER)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("out", "written"), [("sam/", "sam/sample.png"), ("new", "new.png"), ("a/b.png", "a/b.png"), ("c.pdf", "c.pdf")]
+)
+def test_what_was_written_is_said(out, written, files, capsys):
+    (files / "sam").mkdir()
+    assert main(["sample", "mine.py:load", "--count", "2", "--out", out]) == 0
+    assert f"{written} and {written.rsplit('.', 1)[0]}.json written" in capsys.readouterr().err
+    assert (files / written).is_file()
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        ("broken", "return load().missing"),
+        ("raising", 'return torch.load("nowhere.pt")'),
+    ],
+)
+def test_an_error_in_the_users_file_has_its_line(function, line, files, capsys):
+    assert main(["sample", f"mine.py:{function}"]) == 2
+    number = 1 + LOADER.splitlines().index(f"    {line}")
+    assert f"in {files / 'mine.py'}, line {number}, in {function}: {line}" in capsys.readouterr().err
+    with pytest.raises((AttributeError, OSError)):
+        main(["--debug", "sample", f"mine.py:{function}"])
+
+
+def test_an_error_of_ours_is_one_line(files, capsys):
+    assert main(["sample", "mine.py:nothing"]) == 2
+    assert capsys.readouterr().err == "hvae-ebm-prior: loader: mine.py has no function nothing\n"
+
+
+@pytest.mark.parametrize("name", ["./nothere", "runs/a/nothere"])
+def test_a_folder_that_is_not_there_is_said_to_be_none(name, files, capsys):
+    assert main(["info", name]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_version_and_module():
+    for command in (["-m", "hvae_ebm_prior", "--version"], ["-m", "hvae_ebm_prior", "info"]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+        assert __version__ in done.stdout
+    assert torch.__version__ in done.stdout
