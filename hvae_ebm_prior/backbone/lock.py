@@ -1,11 +1,20 @@
 """Backbones are frozen while priors hold them, and as they were once the last prior has let go."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .transform import BackboneAdapter
 
+# What holds no modules, and what would lead through all there is.
+LEAVES = (type, ModuleType, Tensor, torch.Generator, str, bytes, int, float, type(None))
+# Objects that are looked through at most.
+MOST_OBJECTS = 10_000
 # What priors hold frozen, by id: the module or parameter, the flag to restore, and how many hold it.
 _held: dict[int, tuple[nn.Module | nn.Parameter, bool, int]] = {}
 
@@ -14,8 +23,7 @@ def lock(adapter: BackboneAdapter) -> Callable[[], None]:
     """Put the modules behind `adapter` in eval mode without parameter gradients.
 
     Args:
-        adapter: the backbone; its modules are itself, or the values (or lists, tuples and dicts of values) of its
-            attributes.
+        adapter: the backbone; see `backbone_modules`.
 
     Returns:
         A function that restores every training flag and requires_grad; where several priors froze a part, the last call
@@ -61,15 +69,46 @@ def _hold(part: nn.Module | nn.Parameter, flag: bool) -> None:
 
 
 def backbone_modules(adapter: BackboneAdapter) -> list[nn.Module]:
-    """The modules behind an adapter."""
-    if isinstance(adapter, nn.Module):
-        return [adapter]
-    values: list[object] = []
-    for value in getattr(adapter, "__dict__", {}).values():
-        if isinstance(value, dict):
-            values += value.values()
-        elif isinstance(value, list | tuple):
-            values += value
+    """The modules behind an adapter: itself, or those that its attributes hold, also in collections, in other objects
+    of whatever class, and in functions.
+    """
+    found: list[nn.Module] = []
+    pending: list[Any] = [adapter]
+    seen: set[int] = set()
+    while pending and len(seen) < MOST_OBJECTS:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, LEAVES):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
         else:
-            values.append(value)
-    return [value for value in values if isinstance(value, nn.Module)]
+            pending += parts_of(value)
+    return found
+
+
+def parts_of(value: Any) -> list[Any]:
+    """What an object holds: the entries of a collection, or its attributes, and what a function closes over."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return list(value)
+    parts = list(getattr(value, "__dict__", {}).values())
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        parts += [getattr(value, name, None) for name in ([slots] if isinstance(slots, str) else slots)]
+    if isinstance(value, partial):
+        parts += [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        parts += [value.__self__]
+    if isinstance(value, FunctionType):
+        parts += [cell.cell_contents for cell in value.__closure__ or () if cell_is_full(cell)]
+    return parts
+
+
+def cell_is_full(cell: CellType) -> bool:
+    """Whether a variable that a function closes over has a value yet."""
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False

@@ -27,6 +27,12 @@ CHUNK_DIMENSIONS = 2**18
 CHUNK_DIMENSIONS_GPU = 2**21
 
 
+def release_all(locks: list[Callable[[], None]]) -> None:
+    """Let go of a backbone that was locked several times."""
+    for release in locks:
+        release()
+
+
 class LatentPrior(nn.Module, ABC):
     """A prior over the noise of a frozen hierarchical VAE; its parameters and state dict are its own alone, never the
     backbone's.
@@ -44,10 +50,13 @@ class LatentPrior(nn.Module, ABC):
         super().__init__()
         adapter = find_adapter(backbone)
         check_autograd(adapter)
-        self._release = weakref.finalize(self, lock(adapter))
+        locks = [lock(adapter)]
+        self._release = weakref.finalize(self, release_all, locks)
         self._release.atexit = False
         try:
             self._transform = NoiseTransform(adapter)
+            # Some models make parameters when they are first run.
+            locks.append(lock(adapter))
         except BaseException:
             self.release()
             raise

@@ -1,0 +1,87 @@
+"""Modules are found wherever an adapter keeps them."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from backbones import IdentityBackbone
+from torch import nn
+
+from hvae_ebm_prior.baselines import GaussianPrior
+
+
+class Holder(IdentityBackbone):
+    def __init__(self, held):
+        super().__init__((2,))
+        self.held = held
+
+
+class Slots:
+    __slots__ = ("model",)
+
+    def __init__(self, model):
+        self.model = model
+
+
+class Method:
+    def __init__(self, model):
+        self.model = model
+
+    def run(self):
+        return self.model
+
+
+class Later(IdentityBackbone):
+    """Makes a parameter when it is first run."""
+
+    def __init__(self, model):
+        super().__init__((2,))
+        self.model = model
+
+    def top_down(self, batch_size):
+        if not hasattr(self.model, "later"):
+            self.model.later = nn.Parameter(torch.zeros(1))
+        return super().top_down(batch_size)
+
+
+def closure(model):
+    return lambda x: model(x)
+
+
+def circle(model):
+    first, second = SimpleNamespace(), SimpleNamespace(model=model)
+    first.other, second.other = second, first
+    return first
+
+
+WAYS = {
+    "attribute": lambda model: model,
+    "list of dicts": lambda model: [{"a": (model,)}],
+    "another adapter": Holder,
+    "slots": Slots,
+    "method": lambda model: Method(model).run,
+    "partial": lambda model: partial(print, model),
+    "function": closure,
+    "circle": circle,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_modules_are_found_and_put_back(way):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train()
+    prior = GaussianPrior(Holder(WAYS[way](model)))
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    prior.release()
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_parameters_that_are_made_later_are_frozen_too():
+    model = nn.Linear(2, 2)
+    prior = GaussianPrior(Later(model))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    prior.release()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.training
