@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +83,18 @@ class Checkpoints:
         return folder
 
 
+def warn_of_signs(labels: Labels) -> None:
+    """Warn where the labels of a set are 1 and -1 alone, as those of attributes often are, and -1 is none here."""
+    for name, values in labels.items():
+        if values.unique().tolist() == [-1, 1]:
+            warnings.warn(
+                f"labels {name!r}: all are 1 or -1, and -1 says that a label is unknown; if it means no, give "
+                "(labels + 1) // 2",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+
 @with_autograd
 @torch.enable_grad()
 def train(
@@ -116,6 +129,7 @@ def train(
     """
     if labels is not None:
         labels = check_labels(labels, prior.coupling, len(data), prior.device)  # type: ignore[arg-type]
+        warn_of_signs(labels)
     if not list(prior.parameters()):
         raise ValueError("the energy networks have no parameters, so there is nothing to learn")
     if isinstance(data, PosteriorCache):

@@ -1,10 +1,11 @@
+import contextlib
 import copy
 import math
 
 import pytest
 import torch
 from backbones import ExactGaussian, IdentityBackbone, Quadratic, RandomBackbone, images_of
-from helpers import IMAGES, seed
+from helpers import IMAGES, TINY, seed
 from stand_ins import perturb
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -434,3 +435,13 @@ def test_copies_and_states_hold_the_label_networks(prior):
 def test_errors_say_what_is_wrong(prior, call, error, message):
     with pytest.raises(error, match=message):
         call(prior)
+
+
+@pytest.mark.parametrize(("values", "warns"), [([1, -1, -1, 1], True), ([0, 1, -1, 1], False), ([1, 1, 1, 1], False)])
+def test_labels_of_1_and_minus_1_are_noticed(values, warns):
+    prior = DiffusionEBMPrior(IdentityBackbone((2,)), energy=TINY, coupling=Coupling({"smile": LabelSet(2)}))
+    training = TrainingConfig(iterations=1, batch_size=4, activity_images=0)
+    expected = pytest.warns(RuntimeWarning, match=r"labels 'smile': all are 1 or -1.*\(labels \+ 1\) // 2")
+    with expected if warns else contextlib.nullcontext():
+        images = images_of(torch.zeros(4, 2))
+        prior.fit(images, labels={"smile": torch.tensor(values)}, training=training, progress=False)
