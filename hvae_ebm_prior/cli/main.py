@@ -22,7 +22,11 @@ from .train_command import add_train
 from .trial_commands import add_trials
 
 # Code that is none of the user's: this library, Python's own, and what is installed.
-OTHERS_CODE = [Path(__file__).parent.parent, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))]
+OTHERS_CODE = [
+    Path(__file__).parent.parent,
+    Path(__file__).parents[2] / "adapters",
+    *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")),
+]
 # What the user can mend, and so a message is enough.
 MISTAKES = (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDiverged, TrainingDiverged)
 
@@ -44,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def users_line(error: BaseException) -> str:
     """Where in the user's own code an error arose, as a line of its own; empty where it did not."""
-    frames = traceback.extract_tb(error.__traceback__)
+    # Code that is made while running, as of dataclasses, is in no file.
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
     own = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(place) for place in OTHERS_CODE)]
     if not own:
         return ""

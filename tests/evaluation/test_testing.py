@@ -77,11 +77,11 @@ class Hidden(Good):
 
     def __init__(self):
         super().__init__()
-        model = self.__dict__.pop("model")
-        self.get = lambda: model
+        # In no object that it holds, but among the variables of this file.
+        globals()["out_of_sight"] = self.__dict__.pop("model")
 
     def __getattr__(self, name):
-        return self.get()
+        return globals()["out_of_sight"]
 
 
 class Detached(Good):

@@ -117,7 +117,7 @@ def test_persistent_chains_are_of_whole_batches():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("micro_batch", 0, "micro_batch: expected a positive integer"),
+        ("micro_batch", 0, "micro_batch must be a positive integer"),
         ("encode_batch", -1, "encode_batch"),
         ("workers", -1, "workers must not be"),
     ],
