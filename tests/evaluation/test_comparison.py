@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hvae_ebm_prior.evaluation.comparison import (
     Candidate,
     FrechetMetric,
     affordable,
+    clock,
     compare,
     comparison_table,
     run,
@@ -65,6 +67,18 @@ def test_a_run_takes_the_gradients_it_was_given(metric):
     assert len(seconds) == 4
     assert seconds == sorted(seconds)
     assert result.curve[-1] == (result.seconds, result.distances["latents"])
+
+
+def test_waiting_for_others_costs_no_time_on_a_cpu():
+    cpu = torch.device("cpu")
+    begin = clock(cpu)
+    time.sleep(0.3)
+    slept = clock(cpu) - begin
+    assert slept < 0.1
+    working = time.monotonic()
+    while clock(cpu) - begin < slept + 0.05:
+        torch.ones(300, 300) @ torch.ones(300, 300)
+        assert time.monotonic() - working < 30
 
 
 def test_seconds_buy_iterations_in_proportion():
