@@ -41,10 +41,10 @@ GUIDANCE = 4.0
 INPAINTING = LangevinConfig(steps=30, step_size=0.1)
 
 
-def load_prior(path: str | Path | None = None, seed: int = 0) -> DiffusionEBMPrior:
+def load_prior(path: str | Path | None = None, seed: int = 0, coupling: Coupling = COUPLING) -> DiffusionEBMPrior:
     """The coupled prior: untrained, or with the weights of a file."""
     prior = make_prior(seed=seed)
-    prior.couple(COUPLING)
+    prior.couple(coupling)
     if path is not None:
         prior.load_state_dict(load_file(path))
     return prior

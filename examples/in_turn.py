@@ -23,12 +23,12 @@ if __name__ == "__main__":
 
 import torch
 from classifier import load_classifier
+from conditional import load_prior
 from fashion_mnist import load_subset
-from quickstart import make_prior
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from hvae_ebm_prior import Coupling, DiffusionEBMPrior, LabelSet
+from hvae_ebm_prior import Coupling, LabelSet
 from hvae_ebm_prior.control import sample_in_turn
 from hvae_ebm_prior.evaluation import in_chunks
 from hvae_ebm_prior.presets import PRESETS
@@ -65,15 +65,6 @@ def textures_of(images: Tensor, kinds: Tensor, thresholds: Tensor) -> Tensor:
     return torch.where(kinds < 0, -1, found)
 
 
-def load_prior(path: str | Path | None = None, seed: int = 0) -> DiffusionEBMPrior:
-    """The coupled prior: untrained, or with the weights of a file."""
-    prior = make_prior(seed=seed)
-    prior.couple(COUPLING)
-    if path is not None:
-        prior.load_state_dict(load_file(path))
-    return prior
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=PRESETS["default"].training.iterations, help="training steps")
@@ -89,7 +80,7 @@ def main() -> None:
     images, classes = load_subset("train")
     kinds = kinds_of(classes)
     thresholds = torch.stack([roughness(images[kinds == kind]).median() for kind in range(len(KINDS))])
-    prior = load_prior(args.weights, args.seed)
+    prior = load_prior(args.weights, args.seed, COUPLING)
     if args.weights is None:
         labels = {"kind": kinds, "texture": textures_of(images, kinds, thresholds)}
         training = dataclasses.replace(PRESETS["default"].training, iterations=args.iterations)

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from hvae_ebm_prior.extras import missing
+from hvae_ebm_prior.saving.extras import missing
 
 CIFAR10 = "uoft-cs/cifar10"
 SVHN = "ufldl-stanford/svhn"

@@ -433,7 +433,7 @@ def results_of_run(
     for name in ("loss", "gradient_norm") if last else ():
         means[name] = float(np.mean([getattr(record, name) for record in last]))
     return {
-        "run": fields_of(run),
+        "run": dataclasses.asdict(run),
         "settings": {name: str(value) for name, value in {**vars(preset), "training": training}.items()},
         "dimensions": prior.dim,
         "layers": len(prior.latent_shapes),
@@ -444,11 +444,6 @@ def results_of_run(
         "torch": torch.__version__,
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-
-
-def fields_of(run: Run) -> dict[str, Any]:
-    """A run as JSON values."""
-    return {**vars(run), "categories": dict(run.categories)}
 
 
 def export(path: Path, pictures: Pictures, count: int, levels: Callable[[int], torch.Tensor]) -> None:
@@ -476,7 +471,7 @@ def estimate(run: Run, out: Path, batches: list[int] | None) -> None:
     iterations = recipe.epochs * epoch if run.preset == "paper" else preset.training.iterations
     sizes = batches or ([1, batch] if prior.device.type == "cuda" else [1, 2])
     figures = report_costs(prior, image_size(run), sorted(set(sizes)), batch, epoch, iterations)
-    write_json(out / "estimate.json", {"run": fields_of(run), **figures})
+    write_json(out / "estimate.json", {"run": dataclasses.asdict(run), **figures})
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import hvae_ebm_prior
-from hvae_ebm_prior import extras
 from hvae_ebm_prior.cli.main import make_parser
+from hvae_ebm_prior.saving import extras
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

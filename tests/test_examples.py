@@ -246,6 +246,6 @@ def test_attributes_in_turn(tmp_path, monkeypatch, capsys):
     in_turn.main()
     assert len(read_strips(tmp_path / "in_turn.png")) == 12
     assert "| trousers, patterned |" in capsys.readouterr().out
-    prior = in_turn.load_prior(tmp_path / "in_turn.safetensors")
+    prior = conditional.load_prior(tmp_path / "in_turn.safetensors", coupling=in_turn.COUPLING)
     assert {name: heads.keys() for name, heads in prior.heads.items()} == {"kind": {"0"}, "texture": {"1", "2"}}
     assert len(json.loads((tmp_path / "in_turn.json").read_text())["figures"]) == 8

@@ -19,7 +19,7 @@ from ..backbone.transform import BackboneAdapter
 from ..backbone.validation import check_count
 from ..chains.streams import draw_key, open_streams
 from ..density.latent_prior import LatentPrior
-from ..extras import missing
+from ..saving.extras import missing
 from ..training.batches import Batches
 
 Covariance = Literal["diag", "full"]

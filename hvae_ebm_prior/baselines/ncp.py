@@ -268,8 +268,8 @@ class NCPPrior(LearnedPrior):
 
 
 def classification_loss(f: Tensor) -> Tensor:
-    """The classifiers' losses (N, L), less that of chance, 2 log 2, of logits (N, L, 2) of data and of a prior draw."""
-    return F.softplus(-f[:, :, 0]) + F.softplus(f[:, :, 1]) - 2 * F.softplus(f.new_zeros(()))
+    """The classifiers' losses (...), less that of chance, 2 log 2, of logits (..., 2) of data and of a prior draw."""
+    return F.softplus(-f[..., 0]) + F.softplus(f[..., 1]) - 2 * F.softplus(f.new_zeros(()))
 
 
 def stack(u: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone.transform import BackboneAdapter
@@ -31,6 +30,7 @@ from ..presets import PRESETS
 from ..training.config import TrainingConfig
 from ..training.learned_prior import LearnedPrior
 from ..training.objective import BatchLoss, Objective
+from .ncp import classification_loss
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,12 @@ class MultiStagePrior(LearnedPrior):
                     for energy, part in zip(self.energies, z, strict=True)
                 ]
             ).sum(0)
-        from_data, from_samples = f.to(u).chunk(2)
-        loss = F.softplus(-from_data) + F.softplus(from_samples) - 2 * F.softplus(f.new_zeros(()))
+        logits = torch.stack(f.to(u).chunk(2), dim=1)
+        loss = classification_loss(logits)
         return BatchLoss(
             total=loss,
             recovery=loss,
-            squares=(from_data**2 + from_samples**2) / 2,
+            squares=logits.square().mean(1),
             cross_entropy=torch.zeros_like(loss),
             labelled=torch.zeros_like(loss, dtype=torch.long),
             levels=levels[:n],

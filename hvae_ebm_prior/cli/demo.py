@@ -23,8 +23,8 @@ from ..control import resample
 from ..density.sampling import supported_options
 from ..energies.coupling import LabelSet
 from ..evaluation.transitions import langevin_transitions
-from ..extras import missing
 from ..prior import DiffusionEBMPrior
+from ..saving.extras import missing
 from ..saving.grid import tile
 from ..training.image_data import image_shape
 from ..training.learned_prior import LearnedPrior

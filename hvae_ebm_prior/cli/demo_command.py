@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..extras import install_command, where
+from ..saving.extras import install_command, where
 from .demo import build_demo
 from .loading import Commands, add_loader, load_prior
 

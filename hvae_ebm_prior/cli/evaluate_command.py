@@ -20,8 +20,8 @@ from ..evaluation.metrics import SEED, SPLITS, SUBSET_SIZE
 from ..evaluation.protocol import METRICS, TEMPERATURES, EvaluationRow, SampledPrior, check_metrics, evaluate
 from ..evaluation.reference import Reference, load_reference, make_reference, save_reference
 from ..evaluation.table import table
-from ..extras import installed
 from ..saving.digest import digest_images, digest_weights, tensor_bytes
+from ..saving.extras import installed
 from ..saving.files import write_json
 from ..training.image_data import IMAGES, load_images
 from .loading import FORM, Commands, add_loader, load_function, load_prior

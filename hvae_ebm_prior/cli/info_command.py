@@ -7,8 +7,8 @@ import os
 import torch
 
 from ..chains.kernels import VARIABLE, choose_backend
-from ..extras import installed
 from ..saving.config import PriorConfig, settings_in_words
+from ..saving.extras import installed
 from ..saving.folder import WEIGHTS, load_config
 from ..saving.hub import fetch
 from .loading import Commands, folder_or_repository

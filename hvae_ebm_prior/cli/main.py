@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..chains.langevin import ChainDiverged
-from ..extras import installed
+from ..saving.extras import installed
 from ..training.guard import TrainingDiverged
 from .demo_command import add_demo
 from .diagnose_command import add_diagnose

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..extras import missing
+from ..saving.extras import missing
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.elbo import density_adapter
-from ..backbone.validation import check_count, check_images
+from ..backbone.validation import check_count, check_images, check_levels
 from ..chains.streams import Streams, draw_key
 from ..density.conditional import draw_conditional
 from ..density.energy_model import EnergyModel
@@ -163,7 +163,7 @@ def draw_beside(
     for mask, states in diffused_above_cuts(prior, u, noise, streams):
         u_t = torch.where(mask, states[level], samples)
         for t in reversed(range(level)):
-            u_t = draw_conditional(prior, u_t, levels_of(u_t, t), streams)
+            u_t = draw_conditional(prior, u_t, check_levels(t, len(u), prior.schedule.steps, u.device), streams)
         yield u_t
 
 
@@ -178,12 +178,6 @@ def restore(prior: EnergyModel, u: Tensor, level: int, noise: float, streams: St
             if t >= level and bool(mask.all()):
                 u_t = states[t]
                 continue
-            u_t = draw_conditional(
-                prior, u_t, levels_of(u_t, t), streams, hold=(mask, states[t]) if t >= level else None
-            )
+            levels = check_levels(t, len(u), prior.schedule.steps, u.device)
+            u_t = draw_conditional(prior, u_t, levels, streams, hold=(mask, states[t]) if t >= level else None)
         yield u_t
-
-
-def levels_of(u: Tensor, t: int) -> Tensor:
-    """The level t for every sample, (N,) long."""
-    return torch.full((len(u),), t, dtype=torch.long, device=u.device)

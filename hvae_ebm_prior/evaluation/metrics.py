@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..extras import missing
+from ..saving.extras import missing
 from .torchvision_stand_in import import_torch_fidelity
 
 # Mean (K,) and covariance (K, K), float64.

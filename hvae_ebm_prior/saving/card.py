@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..extras import install_command, where
 from .config import Metric, PriorConfig, settings_in_words
+from .extras import install_command, where
 
 LIBRARY = "hvae-ebm-prior"
 TASK = "unconditional-image-generation"

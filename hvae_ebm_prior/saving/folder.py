@@ -21,10 +21,10 @@ from ..backbone.transform import BackboneAdapter
 from ..chains.execution import ExecutionConfig
 from ..density.energy_model import EnergyModel
 from ..density.gaussian import GaussianPrior
-from ..extras import installed
 from .card import LIBRARY, Card, write_card
 from .config import Metric, PriorConfig, TrainingSummary, build_prior, make_config, read_config
 from .digest import digest_file
+from .extras import installed
 from .files import scratch_file, write_atomically, write_json
 from .fingerprint import BackboneMismatch, check_backbone, fingerprint
 from .grid import save_grid

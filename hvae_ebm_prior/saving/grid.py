@@ -8,7 +8,7 @@ import einops
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..extras import missing
+from .extras import missing
 
 
 def pyplot() -> Any:

@@ -23,6 +23,7 @@ from ..density.latent_prior import LatentPrior
 from ..energies.coupling import Labels
 from ..saving.digest import digest_images
 from .image_data import DecodedImages
+from .label_data import LabelledImages
 from .posterior_cache import PosteriorCache
 
 # Images (N, C, H, W), or numbers (N,) of rows of a posterior cache; labels or None; and the pass over the data, from 0.
@@ -156,7 +157,7 @@ class Batches:
         except TypeError:  # a loader of a stream has the method and no length
             length = None
         about: dict[str, Any] = {"kind": "dataset" if self._indexed else "batches", "length": length}
-        files = getattr(self.data, "images", self.data)
+        files = self.data.images if isinstance(self.data, LabelledImages) else self.data
         if length and isinstance(files, DecodedImages):
             about["digest_of_images"] = digest_images(torch.stack([files[i] for i in some(length)]))
         return about

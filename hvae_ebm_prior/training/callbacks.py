@@ -24,7 +24,7 @@ from ..backbone.validation import check_count
 from ..chains.langevin import ChainDiverged
 from ..chains.streams import seeded
 from ..density.latent_prior import LatentPrior
-from ..extras import missing
+from ..saving.extras import missing
 from ..saving.grid import tile
 from .record import Callback, TrainingRecord
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..backbone.validation import check_images
 from ..density.latent_prior import LatentPrior
-from ..extras import missing
+from ..saving.extras import missing
 
 DATA = (
     "a folder of PNG, JPEG or WebP files, hf:NAME[:SPLIT[:COLUMN]] of the Hugging Face Hub, "

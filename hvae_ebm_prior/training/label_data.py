@@ -65,7 +65,8 @@ def labels_of_folders(data: str, count: int) -> tuple[tuple[str, ...], Tensor]:
     folder = Path(data).expanduser()
     if not folder.is_dir():
         raise ValueError(f"labels: folders are those of a folder of images, and --data is {data}")
-    paths = [path.relative_to(folder) for path in image_files(folder)[:count]]
+    everything = [path.relative_to(folder) for path in image_files(folder)]
+    paths = everything[:count]
     loose = [path for path in paths if len(path.parts) == 1]
     if loose:
         raise ValueError(
@@ -73,7 +74,7 @@ def labels_of_folders(data: str, count: int) -> tuple[tuple[str, ...], Tensor]:
             f"{folder} itself, {loose[0]} the first of them"
         )
     # Those of all images, so that a limit leaves their numbers as they are.
-    names = tuple(sorted({path.relative_to(folder).parts[0] for path in image_files(folder)}))
+    names = tuple(sorted({path.parts[0] for path in everything}))
     return names, torch.tensor([names.index(path.parts[0]) for path in paths])
 
 

@@ -20,7 +20,7 @@ from hvae_ebm_prior.baselines import LatentDiffusionPrior, NCPPrior
 from hvae_ebm_prior.cli import demo as page
 from hvae_ebm_prior.cli.demo import Settings, build_demo, draw_both, fit_image, read_settings, screen_grid, vary, watch
 from hvae_ebm_prior.cli.main import main
-from hvae_ebm_prior.extras import install_command, where
+from hvae_ebm_prior.saving.extras import install_command, where
 
 ROOT = Path(__file__).parents[2]
 needs_gradio = pytest.mark.skipif(

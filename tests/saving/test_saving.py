@@ -357,7 +357,7 @@ def test_training_leaves_its_record_and_can_go_on(energy, tmp_path):
 )
 def test_the_card_says_how_to_install_the_library(source, said, tmp_path, monkeypatch):
     """From a clone until the first release, which changes one word."""
-    monkeypatch.setattr("hvae_ebm_prior.extras.SOURCE", source)
+    monkeypatch.setattr("hvae_ebm_prior.saving.extras.SOURCE", source)
     make_prior().save_pretrained(tmp_path)
     assert (
         f"Install `hvae-ebm-prior`{said}:\n\n    pip install {source}\n\n```python"
