@@ -87,7 +87,15 @@ def save(
 
 
 def keep_previous(folder: Path) -> None:
-    """Give the weights in a folder a second name, by which `load` finds them if saving ends before it is done."""
+    """Give the weights in a folder a second name, by which `load` finds them if saving ends before it is done. Where it
+    ended so before, those that the settings go with have that name already, and keep it.
+    """
+    try:
+        digest = load_config(folder).weights
+    except (InvalidPrior, OSError):  # no prior that could be lost
+        digest = ""
+    if digest and (folder / PREVIOUS).is_file() and digest_file(folder / WEIGHTS) != digest:
+        return
     (folder / PREVIOUS).unlink(missing_ok=True)
     if (folder / WEIGHTS).exists():
         try:

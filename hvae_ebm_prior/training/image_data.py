@@ -6,7 +6,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,13 @@ class Decoding:
         shape: the shape (C, H, W) that they must have.
         size: side to resize and crop to; None for none.
         background: color behind transparent pixels.
+        transparent: the first image that had some; one warning says it for all.
     """
 
     shape: tuple[int, int, int]
     size: int | None = None
     background: str = "white"
+    transparent: list[str] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         if self.shape[0] not in MODES:
@@ -151,11 +153,13 @@ class Decoding:
         picture = picture.convert("RGBA")
         if picture.getchannel("A").getextrema()[0] == 255:
             return picture
-        warnings.warn(
-            f"{name} has transparent pixels: they are shown on {self.background}, as those of all images are",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        if not self.transparent:
+            self.transparent.append(name)
+            warnings.warn(
+                f"{name} has transparent pixels: they are shown on {self.background}, as those of all images are",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return Image.alpha_composite(Image.new("RGBA", picture.size, self.background), picture)
 
 

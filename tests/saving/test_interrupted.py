@@ -60,6 +60,23 @@ def test_a_save_that_ends_early_leaves_the_prior_before(at, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
+def test_a_second_save_that_ends_early_leaves_it_too(tmp_path, monkeypatch):
+    """Between the first and the second the folder holds weights that no settings go with."""
+    make(1).save_pretrained(tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "write_json", killed)
+        for number in (2, 3):
+            with pytest.raises(KeyboardInterrupt):
+                make(number).save_pretrained(tmp_path)
+            assert number_of(tmp_path) == 1
+    make(4).save_pretrained(tmp_path)
+    assert number_of(tmp_path) == 4
+
+
 def test_weights_of_another_prior_are_refused(tmp_path):
     for number in (1, 2):
         make(number).save_pretrained(tmp_path / str(number))

@@ -70,6 +70,16 @@ def test_transparent_pixels_show_the_background_and_that_is_said(background, exp
     assert torch.equal(image, expected[:, None, None].expand(SHAPE))
 
 
+def test_transparency_is_said_once(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png", np.zeros((16, 16, 4), np.uint8))
+    with pytest.warns(RuntimeWarning, match="a.png has transparent pixels") as said:
+        images = open_images(str(tmp_path), SHAPE)
+    assert len(said) == 1
+    # Warnings are errors here, so the others have none.
+    assert all(torch.equal(images[i], torch.ones(SHAPE)) for i in range(3))
+
+
 def test_opaque_pictures_with_an_alpha_channel_are_as_they_are(tmp_path):
     opaque = np.full((16, 16, 4), 255, np.uint8)
     opaque[..., 1] = 51
