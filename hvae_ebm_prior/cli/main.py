@@ -18,6 +18,7 @@ from .hub_commands import add_pull, add_push
 from .info_command import add_info
 from .loading import importable
 from .prior_commands import add_edit, add_interpolate, add_ood, add_sample, add_transitions
+from .threads import leave_busy_cores
 from .train_command import add_train
 from .trial_commands import add_trials
 
@@ -34,6 +35,8 @@ MISTAKES = (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDi
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status, 2 with a message on stderr for what the user can mend."""
     options = make_parser().parse_args(arguments)
+    if "loader" in options:
+        leave_busy_cores()
     try:
         # What the loader returns may import modules beside its file at any time.
         with importable(options.loader) if "loader" in options else nullcontext():
