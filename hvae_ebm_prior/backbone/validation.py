@@ -72,7 +72,9 @@ def check_noise(u: Tensor, dim: int, device: torch.device | None = None, *, fini
         )
     if finite and not bool(torch.isfinite(u.detach()).all()):
         bad = int((~torch.isfinite(u)).any(1).sum())
-        raise ValueError(f"u: {bad} of {len(u)} hold NaN or infinite noise; drop them, and look at where they come from")
+        raise ValueError(
+            f"u: {bad} of {len(u)} hold NaN or infinite noise; drop them, and look at where they come from"
+        )
 
 
 def check_levels(t: int | Tensor, n: int, steps: int, device: torch.device) -> Tensor:

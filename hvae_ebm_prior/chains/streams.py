@@ -15,15 +15,15 @@ from torch import Tensor
 from .kernels import choose_backend, langevin_update
 from .kernels.noise import philox_levels, philox_normal
 
-
 # Held by a thread that torch's global generators work for.
 GLOBAL_GENERATORS = threading.RLock()
 
 
 def draw_key(generator: torch.Generator | None) -> int:
     """One random integer of `generator`, or of torch's default generator, from which all noise of a call follows."""
+    device = None if generator is None else generator.device
     with contextlib.nullcontext() if generator else GLOBAL_GENERATORS:
-        return int(torch.randint(2**62, (), generator=generator, device=generator and generator.device))
+        return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
 def draw_seeds(n: int, generator: torch.Generator | None) -> list[int]:
@@ -210,8 +210,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def drawing_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """Inside, what draws from torch's global generators, as a backbone may, draws by one number of `generator`; by None,
-    from them as they are. One thread is inside at a time.
+    """Inside, what draws from torch's global generators, as a backbone may, follows from one number of `generator`; with
+    None they are as they are. One thread is inside at a time.
     """
     with GLOBAL_GENERATORS if generator is None else seeded(draw_seeds(1, generator)[0], device):
         yield

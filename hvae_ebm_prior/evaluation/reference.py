@@ -22,7 +22,6 @@ from ..training.image_data import load_array
 from .features import Extractor, Features, extract
 from .metrics import Moments, moments
 
-
 # How far a covariance may be from symmetric, and its eigenvalues below 0, in units of its largest entry and eigenvalue:
 # the rounding of sums in single precision. Moments of a file's own features are in double precision.
 ROUNDING = 1e-4
@@ -155,12 +154,14 @@ def check_moments(path: Path, mean: Tensor, covariance: Tensor) -> None:
             raise ValueError(f"{path}: expected a {name} of finite floating-point numbers")
     difference = (covariance - covariance.T).abs().max().item()
     if difference > ROUNDING * covariance.abs().max().item():
-        raise ValueError(f"{path}: expected a symmetric covariance (sigma), got one with a difference of {difference:.3g}")
+        raise ValueError(
+            f"{path}: expected a symmetric covariance (sigma), got one with a difference of {difference:.3g}"
+        )
     eigenvalues = torch.linalg.eigvalsh(covariance.double())
     if eigenvalues[0] < -ROUNDING * eigenvalues[-1].clamp(min=0):
         raise ValueError(
-            f"{path}: expected a covariance (sigma) without negative eigenvalues, got {eigenvalues[0].item():.3g} beside "
-            f"{eigenvalues[-1].item():.3g}"
+            f"{path}: expected a covariance (sigma) without negative eigenvalues, got {eigenvalues[0].item():.3g} "
+            f"beside {eigenvalues[-1].item():.3g}"
         )
 
 

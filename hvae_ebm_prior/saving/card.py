@@ -44,7 +44,9 @@ class Card:
     def __post_init__(self) -> None:
         if isinstance(self.datasets, str):
             raise TypeError(f"card: datasets: expected a list of names, got the text {self.datasets!r}")
-        names = {name: getattr(self, name) for name in ("title", "base_model", "license", "description", "load_backbone")}
+        names = {
+            name: getattr(self, name) for name in ("title", "base_model", "license", "description", "load_backbone")
+        }
         names |= {f"datasets[{i}]": each for i, each in enumerate(self.datasets)}
         for name, text in names.items():
             if not isinstance(text, str | None):
@@ -133,10 +135,10 @@ def in_markdown(text: str) -> str:
 def introduction(config: PriorConfig) -> str:
     """A paragraph on what the prior is."""
     return (
-        f"A learned prior for a trained hierarchical VAE ({in_markdown(config.family)}). It takes the place of the model's "
-        "Gaussian prior, which does not match where the encoder puts the data, so that samples get better; the model "
-        f"itself is unchanged and not part of this repository. Made with `{LIBRARY}` {in_markdown(config.library)}, after "
-        f"[Cui & Han, ICML 2024]({PAPER})."
+        f"A learned prior for a trained hierarchical VAE ({in_markdown(config.family)}). It takes the place of the "
+        "model's Gaussian prior, which does not match where the encoder puts the data, so that samples get better; the model "
+        f"itself is unchanged and not part of this repository. Made with `{LIBRARY}` {in_markdown(config.library)}, "
+        f"after [Cui & Han, ICML 2024]({PAPER})."
     )
 
 
@@ -187,7 +189,11 @@ def metrics_section(metrics: Sequence[Metric]) -> str:
 
 def limits_section(card: Card) -> str:
     """What the prior cannot do, and on which terms it may be used."""
-    terms = f"License: {in_markdown(card.license)}." if card.license else "No licence was given; ask its author before you use it."
+    terms = (
+        f"License: {in_markdown(card.license)}."
+        if card.license
+        else "No licence was given; ask its author before you use it."
+    )
     return (
         "## Limits\n\nIt works with the backbone that it was trained for, and no other: loading it onto another one "
         "fails. It cannot be better than that model's reconstructions, and it reproduces what is in its training "

@@ -31,7 +31,7 @@ from .record import TrainingRecord
 from .run import Run
 
 FORMAT = 2
-# Names of checkpoints' files, and of those that processes were writing when they were killed: no others are ever removed.
+# Names of checkpoints' files, and of those that killed processes were writing: no others are ever removed.
 OWN_FILE = re.compile(r"step_(\d{8,})(?:\.\d+(?:-[0-9a-f]+)?\.part)?\.(?:json|safetensors)")
 # Settings of training that results do not depend on.
 SPEED = ("micro_batch", "workers")
@@ -62,7 +62,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     by_step = {
         int(match[1]): path
         for path in folder.glob("step_*.json")
-        if (match := re.fullmatch(r"step_(\d{8,})\.json", path.name))
+        if (match := re.fullmatch(r"step_(\d{8,})\.json", path.name)) and path.is_file()
     }
     return [by_step[step] for step in sorted(by_step, reverse=True)]
 
