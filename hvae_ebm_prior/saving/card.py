@@ -136,9 +136,9 @@ def introduction(config: PriorConfig) -> str:
     """A paragraph on what the prior is."""
     return (
         f"A learned prior for a trained hierarchical VAE ({in_markdown(config.family)}). It takes the place of the "
-        "model's Gaussian prior, which does not match where the encoder puts the data, so that samples get better; the model "
-        f"itself is unchanged and not part of this repository. Made with `{LIBRARY}` {in_markdown(config.library)}, "
-        f"after [Cui & Han, ICML 2024]({PAPER})."
+        "model's Gaussian prior, which does not match where the encoder puts the data, so that samples get better; the "
+        "model itself is unchanged and not part of this repository. Made with "
+        f"`{LIBRARY}` {in_markdown(config.library)}, after [Cui & Han, ICML 2024]({PAPER})."
     )
 
 

@@ -459,7 +459,7 @@ def test_label_sets_have_any_name(tmp_path):
     files = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 1, "progress": False}
     prior, plain = (
         tiny(
-            Coupling({name: LabelSet(("a", "b")) for name in each}, networks=TINY),
+            Coupling({name: LabelSet(("a", "b"), layers=(1,)) for name in each}, networks=TINY),
             True,
             drawing=DrawingConfig(flow_steps=2),
         )
