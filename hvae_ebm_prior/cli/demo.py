@@ -6,6 +6,7 @@ bounded, as strangers make them.
 """
 
 import base64
+import html
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -285,7 +286,8 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
             try:
                 return compute(*values)
             except (ValueError, TypeError, OverflowError, ChainDiverged) as error:
-                raise gr.Error(str(error), print_exception=False) from error
+                # The page would take marks in a name for HTML.
+                raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
         return run
 

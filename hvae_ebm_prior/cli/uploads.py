@@ -28,7 +28,9 @@ def read_upload(path: str) -> np.ndarray:
         with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
             if width * height <= MAX_PIXELS:
-                return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+                turned = ImageOps.exif_transpose(picture).convert("RGBA")
+                # Colors behind transparent pixels are hidden.
+                return np.array(Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned).convert("RGB"))
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes of them
         raise ValueError(
             f"upload: expected a picture, {', '.join(FORMATS)}, of at most {MAX_PIXELS} pixels; this one cannot be read"

@@ -129,7 +129,7 @@ def in_markdown(text: str) -> str:
     """A text from elsewhere so that a page shows it as it is: neither Markdown, HTML nor links are made of it."""
     for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(mark, entity)
-    return re.sub(r"[\\`*{}\[\]#|~!$@:^]|\b_|_\b|(?<=www)\.", r"\\\g<0>", visible(text))
+    return re.sub(r"[\\`*{}\[\]#|~!$@:^]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.", r"\\\g<0>", visible(text))
 
 
 def introduction(config: PriorConfig) -> str:
@@ -174,7 +174,8 @@ def settings_section(config: PriorConfig) -> str:
     lines += [f"`{name}`: {in_markdown(words)}" for name, words in settings_in_words(config).items()]
     if config.training:
         lines.append(f"trained for {config.training.iterations} iterations in {config.training.seconds:.0f} s")
-        lines.append(in_markdown(", ".join(f"{name} = {value}" for name, value in config.training.settings.items())))
+        settings = ", ".join(f"{name} = {value}" for name, value in config.training.settings.items())
+        lines.append(f"with {in_markdown(settings)}" if settings else "")
     return "\n".join(["## Settings and training", "", *(f"- {line}" for line in lines if line)])
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..backbone.text import visible
 from ..saving.digest import digest_file
 from ..saving.files import write_json
 from ..saving.fingerprint import Fingerprint, check_backbone, fingerprint
@@ -163,9 +164,10 @@ def read_numbers(path: Path, run: Run) -> tuple[str, dict[str, Any]]:
         raise BrokenCheckpoint(f"{path}: this is no whole checkpoint ({error!r})") from error
     if differences:
         more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
+        shown = visible("; ".join([*differences[:SHOWN], *more]))
         raise ValueError(
-            f"{path}: this checkpoint is of another run: {'; '.join([*differences[:SHOWN], *more])}. Give what it was "
-            "begun with (the learning rate depends on iterations at every step), or another checkpoint_dir"
+            f"{path}: this checkpoint is of another run: {shown}. Give what it was begun with (the learning rate depends "
+            "on iterations at every step), or another checkpoint_dir"
         )
     return digest, numbers
 

@@ -82,6 +82,15 @@ def test_an_upload_is_as_viewers_show_it(tmp_path):
     assert image[..., :3].max() < 0.05
 
 
+def test_transparent_pixels_are_white_whatever_is_behind_them(tmp_path):
+    pixels = np.full((4, 4, 4), (255, 0, 0, 0), np.uint8)
+    pixels[0] = (0, 0, 255, 255)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    read = read_upload(str(tmp_path / "picture.png"))
+    assert read[0].tolist() == [[0, 0, 255]] * 4
+    assert (read[1:] == 255).all()
+
+
 def test_long_narrow_uploads_are_not_blown_up(monkeypatch):
     monkeypatch.setattr(uploads, "MAX_PIXELS", 8 * 8 * 100)
     prior = make_prior(coupled=False)

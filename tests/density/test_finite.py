@@ -40,6 +40,15 @@ def test_noise_that_is_not_finite_is_refused(use, bad):
         USES[use](make(), u)
 
 
+def test_latents_that_are_not_finite_are_refused():
+    prior = make()
+    z = [each.clone() for each in prior.to_latents(torch.zeros(2, prior.dim))]
+    assert prior.to_noise(z).abs().max() < 1e-5
+    z[1][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="u: 1 of 2 hold NaN or infinite noise"):
+        prior.to_noise(z)
+
+
 def test_images_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="1 of 2 hold NaN or infinite pixels"):
         edit(make(), torch.stack((IMAGES[0], IMAGES[1] * torch.nan)), [0])

@@ -63,6 +63,7 @@ def test_what_languages_are_written_with_stays(text, tmp_path):
         ("`code` *b* _i_ ~s~ &amp; # h", r"\`code\` \*b\* \_i\_ \~s\~ &amp;amp; \# h"),
         ("https://x.y www.x.y a@b.c", r"https\://x.y www\.x.y a\@b.c"),
         ("step_size = 0.15", "step_size = 0.15"),
+        ("__b__ a__b", r"\_\_b\_\_ a\_\_b"),
         ("a\u202eb", r"a\\u202eb"),
         ("$x$ !y ^z", r"\$x\$ \!y \^z"),
     ],
