@@ -166,8 +166,8 @@ def read_numbers(path: Path, run: Run) -> tuple[str, dict[str, Any]]:
         more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
         shown = visible("; ".join([*differences[:SHOWN], *more]))
         raise ValueError(
-            f"{path}: this checkpoint is of another run: {shown}. Give what it was begun with (the learning rate depends "
-            "on iterations at every step), or another checkpoint_dir"
+            f"{path}: this checkpoint is of another run: {shown}. Give what it was begun with (the learning rate "
+            "depends on iterations at every step), or another checkpoint_dir"
         )
     return digest, numbers
 
