@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ..saving.folder import load_config
-from ..saving.hub import fetch, upload
+from ..saving.hub import pull, upload
 from .info_command import summary
 from .loading import Commands
 
@@ -64,10 +64,10 @@ def run_push(options: argparse.Namespace) -> None:
 
 def run_pull(options: argparse.Namespace) -> None:
     """Download into a folder; says on stderr what came."""
-    folder = fetch(
+    folder = pull(
         options.repository,
+        options.folder,
         subfolder=options.subfolder,
-        local_dir=options.folder,
         revision=options.revision,
         token=options.token,
     )

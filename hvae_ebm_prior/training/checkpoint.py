@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..backbone.text import visible
 from ..saving.digest import digest_file
 from ..saving.files import write_json
 from ..saving.fingerprint import Fingerprint, check_backbone, fingerprint
@@ -31,6 +32,8 @@ from .record import TrainingRecord
 from .run import Run
 
 FORMAT = 2
+# Names of checkpoints' files, and of those that killed processes were writing: no others are ever removed.
+OWN_FILE = re.compile(r"step_(\d{8,})(?:\.\d+(?:-[0-9a-f]+)?\.part)?\.(?:json|safetensors)")
 # Settings of training that results do not depend on.
 SPEED = ("micro_batch", "workers")
 # Differences between two runs that an error names.
@@ -60,7 +63,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     by_step = {
         int(match[1]): path
         for path in folder.glob("step_*.json")
-        if (match := re.fullmatch(r"step_(\d+)\.json", path.name))
+        if (match := re.fullmatch(r"step_(\d{8,})\.json", path.name)) and path.is_file()
     }
     return [by_step[step] for step in sorted(by_step, reverse=True)]
 
@@ -78,7 +81,7 @@ def save_checkpoint(folder: Path, run: Run) -> None:
     run.last_checkpoint = step
     # In this order a JSON file goes before its weights.
     for old in sorted(folder.glob("step_*")):
-        if old.stem not in kept:
+        if OWN_FILE.fullmatch(old.name) and old.stem not in kept and old.is_file():
             old.unlink(missing_ok=True)
 
 
@@ -161,9 +164,10 @@ def read_numbers(path: Path, run: Run) -> tuple[str, dict[str, Any]]:
         raise BrokenCheckpoint(f"{path}: this is no whole checkpoint ({error!r})") from error
     if differences:
         more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
+        shown = visible("; ".join([*differences[:SHOWN], *more]))
         raise ValueError(
-            f"{path}: this checkpoint is of another run: {'; '.join([*differences[:SHOWN], *more])}. Give what it was "
-            "begun with (the learning rate depends on iterations at every step), or another checkpoint_dir"
+            f"{path}: this checkpoint is of another run: {shown}. Give what it was begun with (the learning rate "
+            "depends on iterations at every step), or another checkpoint_dir"
         )
     return digest, numbers
 

@@ -25,7 +25,7 @@ from ..energies.coupling import Labels
 from ..processes import agree
 from ..saving.card import Card
 from ..saving.config import Metric
-from ..saving.folder import load, save
+from ..saving.folder import CONFIG, WEIGHTS, load, save
 from ..saving.hub import fetch, upload
 from .config import ObjectiveName, TrainingConfig
 from .loop import Checkpoints, Data, train
@@ -71,8 +71,8 @@ class LearnedPrior(TrainablePrior):
         Args:
             n: number of images N.
             fixed: as in `sample_noise`.
-            chunk_size: images computed at a time; the result does not depend on it. None bounds the memory by the
-                latents' size.
+            chunk_size: images computed at a time; the result does not depend on it, up to rounding. None bounds the
+                memory by the latents' size.
             generator: source of the noise; None takes torch's default generator.
 
         Returns:
@@ -347,6 +347,7 @@ class LearnedPrior(TrainablePrior):
         """
         folder = fetch(
             repo_or_dir,
+            files=[CONFIG, WEIGHTS],
             revision=revision,
             token=token,
             cache_dir=cache_dir,
