@@ -295,7 +295,7 @@ class DiffusionEBMPrior(LearnedPrior):
                 without context.
             ValueError: images of a wrong shape or range.
         """
-        check_images(images)
+        check_images(images, self.backbone)
         density_adapter(self.backbone)
         images = images.to(self.device, self.transform.dtype)
         with contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device):

@@ -43,7 +43,11 @@ class LayerState(NamedTuple):
 
 @runtime_checkable
 class BackboneAdapter(Protocol):
-    """What a hierarchical VAE must offer; a plain object, not a module. See the module's text."""
+    """What a hierarchical VAE must offer; a plain object, not a module. See the module's text.
+
+    Its data are images (N, C, H, W) in [0, 1]. One with an attribute `data_kind = "tensors"` takes and gives plain
+    floating-point tensors (N, ...) of any range in their place: tables, sound, point clouds, maps.
+    """
 
     def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
         """Yield (mean, std), each (batch_size, *shape), of every latent; receive z; return features for `decode`."""

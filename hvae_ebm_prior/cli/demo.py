@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbone.validation import check_count
+from ..backbone.validation import check_count, check_pictures
 from ..baselines import NCPPrior
 from ..chains.langevin import ChainDiverged
 from ..control import resample
@@ -276,6 +276,7 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
 
     Raises:
         TypeError: no prior of this library.
+        ValueError: the prior of a model of plain tensors.
         ImportError: gradio is missing.
     """
     if not isinstance(prior, LearnedPrior):
@@ -283,6 +284,7 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
             f"demo: expected a trained DiffusionEBMPrior, got {type(prior).__name__}; "
             "load it with DiffusionEBMPrior.from_pretrained"
         )
+    check_pictures(prior.backbone, "demo")
     gr = import_gradio()
     layers = layer_names(prior)
     sets = prior.coupling.sets if prior.coupling else {}

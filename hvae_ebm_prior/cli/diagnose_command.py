@@ -6,7 +6,8 @@ import torch
 
 from ..backbone.registry import find_adapter
 from ..evaluation.diagnosis import describe_layers, layer_table
-from ..training.image_data import IMAGES, load_images
+from ..training.image_data import IMAGES
+from ..training.tensor_data import load_data
 from .loading import Commands, add_loader, load_model
 
 
@@ -29,7 +30,7 @@ def add_diagnose(commands: Commands) -> None:
 
 def run_diagnose(options: argparse.Namespace) -> None:
     """Print the table of the layers."""
-    model = load_model(options)
+    adapter = find_adapter(load_model(options))
     generator = torch.Generator().manual_seed(options.seed)
-    images = load_images(options.images)[: options.limit]
-    print(layer_table(describe_layers(find_adapter(model), images, draws=options.draws, generator=generator)))
+    images = load_data(options.images, adapter)[: options.limit]
+    print(layer_table(describe_layers(adapter, images, draws=options.draws, generator=generator)))

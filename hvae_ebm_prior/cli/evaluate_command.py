@@ -23,7 +23,8 @@ from ..evaluation.table import table
 from ..saving.digest import digest_images, digest_weights, tensor_bytes
 from ..saving.extras import installed
 from ..saving.files import write_json
-from ..training.image_data import IMAGES, load_images
+from ..training.image_data import IMAGES
+from ..training.tensor_data import load_data
 from .loading import FORM, Commands, add_loader, load_function, load_prior
 
 # What `evaluate` asks of a prior, see `SampledPrior`.
@@ -98,13 +99,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
     check_count(options.batch_size, "batch_size")
     for temperature in options.temperatures:
         check_temperature(temperature)
-    images = load_images(options.images)[: options.limit]
-    check_images(images)
+    adapter = getattr(prior, "backbone", None)
+    images = load_data(options.images, adapter)[: options.limit]
+    check_images(images, adapter)
     check_metrics(options.metrics, len(images))
     if options.weights is not None and options.features != "inception":
         raise ValueError(f"weights: they are Inception's; {options.features} loads its own")
     extractor = find_extractor(options.features, options.weights, prior.device)
-    reference = find_reference(options, images, extractor, prior.device)
+    reference = find_reference(options, adapter, images, extractor, prior.device)
     # Decoders that draw pixels from torch's global generators are seeded too.
     with seeded(options.seed, prior.device):
         rows = evaluate(
@@ -136,7 +138,7 @@ def find_extractor(name: str, weights: str | None, device: torch.device | str) -
 
 
 def find_reference(
-    options: argparse.Namespace, images: Tensor, extractor: Extractor, device: torch.device
+    options: argparse.Namespace, adapter: object, images: Tensor, extractor: Extractor, device: torch.device
 ) -> Reference:
     """The statistics that `--reference` or `--statistics` names, saved if asked."""
     if options.reference is None:
@@ -145,8 +147,8 @@ def find_reference(
         reference = load_reference(options.statistics, extractor)
         check_held_out(images, len(images) if reference.digest == digest_images(images) else 0)
         return reference
-    real = load_images(options.reference)
-    check_images(real)
+    real = load_data(options.reference, adapter)
+    check_images(real, adapter)
     check_held_out(images, count_shared(images, real))
     reference = make_reference(real, extractor, device, options.batch_size)
     if options.save_statistics is not None:

@@ -10,19 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..backbone.validation import check_pictures, takes_tensors
 from ..control import interpolate, resample
 from ..density.sampling import Tempering, supported_options
 from ..evaluation.detection import detection
 from ..evaluation.outliers import SCHEMES
 from ..evaluation.pictures import save_curves, save_energies, save_histograms, save_pixels, save_strips
 from ..evaluation.transitions import langevin_transitions, oversaturation, pixel_statistics, relaxation_time
-from ..saving.files import write_json
+from ..saving.files import write_atomically, write_json
 from ..saving.grid import save_grid
-from ..training.image_data import IMAGES, load_images
+from ..training.image_data import IMAGES
 from ..training.learned_prior import LearnedPrior
+from ..training.tensor_data import load_data
 from .loading import Commands, add_loader, load_prior
 
 COLUMNS = 16
@@ -141,11 +144,13 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
             "loader: expected a function that returns a trained DiffusionEBMPrior, "
             f"got {type(prior).__name__}; load its weights there"
         )
+    if options.command not in ("sample", "ood"):
+        check_pictures(prior.backbone, options.command)
     generator = torch.Generator().manual_seed(options.seed)
     for name in ("images", "outliers", "reference"):
         path = getattr(options, name, None)
         if path is not None:
-            setattr(options, name, load_images(path)[: options.limit])
+            setattr(options, name, load_data(path, prior.backbone)[: options.limit])
     if options.out.is_dir():
         options.out /= f"{options.command}.png"
     elif not options.out.suffix:
@@ -158,7 +163,7 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
 
 
 def run_sample(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
-    """A grid of samples."""
+    """A grid of samples; of a model of plain tensors an array (N, ...), as OUT.npy."""
     labels = read_labels(options.labels)
     given = supported_options(
         prior,
@@ -170,14 +175,13 @@ def run_sample(prior: LearnedPrior, options: argparse.Namespace, generator: torc
     start = time.monotonic()
     images = prior.sample(options.count, generator=generator, **given)
     seconds = time.monotonic() - start
+    figures = {"samples": len(images), "labels": labels, "guidance": options.guidance, "seconds": seconds}
+    if takes_tensors(prior.backbone):
+        options.out = options.out.with_suffix(".npy")
+        write_atomically(options.out, lambda scratch: np.save(scratch, images.float().cpu().numpy()))
+        return figures
     save_grid(options.out, images.split(COLUMNS))
-    return {
-        "samples": len(images),
-        "labels": labels,
-        "guidance": options.guidance,
-        "seconds": seconds,
-        "pixels": describe_pixels(images),
-    }
+    return figures | {"pixels": describe_pixels(images)}
 
 
 @torch.no_grad()

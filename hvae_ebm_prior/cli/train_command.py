@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ..backbone.validation import takes_tensors
 from ..chains.streams import seeded
 from ..energies.coupling import Coupling, LabelSet
 from ..evaluation.candidates import build
@@ -23,6 +24,7 @@ from ..training.config import ObjectiveName, TrainingConfig
 from ..training.image_data import DATA, DecodedImages, image_shape, open_images, split_array
 from ..training.label_data import LABELS, LabelledImages, open_labels
 from ..training.learned_prior import LearnedPrior
+from ..training.tensor_data import load_data
 from .loading import FORM, Commands, load_model
 
 # Presets that `train` takes; the others are for baselines.
@@ -124,14 +126,7 @@ def run_train(options: argparse.Namespace) -> None:
     # The first weights follow from the seed as well.
     with seeded(options.seed, torch.device("cpu")):
         prior = build(preset, backbone)
-    data: Any = open_images(
-        options.data,
-        image_shape(prior),
-        size=options.size,
-        limit=options.limit,
-        background=options.background,
-        skip_broken=options.skip_broken,
-    )
+    data = open_data(options, prior)
     labels = couple_to_labels(prior, options, data)
     if labels and not isinstance(data, Tensor):
         data = LabelledImages(data, labels)
@@ -174,6 +169,22 @@ def run_train(options: argparse.Namespace) -> None:
         f"{len(history)} steps in {history[-1].seconds:.0f} s; "
         f"saved in {options.out}, see hvae-ebm-prior info {options.out}",
         file=sys.stderr,
+    )
+
+
+def open_data(options: argparse.Namespace, prior: LearnedPrior) -> Any:
+    """What to train on: images, or plain tensors where the model takes such."""
+    if takes_tensors(prior.backbone):
+        if options.size is not None:
+            raise ValueError("size: plain tensors are taken as they are")
+        return load_data(options.data, prior.backbone)[: options.limit]
+    return open_images(
+        options.data,
+        image_shape(prior),
+        size=options.size,
+        limit=options.limit,
+        background=options.background,
+        skip_broken=options.skip_broken,
     )
 
 

@@ -22,7 +22,8 @@ from ..evaluation.comparison import (
 from ..evaluation.pictures import save_progress
 from ..presets import PRESETS
 from ..saving.files import write_atomically
-from ..training.image_data import IMAGES, load_images
+from ..training.image_data import IMAGES
+from ..training.tensor_data import load_data
 from .evaluate_command import find_extractor
 from .loading import FORM, Commands, add_loader, load_model
 
@@ -82,7 +83,7 @@ def add_trials(commands: Commands) -> None:
 
 def run_trials(options: argparse.Namespace) -> None:
     """Train and measure what was asked for; print the tables and write them, the results and the plot."""
-    backbone = load_model(options)
+    adapter = find_adapter(load_model(options))
     available = TRIALS[options.command][0](PRESETS[options.preset])
     unknown = [name for name in options.only or () if name not in available]
     if unknown:
@@ -92,17 +93,17 @@ def run_trials(options: argparse.Namespace) -> None:
     budgets = [Budget(**{name: limit}) for name, limit in limits.items() if limit is not None]
     if not budgets:
         raise ValueError("budget: expected at least one of --seconds, --gradients, --iterations")
-    train = load_images(options.train)
-    images = load_images(options.images)[: options.limit]
-    check_images(train)
-    check_images(images)
+    train = load_data(options.train, adapter)
+    images = load_data(options.images, adapter)[: options.limit]
+    check_images(train, adapter)
+    check_images(images, adapter)
     extractors = [find_extractor(name, options.weights, options.device) for name in options.features]
     features = {extractor.name: extractor for extractor in extractors}
     metric = FrechetMetric(images, train, features, options.device)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     files = {kind: options.out.with_name(f"{options.out.name}.{kind}") for kind in ("json", "md", "png")}
     runs = compare(
-        find_adapter(backbone),
+        adapter,
         chosen,
         train,
         metric,

@@ -150,7 +150,7 @@ class LatentPrior(nn.Module, ABC):
                 finite; or steps are asked for of an adapter without densities
                 (`hvae_ebm_prior.backbone.elbo.DensityAdapter`).
         """
-        check_images(images)
+        check_images(images, self.backbone)
         if mcmc_steps:
             mcmc_steps = check_count(mcmc_steps, "mcmc_steps")
         images = images.to(self.transform.device, self.transform.dtype)
@@ -180,7 +180,7 @@ class LatentPrior(nn.Module, ABC):
         """
         check_noise(u, self.dim, self.device)
         images = self.transform.decode(u)
-        check_decoded(images, len(u))
+        check_decoded(images, len(u), self.backbone)
         if not bool(torch.isfinite(images.detach()).all()):
             raise ChainDiverged(
                 "the backbone's images are not finite; check the noise, and the backbone's precision and statistics"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backbone.lock import lock
 from ..backbone.transform import BackboneAdapter, NoiseTransform
-from ..backbone.validation import check_images
+from ..backbone.validation import check_images, takes_tensors
 from ..chains.streams import draw_seeds, seeded
 from .diagnosis import LayerReport, describe_layers, layer_table
 
@@ -44,7 +44,7 @@ def check_adapter(
         TypeError: it is no adapter, or the images are no floating-point tensor.
         ValueError: it breaks one or more promises; the message lists them.
     """
-    check_images(images)
+    check_images(images, adapter)
     if len(images) < 8:
         raise ValueError(f"images: expected at least 8, got {len(images)}")
     faults = list(find_faults(adapter, images, tolerance=tolerance, generator=generator))
@@ -133,7 +133,10 @@ def shapes(probe: Probe) -> Iterator[str]:
             yield f"decode: expected images {tuple(images[:n].shape)} as they were given, got {tuple(decoded.shape)}"
             return
     decoded = transform.decode(images.new_ones(4, transform.dim))
-    if decoded.min() < 0 or decoded.max() > 1 or bool(decoded.isnan().any()):
+    if takes_tensors(transform.adapter):
+        if not bool(decoded.isfinite().all()):
+            yield "decode: expected finite values, got NaN or infinite ones"
+    elif decoded.min() < 0 or decoded.max() > 1 or bool(decoded.isnan().any()):
         yield f"decode: expected images in [0, 1], got {decoded.min():.3g} to {decoded.max():.3g}"
 
 

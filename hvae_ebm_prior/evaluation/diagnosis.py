@@ -81,7 +81,7 @@ def describe_layers(
     Raises:
         ValueError: fewer than 8 images or 4 draws, or images out of range.
     """
-    check_images(images)
+    check_images(images, adapter)
     if len(images) < 8 or draws < 4:
         raise ValueError(f"expected at least 8 images and 4 draws, got {len(images)} and {draws}")
     release = lock(adapter)

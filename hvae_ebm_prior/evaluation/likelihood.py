@@ -297,7 +297,7 @@ def log_likelihood_bound(
         ChainDiverged: the energies are not finite.
     """
     check_normalised(prior)
-    check_images(images)
+    check_images(images, prior.backbone)
     density_adapter(prior.backbone)
     schedule = prior.schedule
     if images.dtype == torch.float64:  # as in `prior.encode`

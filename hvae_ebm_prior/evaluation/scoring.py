@@ -43,7 +43,7 @@ def averaged(
     Returns:
         Scores (N, ...).
     """
-    check_images(images)
+    check_images(images, prior.backbone)
     draws = check_count(draws, "draws")
     copies = check_count(copies, "draws")
     images = images.to(prior.device, prior.transform.dtype)
@@ -86,7 +86,7 @@ def encode_each(prior: EnergyModel, chunk: Chunk, draws: int = 1) -> Tensor:
     """Posterior noise (draws, N, D) of images one by one, so that it does not depend on the others."""
     noise = []
     for image, seed in zip(chunk.images.split(1), chunk.seeds, strict=True):
-        copies = image.expand(draws, -1, -1, -1)
+        copies = image.expand(draws, *image.shape[1:])
         noise.append(prior.encode(copies, generator=torch.Generator().manual_seed(seed)))
     return torch.stack(noise, dim=1)
 

@@ -9,7 +9,7 @@ results depend neither on their number nor on interruptions.
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Batches:
         labels: of the images of a tensor.
         workers: processes that read a dataset ahead; 0 for none.
         pin: put a dataset's batches in pinned memory, from which copies to a GPU need not wait for each other.
+        check: raises for images that are none, as `check_images` of an adapter.
 
     Attributes:
         epoch: the pass over the data, from 0.
@@ -71,9 +72,10 @@ class Batches:
         labels: Labels | None = None,
         workers: int = 0,
         pin: bool = False,
+        check: Callable[[Tensor], None] = check_images,
     ) -> None:
         if isinstance(data, Tensor):
-            check_images(data)
+            check(data)
         elif isinstance(data, IterableDataset):
             data = DataLoader(data, batch_size)
         elif isinstance(data, Dataset) and hasattr(data, "__len__"):
@@ -88,6 +90,7 @@ class Batches:
         self.batch_size = batch_size
         self.generator = generator
         self.labels = labels
+        self.check = check
         self.epoch = 0
         self.index = 0
         # Whether batches are picked here by index; of other data they come as they are.
@@ -122,7 +125,7 @@ class Batches:
         self.index += 1
         images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
         if not isinstance(self.data, PosteriorCache):
-            check_images(images)
+            self.check(images)
         return images, rest[0] if rest else None, self.epoch
 
     def noise(self, prior: LatentPrior, images: Tensor, draw: int, generator: torch.Generator | None) -> Tensor:

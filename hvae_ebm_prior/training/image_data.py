@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..backbone.validation import check_images
+from ..backbone.validation import check_images, check_pictures
 from ..density.latent_prior import LatentPrior
 from ..saving.extras import missing
 
@@ -94,7 +94,8 @@ def open_images(
 
 @torch.no_grad()
 def image_shape(prior: LatentPrior) -> tuple[int, int, int]:
-    """Shape (C, H, W) of the images that a prior's backbone draws."""
+    """Shape (C, H, W) of the images that a prior's backbone draws; ValueError where it draws plain tensors."""
+    check_pictures(prior.backbone, "data")
     channels, height, width = prior.decode(torch.zeros(1, prior.dim, device=prior.device, dtype=prior.dtype)).shape[1:]
     return channels, height, width
 

@@ -22,7 +22,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..backbone.validation import check_count
+from ..backbone.validation import check_count, check_images
 from ..chains.autograd import with_autograd
 from ..chains.langevin import ChainDiverged
 from ..energies.coupling import Labels, check_labels
@@ -134,11 +134,13 @@ def train(
         raise ValueError("the energy networks have no parameters, so there is nothing to learn")
     if isinstance(data, PosteriorCache):
         data.check(prior)
+    check = partial(check_images, adapter=prior.backbone)
     generator = agree_on_generator(generator)
     folder = collect(checkpoints.open)[rank()]
     resumed = agree(folder is not None and bool(find_checkpoints(folder)))
     if not resumed:
-        measure_activity(prior, Batches(data, config.batch_size, generator), config.activity_images, generator)
+        batches = Batches(data, config.batch_size, generator, check=check)
+        measure_activity(prior, batches, config.activity_images, generator)
     broadcast(prior.state_dict().values())
     with contextlib.ExitStack() as at_the_end:
         trainee = copy.deepcopy(prior).train()
@@ -148,7 +150,13 @@ def train(
             trainee=trainee,
             config=config,
             batches=Batches(
-                data, config.batch_size, generator, labels, config.workers, pin=prior.device.type == "cuda"
+                data,
+                config.batch_size,
+                generator,
+                labels,
+                config.workers,
+                pin=prior.device.type == "cuda",
+                check=check,
             ),
             guard=Guard(prior, trainee, config),
             optimizer=make_optimizer(trainee, config),

@@ -188,7 +188,7 @@ class PosteriorCache(Dataset[Tensor]):
             InvalidCache: a damaged cache is there.
             BackboneMismatch: a cache of another backbone is there.
         """
-        images = check_data(data, labels)
+        images = check_data(data, labels, prior.backbone)
         batch_size = check_count(batch_size, "batch_size")
         shard_size = check_count(shard_size, "shard_size")
         check_count(1 if draws is None else draws, "draws")
@@ -198,6 +198,7 @@ class PosteriorCache(Dataset[Tensor]):
         if saved is not None:
             key = int(saved.key, 16)
         first, first_labels = next(read_data(data, labels, range(min(batch_size, images)), batch_size, key, 0))
+        check_images(first, prior.backbone)
         if draws is None:
             draws = 0 if has_gaussian_posterior(prior, first, key) else DRAWS
         dtype = dtype or prior.dtype
@@ -232,12 +233,13 @@ class PosteriorCache(Dataset[Tensor]):
         return cls(folder, verify=saved is not None)
 
 
-def check_data(data: Tensor | Dataset[Any], labels: Tensor | Mapping[str, Tensor] | None) -> int:
+def check_data(data: Tensor | Dataset[Any], labels: Tensor | Mapping[str, Tensor] | None, adapter: object) -> int:
     """Check data for a cache.
 
     Args:
         data: images (N, C, H, W), or a dataset of them.
         labels: of the images of a tensor.
+        adapter: of the backbone.
 
     Returns:
         The number of images N.
@@ -246,7 +248,7 @@ def check_data(data: Tensor | Dataset[Any], labels: Tensor | Mapping[str, Tensor
         TypeError, ValueError: data without an order or a length, no images, or labels that do not go with them.
     """
     if isinstance(data, Tensor):
-        check_images(data)
+        check_images(data, adapter)
     elif (
         not isinstance(data, Dataset)
         or isinstance(data, IterableDataset | PosteriorCache)
@@ -311,7 +313,6 @@ def read_data(
         if batch is None:
             return
         images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
-        check_images(images)
         yield images, by_name(rest[0]) if rest else {}
 
 
@@ -336,6 +337,7 @@ def encode_shard(
     # Even numbers seed the encoder, odd ones the dataset (`read_data`).
     noise = torch.Generator().manual_seed(sample_seeds(int(index.key, 16), range(2 * shard, 2 * shard + 1))[0])
     for images, labels in batches:
+        check_images(images, prior.backbone)
         kept = {label_key(name): values for name, values in labels.items()}
         if index.draws:
             u = [prior.encode(images.to(prior.device), generator=noise).cpu().to(dtype) for _ in range(index.draws)]
