@@ -158,7 +158,9 @@ def test_tensors_datasets_and_loaders_are_the_same_data(shape, tmp_path):
 
 def test_the_prior_moves_to_the_data():
     prior = tiny()
-    training = TrainingConfig(iterations=60, batch_size=32, learning_rate=2e-2, warmup=2, ema_decay=0.9, activity_images=0)
+    training = TrainingConfig(
+        iterations=60, batch_size=32, learning_rate=2e-2, warmup=2, ema_decay=0.9, activity_images=0
+    )
     prior.fit(data_of(noise(500), (6,)), training=training, generator=seed(0), progress=False)
     # The Gaussian prior's data are -50 +- 100, the true ones 30 +- 50.
     drawn = prior.sample(300, generator=seed(1))

@@ -1,10 +1,7 @@
 """Images to train on: files of a folder or a data set of the Hugging Face Hub, decoded when needed, or NumPy arrays."""
 
 import os
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +23,16 @@ DATA = (
 IMAGES = "file.npy or file.npz:name of images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 MODES = {1: "L", 3: "RGB"}
+# Turns of Pillow's by the orientation in EXIF data, its tag 0x112.
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 # How many broken images a warning names.
 SHOWN = 10
 
@@ -81,7 +88,10 @@ def open_images(
         raise ValueError(f"size: images of {source} are taken as they are; resize them before they are saved")
     else:
         array = load_images(source)[:limit]
-        check_images(array)
+        try:
+            check_images(array)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         if array.shape[1:] != shape:
             raise ValueError(
                 f"{source}: expected images {shape} (channels, height, width), as the backbone draws, "
@@ -134,7 +144,10 @@ class Decoding:
             )
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"{name}: expected 8 bits per channel, got an image of mode {picture.mode}; convert it")
-        picture = self.opaque(name, ImageOps.exif_transpose(picture)).convert(MODES[self.shape[0]])
+        try:
+            picture = self.opaque(name, upright(picture)).convert(MODES[self.shape[0]])
+        except ValueError as error:
+            raise ValueError(f"{name}: an image of mode {picture.mode} cannot be read ({error}); convert it") from error
         if self.size is not None:
             picture = ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS)
         if (picture.height, picture.width) != self.shape[1:]:
@@ -162,6 +175,17 @@ class Decoding:
                 stacklevel=2,
             )
         return Image.alpha_composite(Image.new("RGBA", picture.size, self.background), picture)
+
+
+def upright(picture: Any) -> Any:
+    """The picture as viewers show it: turned as its EXIF data say, and as it is stored where these cannot be read."""
+    from PIL import Image
+
+    try:
+        turn = TURNS.get(picture.getexif().get(0x112))
+    except Exception:  # whatever Pillow makes of damaged ones
+        return picture
+    return picture.transpose(Image.Transpose[turn]) if turn else picture
 
 
 class DecodedImages(Dataset[Tensor]):
@@ -337,8 +361,10 @@ def load_images(path: str) -> Tensor:
         array = array[:, None]
     elif array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):
         array = array.transpose(0, 3, 1, 2)
-    images = torch.from_numpy(np.ascontiguousarray(array))
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    if array.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(array)).float() / 255
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32))
 
 
 def split_array(source: str) -> tuple[str, str]:
@@ -367,7 +393,9 @@ def load_array(path: str) -> np.ndarray:
                 return array
             if name in array.files:
                 return array[name]
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, KeyError, struct.error) as error:
+    except Exception as error:  # whatever NumPy and zipfile make of damaged files
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         kind = (
             "too large, or its header is damaged"
             if isinstance(error, MemoryError)

@@ -15,6 +15,8 @@ LABELS = (
     "folders (of --data, each class in its own), column:NAME (of an hf: data set), "
     "or file.npy or file.npz:name of whole numbers, -1 where unknown"
 )
+# More categories than any data set has; a file with larger numbers holds something else.
+LARGEST_LABEL = 1_000_000
 
 
 class LabelledImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -57,7 +59,13 @@ def open_labels(source: str, data: str, count: int) -> tuple[int | tuple[str, ..
         raise ValueError(f"labels: expected whole numbers (N,), got {array.dtype} {array.shape} in {source}")
     if len(array) < count:
         raise ValueError(f"labels: {source} has {len(array)} for {count} images")
-    return int(array.max()) + 1, torch.from_numpy(array[:count].astype(np.int64))
+    low, high = int(array.min()), int(array.max())
+    if low < -1 or high > LARGEST_LABEL:
+        raise ValueError(
+            f"labels: expected whole numbers from 0, and -1 where unknown, up to {LARGEST_LABEL}, got {low} to {high} "
+            f"in {source}"
+        )
+    return high + 1, torch.from_numpy(array[:count].astype(np.int64))
 
 
 def labels_of_folders(data: str, count: int) -> tuple[tuple[str, ...], Tensor]:
