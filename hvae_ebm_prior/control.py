@@ -45,7 +45,9 @@ def resample(
         Noise (N, D); held layers are exact.
 
     Raises:
-        TypeError, ValueError: a layer that does not exist, a wrong label or shape, or a prior without labels.
+        TypeError, ValueError: a layer that does not exist, a wrong label or shape, noise that is not finite, or a prior
+            without labels.
+        ChainDiverged: a chain left the finite numbers.
     """
     check_noise(u, prior.dim, prior.device)
     parts = prior.split(u.detach())
@@ -80,6 +82,7 @@ def edit(
 
     Raises:
         TypeError, ValueError: as in `resample`, or wrong images.
+        ChainDiverged: a chain left the finite numbers, or the backbone's images are not finite.
     """
     with torch.no_grad():
         u = prior.encode(images, generator=generator)
@@ -141,7 +144,7 @@ def interpolate(
         Noise (steps, N, D).
 
     Raises:
-        TypeError, ValueError: wrong shapes, or fewer than two steps.
+        TypeError, ValueError: wrong shapes, noise that is not finite, or fewer than two steps.
     """
     check_noise(start, prior.dim)
     check_noise(end, prior.dim)

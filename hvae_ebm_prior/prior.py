@@ -10,7 +10,6 @@ every level t of noise. What they see, how they are learned and how they are dra
 The first of each are the defaults, the others those of Cui & Han (2024).
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from .backbone.validation import check_count, check_images, check_noise
 from .chains.execution import ExecutionConfig
 from .chains.langevin import LangevinConfig
 from .chains.schedule import DiffusionSchedule
-from .chains.streams import draw_key, draw_seeds, seeded
+from .chains.streams import draw_key, drawing_by
 from .density.ancestral import DrawingConfig, draw_layers
 from .density.composition import Condition, Expression
 from .density.energy_model import DEFAULT_SCHEDULE
@@ -199,8 +198,8 @@ class DiffusionEBMPrior(LearnedPrior):
             guidance: as in `sample_noise`.
             temperature: as in `sample_noise`.
             tempering: as in `sample_noise`.
-            chunk_size: images computed at a time; the result does not depend on it. None bounds the memory by the
-                latents' size.
+            chunk_size: images computed at a time; the result does not depend on it, up to rounding. None bounds the
+                memory by the latents' size.
             generator: source of the noise; None takes torch's default generator.
 
         Returns:
@@ -298,7 +297,7 @@ class DiffusionEBMPrior(LearnedPrior):
         check_images(images, self.backbone)
         density_adapter(self.backbone)
         images = images.to(self.device, self.transform.dtype)
-        with contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device):
+        with drawing_by(generator, images.device):
             u, bound = backbone_bound(self.transform, images)
         gaussian = -(u.square().sum(1) + self.dim * math.log(2 * math.pi)) / 2
         return bound - gaussian + self.log_prob(u.to(self.dtype), steps=steps)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvae_ebm_prior.chains.streams import seeded
+
 from .walk import run
 
 
@@ -73,9 +75,7 @@ class LadderAdapter:
         if self.model.pad is not None:
             features = F.pad(features, self.model.unpad)
         # It draws a sample beside its mean, and has nothing but a sample for mixtures: under a seed of its own.
-        devices = [features.device] if features.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
+        with seeded(0, features.device):
             return self.model.likelihood(x_p=features, x=images)
 
 

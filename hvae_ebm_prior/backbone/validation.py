@@ -88,8 +88,10 @@ def check_decoded(images: Tensor, n: int, adapter: object = None) -> None:
         )
 
 
-def check_noise(u: Tensor, dim: int, device: torch.device | None = None) -> None:
-    """Raise TypeError or ValueError unless `u` is a floating-point (N, dim) tensor, on `device` where that is given."""
+def check_noise(u: Tensor, dim: int, device: torch.device | None = None, *, finite: bool = True) -> None:
+    """Raise TypeError or ValueError unless `u` is a floating-point (N, dim) tensor, on `device` where that is given,
+    and, if asked, finite.
+    """
     if not isinstance(u, Tensor) or not u.is_floating_point():
         kind = u.dtype if isinstance(u, Tensor) else type(u).__name__
         raise TypeError(f"u: expected a floating-point tensor (N, {dim}), got {kind}")
@@ -101,6 +103,9 @@ def check_noise(u: Tensor, dim: int, device: torch.device | None = None) -> None
         raise ValueError(
             f"u: expected a tensor on {device}, where the energies are, got {u.device}; move one of them with .to()"
         )
+    if finite and not bool(torch.isfinite(u.detach()).all()):
+        bad = int((~torch.isfinite(u)).any(1).sum())
+        raise ValueError(f"u: {bad} of {len(u)} hold NaN or infinite noise; drop them, and look at where they come from")
 
 
 def check_levels(t: int | Tensor, n: int, steps: int, device: torch.device) -> Tensor:

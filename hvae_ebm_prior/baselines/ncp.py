@@ -210,8 +210,8 @@ class NCPPrior(LearnedPrior):
             n: number of images N.
             fixed: as in `sample_noise`.
             temperature: as in `sample_noise`.
-            chunk_size: images computed at a time; the result does not depend on it. None bounds the memory by the
-                latents' size.
+            chunk_size: images computed at a time; the result does not depend on it, up to rounding. None bounds the
+                memory by the latents' size.
             generator: source of the noise; None takes torch's default generator.
 
         Returns:

@@ -6,6 +6,7 @@ and `move`, a Langevin step with noise of its own.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -15,10 +16,14 @@ from .kernels import choose_backend, langevin_update
 from .kernels.noise import philox_levels, philox_normal
 
 
+# Held by a thread that torch's global generators work for.
+GLOBAL_GENERATORS = threading.RLock()
+
+
 def draw_key(generator: torch.Generator | None) -> int:
     """One random integer of `generator`, or of torch's default generator, from which all noise of a call follows."""
-    device = None if generator is None else generator.device
-    return int(torch.randint(2**62, (), generator=generator, device=device))
+    with contextlib.nullcontext() if generator else GLOBAL_GENERATORS:
+        return int(torch.randint(2**62, (), generator=generator, device=generator and generator.device))
 
 
 def draw_seeds(n: int, generator: torch.Generator | None) -> list[int]:
@@ -189,12 +194,24 @@ Streams = SampleStreams | CounterStreams
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, the global generators of the CPU and of a CUDA or XPU `device` start from `seed`; outside, they are as
-    they were.
+    they were. One thread is inside at a time; others wait.
     """
     accelerators = [device] if device.type in ("cuda", "xpu") else []
-    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+    with (
+        GLOBAL_GENERATORS,
+        torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
+    ):
         torch.default_generator.manual_seed(seed)
         for accelerator in accelerators:
             with torch.get_device_module(accelerator).device(accelerator):
                 torch.get_device_module(accelerator).manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def drawing_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Inside, what draws from torch's global generators, as a backbone may, draws by one number of `generator`; by None,
+    from them as they are. One thread is inside at a time.
+    """
+    with GLOBAL_GENERATORS if generator is None else seeded(draw_seeds(1, generator)[0], device):
         yield

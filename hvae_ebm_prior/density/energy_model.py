@@ -17,7 +17,7 @@ from ..backbone.transform import BackboneAdapter, LayerState
 from ..backbone.validation import check_levels, check_noise
 from ..chains.autograd import walk_gradient
 from ..chains.execution import CompiledTotal, Corrections, ExecutionConfig, batched_energies, frozen, one_by_one
-from ..chains.langevin import LangevinConfig, gaussian_part, published_step
+from ..chains.langevin import ChainDiverged, LangevinConfig, gaussian_part, published_step
 from ..chains.schedule import DiffusionSchedule
 from ..energies.build import build_energies
 from ..energies.context import takes_context
@@ -149,10 +149,14 @@ class EnergyModel(LatentPrior):
 
         Returns:
             One energy per sample and layer.
+
+        Raises:
+            TypeError, ValueError: noise of a wrong type or shape, or not finite, or no such level.
+            ChainDiverged: the energies are not finite.
         """
         check_noise(u, self.dim, self.device)
         levels = check_levels(t, len(u), self.schedule.steps, u.device)
-        return -self.corrections(self.transform.states(u), levels)[0]
+        return check_finite(-self.corrections(self.transform.states(u), levels)[0], "energies")
 
     def energy(self, u: Tensor, t: int | Tensor) -> Tensor:
         """Energy -F(T(u), t) in nats, (N,): the sum of `layer_energies`."""
@@ -164,7 +168,7 @@ class EnergyModel(LatentPrior):
         """
         check_noise(u, self.dim, self.device)
         levels = check_levels(t, len(u), self.schedule.steps, u.device)
-        return walk_gradient(self._total, u, levels) - u
+        return check_finite(walk_gradient(self._total, u, levels) - u, "gradients")
 
     def conditional_score(self, u: Tensor, u_next: Tensor, t: int | Tensor) -> Tensor:
         """grad_u log p(u_t | u_{t+1}), what Langevin steps climb (Eq. 13): the gradients of F, of the Gaussian prior
@@ -179,7 +183,7 @@ class EnergyModel(LatentPrior):
             (N, D).
 
         Raises:
-            TypeError, ValueError: noise of a wrong type or shape, or no such level.
+            TypeError, ValueError: noise of a wrong type or shape, or not finite, or no such level.
         """
         check_noise(u, self.dim, self.device)
         check_noise(u_next, self.dim, self.device)
@@ -253,6 +257,13 @@ class EnergyModel(LatentPrior):
     def compiled_total(self) -> CompiledTotal:
         """Sum of F(T(u), t) over samples, compiled when first called."""
         return CompiledTotal(self._total, self.device)
+
+
+def check_finite(values: Tensor, what: str) -> Tensor:
+    """The values, if they are finite; ChainDiverged, naming `what` they are, if not."""
+    if not bool(torch.isfinite(values.detach()).all()):
+        raise ChainDiverged(f"the {what} are not finite; check the backbone's precision, and that the noise is like noise")
+    return values
 
 
 def frozen_heads(networks: nn.ModuleDict) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

@@ -4,7 +4,6 @@ A prior draws noise u ~ p(u); images follow by the backbone, x = decode(T(u)). D
 T⁻¹(z) with z ~ q(z|x).
 """
 
-import contextlib
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from ..backbone.registry import find_adapter
 from ..backbone.transform import BackboneAdapter, NoiseTransform
 from ..backbone.validation import check_count, check_decoded, check_images, check_noise
 from ..chains.langevin import ChainDiverged
-from ..chains.streams import draw_key, draw_seeds, open_streams, seeded
+from ..chains.streams import draw_key, drawing_by, open_streams
 from ..processes import agree, collect, join_rows, share
 from .posterior import refine_posterior
 
@@ -123,7 +122,7 @@ class LatentPrior(nn.Module, ABC):
 
     def split(self, u: Tensor) -> tuple[Tensor, ...]:
         """Per-layer views (N, *latent_shapes[i]) of noise `u` (N, D)."""
-        check_noise(u, self.dim)
+        check_noise(u, self.dim, finite=False)
         return self.transform.split(u)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
@@ -140,7 +139,8 @@ class LatentPrior(nn.Module, ABC):
             mcmc_steps: Langevin steps with a Metropolis test from there, on the backbone's own p(z | x), each a
                 gradient of the backbone; the first half of them looks for the steps' size
                 (`hvae_ebm_prior.density.posterior`).
-            generator: source of the posterior noise; None takes torch's global generators.
+            generator: source of the posterior noise; None takes torch's global generators. The backbone draws from
+                these, so threads that encode wait for one another.
 
         Returns:
             Noise (N, D).
@@ -154,7 +154,7 @@ class LatentPrior(nn.Module, ABC):
         if mcmc_steps:
             mcmc_steps = check_count(mcmc_steps, "mcmc_steps")
         images = images.to(self.transform.device, self.transform.dtype)
-        with contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device):
+        with drawing_by(generator, images.device):
             z = self.transform.adapter.infer(images)
         u = self.transform.to_noise(z).to(self.dtype)
         if not bool(torch.isfinite(u).all()):
@@ -178,12 +178,14 @@ class LatentPrior(nn.Module, ABC):
                 images in [0, 1].
             ChainDiverged: the images are not finite.
         """
-        check_noise(u, self.dim, self.device)
+        check_noise(u, self.dim, self.device, finite=False)
         images = self.transform.decode(u)
         check_decoded(images, len(u), self.backbone)
-        if not bool(torch.isfinite(images.detach()).all()):
+        # Some models make pixels of what is not finite.
+        if not all(bool(torch.isfinite(each.detach()).all()) for each in (u, images)):
             raise ChainDiverged(
-                "the backbone's images are not finite; check the noise, and the backbone's precision and statistics"
+                "the noise or the backbone's images are not finite; check the noise, and the backbone's precision and "
+                "statistics"
             )
         return images
 
@@ -213,8 +215,8 @@ class LatentPrior(nn.Module, ABC):
 
         Args:
             n: number of images N.
-            chunk_size: images computed at a time; the result does not depend on it. None bounds the memory by the
-                latents' size.
+            chunk_size: images computed at a time; the result does not depend on it, up to rounding. None bounds the
+                memory by the latents' size.
             generator: source of the noise; None takes torch's default generator.
 
         Returns:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbone.text import LONGEST_TEXT, hidden_characters
 from ..backbone.transform import LayerState
 from ..backbone.validation import as_integer
 from .build import make_network
@@ -52,8 +53,8 @@ class LabelSet:
             raise TypeError(f"categories: expected their number or their names, got {self.categories!r}")
         if isinstance(self.categories, bool) or self.size < 2:
             raise ValueError(f"categories: expected at least two, got {self.categories!r}")
-        if not isinstance(self.categories, int) and len(set(self.categories)) < self.size:
-            raise ValueError(f"categories: expected distinct names, got {self.categories!r}")
+        if not isinstance(self.categories, int):
+            check_names(self.categories)
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise ValueError(
                 f"layers: expected one or several distinct layer indices, or None for all, got {self.layers!r}"
@@ -83,6 +84,20 @@ class LabelSet:
         if not 0 <= number < self.size:
             raise ValueError(f"label {name!r}: expected an index 0..{self.size - 1}, got {number}")
         return number
+
+
+def check_names(categories: Sequence[str]) -> None:
+    """Raise TypeError or ValueError unless names of categories are distinct texts that a saved prior may hold."""
+    for name in categories:
+        if not isinstance(name, str):
+            raise TypeError(f"categories: expected names, or their number, got {name!r}")
+        if hidden_characters(name) or len(name) > LONGEST_TEXT:
+            raise ValueError(
+                f"categories: expected names of at most {LONGEST_TEXT} characters, without control characters, "
+                f"got {name[:80]!r}"
+            )
+    if len(set(categories)) < len(categories):
+        raise ValueError(f"categories: expected distinct names, got {categories!r:.300}")
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,18 @@ class Coupling:
         return tuple(range(count)) if layers is None else tuple(sorted(layers))
 
 
+class HeadDict(nn.ModuleDict):
+    """Networks by label set, of any name: a plain ModuleDict takes no "type", "items" or "training", as it has
+    attributes of these names. Entries are no attributes here.
+    """
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
 def build_heads(
     coupling: Coupling, shapes: Sequence[Sequence[int]], energies: Sequence[nn.Module], steps: int, device: torch.device
 ) -> nn.ModuleDict:
@@ -146,7 +173,7 @@ def build_heads(
         if level not in range(steps):
             raise ValueError(f"levels: expected levels 0..{steps - 1}, got {level!r}")
     config = replace(coupling.networks, context=all(takes_context(energy) for energy in energies))
-    heads = nn.ModuleDict()
+    heads = HeadDict()
     for name, labels in coupling.sets.items():
         for i in labels.layers or ():
             if i not in range(len(shapes)):

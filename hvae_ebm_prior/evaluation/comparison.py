@@ -2,11 +2,10 @@
 
 A *gradient* is one of the networks for a batch: one per Langevin step of a chain, and one to learn from. Every budget
 is a run of its own, as the learning rate decays over a run. Training that diverged for good counts by its last good
-state. Results are kept in a file as they come: a comparison that was interrupted goes on where it stopped, and one that
-is asked for more seeds measures those alone.
+state. Results are kept in a file as they come (`comparison_file`): a comparison that was interrupted goes on where it
+stopped, and one that is asked for more seeds measures those alone.
 """
 
-import json
 import math
 import statistics
 import time
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from ..backbone.transform import BackboneAdapter
 from ..baselines import GaussianPrior
 from ..density.latent_prior import LatentPrior
-from ..saving.files import write_json
+from ..saving.digest import digest_images
 from ..training.config import TrainingConfig
 from ..training.guard import TrainingDiverged
 from ..training.record import TrainingRecord
+from .comparison_file import describe_subject, open_records
 from .features import Features, extract
 from .metrics import frechet_distance, moments
 from .protocol import closure, in_chunks
@@ -118,6 +118,7 @@ class FrechetMetric:
         self.images = images
         self.features = dict(features)
         self.device = torch.device(device)
+        self.digests = {"images": digest_images(images), "reference": digest_images(reference)}
         self.targets = {name: moments(self._extract(name, reference)) for name in self.features}
 
     def _extract(self, name: str, images: Tensor) -> Tensor:
@@ -152,7 +153,8 @@ def compare(
         metric: how samples are measured.
         budgets: what each may use.
         seeds: one run each.
-        path: a JSON file; runs that stand in it are not repeated.
+        path: a JSON file; runs that stand in it are not repeated, if they are of the same model, images, features and
+            settings.
         report: called with a line of text after each run.
 
     Returns:
@@ -160,18 +162,21 @@ def compare(
         "none".
 
     Raises:
-        ValueError: no candidate, budget or seed.
+        ValueError: no candidate, budget or seed; or the file is of something else, damaged, or edited.
+        OSError: the file cannot be read or written.
     """
     for name, values in (("candidates", candidates), ("budgets", budgets), ("seeds", seeds)):
         if not values:
             raise ValueError(f"{name}: expected at least one")
     path = Path(path).expanduser()
-    kept: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {"iterations": {}, "runs": {}}
-    iterations, runs = kept["iterations"], kept["runs"]
+    features = {name: (metric.features[name], target) for name, target in metric.targets.items()}
+    subject = describe_subject(backbone, {"train": digest_images(train_images), **metric.digests}, features)
+    records = open_records(path, subject, candidates)
+    iterations, runs = records.iterations, records.runs
 
     def keep(place: str, result: Mapping[str, Any]) -> None:
-        runs[place] = result
-        write_json(path, kept)
+        runs[place] = dict(result)
+        records.save()
         distances = ", ".join(f"{name} {value:.2f}" for name, value in result["distances"].items())
         report(f"{place}: {distances}, {result['seconds']:.0f} s")
 

@@ -1,11 +1,14 @@
 """The model card of a saved prior: README.md with the Hub's metadata, how it was made, and the code to use it."""
 
+import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..backbone.text import hidden_characters, visible
 from .config import Metric, PriorConfig, settings_in_words
 from .extras import install_command, where
 
@@ -24,8 +27,11 @@ class Card:
         base_model: the backbone on the Hub, as owner/name.
         datasets: what it was trained on, as on the Hub.
         license: identifier as on the Hub, such as "mit".
-        description: a paragraph of your own.
+        description: a paragraph of your own, Markdown.
         load_backbone: a line or two of Python that make `backbone`, for the code of the card.
+
+    Raises:
+        TypeError, ValueError: something else than texts, or control characters in them.
     """
 
     title: str | None = None
@@ -34,6 +40,18 @@ class Card:
     license: str | None = None
     description: str = ""
     load_backbone: str = "backbone = ...  # your trained model, or its adapter"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.datasets, str):
+            raise TypeError(f"card: datasets: expected a list of names, got the text {self.datasets!r}")
+        names = {name: getattr(self, name) for name in ("title", "base_model", "license", "description", "load_backbone")}
+        names |= {f"datasets[{i}]": each for i, each in enumerate(self.datasets)}
+        for name, text in names.items():
+            if not isinstance(text, str | None):
+                raise TypeError(f"card: {name}: expected a text, got {type(text).__name__}")
+            several_lines = "\n\t" if name in ("description", "load_backbone") else ""
+            if set(hidden_characters(text or "")) - set(several_lines):
+                raise ValueError(f"card: {name}: expected a text without control characters, got {text!r:.80}")
 
 
 def write_card(
@@ -49,6 +67,9 @@ def write_card(
 
     Returns:
         The card: YAML metadata between lines of dashes, then Markdown.
+
+    Raises:
+        ValueError: a card that could not be read again.
     """
     title = card.title or f"{config.kind} for {config.family}"
     dataset = (card.datasets or ["unknown"])[0]
@@ -76,7 +97,7 @@ def write_card(
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {title}",
+        f"# {in_markdown(title)}",
         card.description,
         introduction(config),
         f"![Samples from the model's Gaussian prior, above, and from this one, below]({samples})" if samples else "",
@@ -85,15 +106,36 @@ def write_card(
         metrics_section(config.metrics),
         limits_section(card),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    check_card(text, data)
+    return text
+
+
+def check_card(text: str, data: ModelCardData) -> None:
+    """Raise ValueError unless the Hub, and whoever loads the card, reads these metadata in it."""
+    try:
+        text.encode()
+        read = ModelCard(text).data.to_dict()
+    except Exception as error:  # whatever the client and its YAML make of it
+        raise ValueError(f"card: it could not be read again ({error})") from error
+    if read != data.to_dict():
+        wrong = next(name for name, value in data.to_dict().items() if read.get(name) != value)
+        raise ValueError(f"card: {wrong} could not be read again: {read.get(wrong)!r:.200}")
+
+
+def in_markdown(text: str) -> str:
+    """A text from elsewhere so that a page shows it as it is: neither Markdown, HTML nor links are made of it."""
+    for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        text = text.replace(mark, entity)
+    return re.sub(r"[\\`*{}\[\]#|~!$@:^]|\b_|_\b|(?<=www)\.", r"\\\g<0>", visible(text))
 
 
 def introduction(config: PriorConfig) -> str:
     """A paragraph on what the prior is."""
     return (
-        f"A learned prior for a trained hierarchical VAE (`{config.family}`). It takes the place of the model's "
+        f"A learned prior for a trained hierarchical VAE ({in_markdown(config.family)}). It takes the place of the model's "
         "Gaussian prior, which does not match where the encoder puts the data, so that samples get better; the model "
-        f"itself is unchanged and not part of this repository. Made with `{LIBRARY}` {config.library}, after "
+        f"itself is unchanged and not part of this repository. Made with `{LIBRARY}` {in_markdown(config.library)}, after "
         f"[Cui & Han, ICML 2024]({PAPER})."
     )
 
@@ -106,15 +148,20 @@ def use_section(config: PriorConfig, card: Card, repo_id: str) -> str:
         f"from {module} import {config.kind}",
         "",
         card.load_backbone,
-        f'prior = {config.kind}.from_pretrained("{repo_id}", backbone=backbone{networks})',
+        f"prior = {config.kind}.from_pretrained({quoted(repo_id)}, backbone=backbone{networks})",
         "images = prior.sample(16)  # (16, C, H, W) in [0, 1]",
     ]
     if config.coupling:
         name = next(iter(config.coupling.sets))
-        lines.append(f'images = prior.sample(16, labels={{"{name}": 0}})')
+        lines.append(f"images = prior.sample(16, labels={{{quoted(name)}: 0}})")
     return "\n".join(
         ["## Use", "", f"Install `{LIBRARY}`{where()}:", "", f"    {install_command()}", "", "```python", *lines, "```"]
     )
+
+
+def quoted(text: str) -> str:
+    """A text as Python's source, between double quotes."""
+    return visible(json.dumps(text, ensure_ascii=False))
 
 
 def settings_section(config: PriorConfig) -> str:
@@ -122,10 +169,10 @@ def settings_section(config: PriorConfig) -> str:
     shapes = config.backbone.latent_shapes
     sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
     lines = [f"{len(shapes)} latent layers, {sum(math.prod(shape) for shape in shapes)} dimensions: {sizes}"]
-    lines += [f"`{name}`: {words}" for name, words in settings_in_words(config).items()]
+    lines += [f"`{name}`: {in_markdown(words)}" for name, words in settings_in_words(config).items()]
     if config.training:
         lines.append(f"trained for {config.training.iterations} iterations in {config.training.seconds:.0f} s")
-        lines.append(", ".join(f"{name} = {value}" for name, value in config.training.settings.items()))
+        lines.append(in_markdown(", ".join(f"{name} = {value}" for name, value in config.training.settings.items())))
     return "\n".join(["## Settings and training", "", *(f"- {line}" for line in lines if line)])
 
 
@@ -133,13 +180,14 @@ def metrics_section(metrics: Sequence[Metric]) -> str:
     """Figures of quality, as a table; empty without any."""
     if not metrics:
         return ""
-    rows = [f"| {each.name} | {each.value:.4g} | {each.features} | {each.dataset} |" for each in metrics]
+    cells = [(each.name, f"{each.value:.4g}", each.features, each.dataset) for each in metrics]
+    rows = [f"| {' | '.join(map(in_markdown, row))} |" for row in cells]
     return "\n".join(["## Figures", "", "| | | features | images |", "|---|---|---|---|", *rows])
 
 
 def limits_section(card: Card) -> str:
     """What the prior cannot do, and on which terms it may be used."""
-    terms = f"License: {card.license}." if card.license else "No licence was given; ask its author before you use it."
+    terms = f"License: {in_markdown(card.license)}." if card.license else "No licence was given; ask its author before you use it."
     return (
         "## Limits\n\nIt works with the backbone that it was trained for, and no other: loading it onto another one "
         "fails. It cannot be better than that model's reconstructions, and it reproduces what is in its training "

@@ -29,6 +29,8 @@ SCHEMA = 1
 # Residual blocks of all networks together, and features, that a file may ask for.
 MOST_BLOCKS = 20_000
 LARGEST_WIDTH = 2**16
+# Names of categories that people are shown.
+SHOWN = 20
 # Classes that earlier versions saved and this one has no more.
 GONE = ("LayerwisePrior",)
 
@@ -63,6 +65,11 @@ class Metric:
     value: float
     features: str = ""
     dataset: str = ""
+
+    def __post_init__(self) -> None:
+        # NumPy's numbers and tensors of one too.
+        if not isinstance(self.value, str):
+            object.__setattr__(self, "value", float(self.value))
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,11 @@ def settings_in_words(config: PriorConfig) -> dict[str, str]:
         words[name] = ", ".join(parts)
     for name, labels in (config.coupling.sets if config.coupling else {}).items():
         categories = labels.categories
-        words[f"labels {name}"] = f"{categories} categories" if isinstance(categories, int) else ", ".join(categories)
+        if isinstance(categories, int):
+            words[f"labels {name}"] = f"{categories} categories"
+        else:
+            more = [f"and {len(categories) - SHOWN} more"] if len(categories) > SHOWN else []
+            words[f"labels {name}"] = ", ".join([*categories[:SHOWN], *more])
     return words
 
 

@@ -1,4 +1,4 @@
-"""SHA-256 of files, weights and images."""
+"""SHA-256 of files, texts, weights and images."""
 
 import hashlib
 from pathlib import Path
@@ -12,6 +12,11 @@ def digest_file(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_text(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_weights(module: nn.Module) -> str:

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,9 +38,10 @@ def scratch_file(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
     """A file beside `path` that `write` has written, of a name that no other process or thread takes, on the disk; gone
     afterwards, unless it was moved. Those that processes left behind when they were killed are removed.
     """
+    own = re.compile(rf"{re.escape(path.stem)}\.\d+-[0-9a-f]+\.part{re.escape(path.suffix)}")
     for old in path.parent.glob(f"{glob.escape(path.stem)}.*.part{path.suffix}"):
         with suppress(OSError):
-            if time.time() - old.stat().st_mtime > FORGOTTEN:
+            if own.fullmatch(old.name) and time.time() - old.stat().st_mtime > FORGOTTEN:
                 old.unlink()
     # Some writers look at the suffix.
     scratch = path.with_name(f"{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}")
@@ -76,4 +78,9 @@ def sync(path: Path) -> None:
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     """Write values as JSON."""
-    write_atomically(path, lambda scratch: scratch.write_text(json.dumps(values, indent=1) + "\n"))
+    write_atomically(path, lambda scratch: scratch.write_bytes(json_bytes(values)))
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(values, indent=1) + "\n").encode()

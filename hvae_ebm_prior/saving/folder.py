@@ -4,7 +4,6 @@ A saved prior is three files, and a picture where there is one. Files from elsew
 against types and bounds, and the weights against the shapes that follow from it.
 """
 
-import json
 import os
 import shutil
 import warnings
@@ -25,10 +24,10 @@ from .card import LIBRARY, Card, write_card
 from .config import Metric, PriorConfig, TrainingSummary, build_prior, make_config, read_config
 from .digest import digest_file
 from .extras import installed
-from .files import scratch_file, write_atomically, write_json
+from .files import json_bytes, scratch_file, write_atomically, write_json
 from .fingerprint import BackboneMismatch, check_backbone, fingerprint
 from .grid import save_grid
-from .typed_json import InvalidPrior, read_json_file, to_json
+from .typed_json import InvalidPrior, parse_json, read_json_file, to_json
 from .weights_file import read_weights, save_weights
 
 CONFIG = "config.json"
@@ -66,17 +65,20 @@ def save(
 
     Raises:
         TypeError: a class, or networks, that cannot be described in `config.json`.
+        InvalidPrior: settings, figures or weights that could not be loaded again, such as numbers that are not finite.
+        ValueError: a card that could not be read again.
         OSError: the folder cannot be written.
     """
     folder = Path(folder).expanduser()
     config = make_config(prior, fingerprint(prior), installed(LIBRARY) or "unknown", trained, metrics)
-    # Whoever loads it must be able to read what is written.
-    read_config(json.loads(json.dumps(to_json(config))))
+    # Whoever loads it must be able to read what is written, with a digest of the weights in it.
+    read_config(parse_json(json_bytes(to_json(replace(config, weights=64 * "0"))), CONFIG))
     text = write_card(config, card or Card(), repo_id=repo_id or folder.name, samples=SAMPLES if samples else None)
     folder.mkdir(parents=True, exist_ok=True)
-    if samples:
-        save_samples(folder / SAMPLES, prior, samples, seed)
     with scratch_file(folder / WEIGHTS, partial(save_weights, prior.state_dict(), {"format": "pt"})) as weights:
+        read_tensors(weights, prior)
+        if samples:
+            save_samples(folder / SAMPLES, prior, samples, seed)
         digest = digest_file(weights)
         # Settings name the weights that they go with; until they are replaced the former weights stay.
         keep_previous(folder)
@@ -194,7 +196,7 @@ def load(
 def read_tensors(path: Path, prior: EnergyModel) -> dict[str, Tensor]:
     """The weights in a file, all in one dtype; InvalidPrior where they are not those of `prior`."""
     shapes = {name: tuple(tensor.shape) for name, tensor in prior.state_dict().items()}
-    tensors = read_weights(path, shapes)
+    tensors = read_weights(path, shapes, WEIGHTS)
     if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
         raise InvalidPrior(f"{WEIGHTS}: expected tensors of one dtype, got {', '.join(sorted(map(str, dtypes)))}")
     return tensors

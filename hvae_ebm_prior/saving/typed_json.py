@@ -14,6 +14,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..backbone.text import LONGEST_TEXT, hidden_characters
+
 T = TypeVar("T")
 # JSON has no infinities.
 INFINITE = {"inf": math.inf, "-inf": -math.inf}
@@ -34,10 +36,11 @@ LATER_SETTINGS = frozenset(
     }
 )
 # Bounds on the values of a file, far above what any prior needs.
-LARGEST_FILE = 2**20
+LARGEST_FILE = 2**22
 LARGEST_NUMBER = 2**31
-LONGEST_TEXT = 1000
 LONGEST_LIST = 10_000
+# There are data sets of 21,841 classes.
+MOST_TEXTS = 100_000
 
 
 class InvalidPrior(ValueError):
@@ -45,9 +48,11 @@ class InvalidPrior(ValueError):
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass, list, mapping, number or text as JSON values; numbers that are not finite and all other objects
-    become texts.
+    """A dataclass, list, mapping, number or text as JSON values, also NumPy's numbers and tensors of one; numbers that
+    are not finite and all other objects become texts.
     """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -121,7 +126,9 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal and any(value == each and type(value) is type(each) for each in inner):
         return value
     if isinstance(origin, type) and issubclass(origin, Sequence):  # tuples are of any length, of one type
-        return tuple(read_value(inner[0], item, f"{where}[{i}]") for i, item in enumerate(check_list(value, where)))
+        most = MOST_TEXTS if inner[0] is str else LONGEST_LIST
+        items = check_list(value, where, most)
+        return tuple(read_value(inner[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
         check_list(list(value), where)
         return {
@@ -131,7 +138,7 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
         return None
     if kind is bool and isinstance(value, bool):
         return value
-    if kind is str and isinstance(value, str) and len(value) <= LONGEST_TEXT:
+    if kind is str and isinstance(value, str) and len(value) <= LONGEST_TEXT and not hidden_characters(value):
         return value
     if kind in (int, float) and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER:
         return kind(value)
@@ -155,12 +162,12 @@ def read_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
     return read_value(others[-1], value, where)
 
 
-def check_list(value: Any, where: str) -> list[Any]:
-    """The JSON value, if it is a list of bounded length; InvalidPrior for anything else."""
+def check_list(value: Any, where: str, most: int = LONGEST_LIST) -> list[Any]:
+    """The JSON value, if it is a list of at most `most` entries; InvalidPrior for anything else."""
     if not isinstance(value, list):
         raise InvalidPrior(f"{where}: expected a list, got {excerpt(value)}")
-    if len(value) > LONGEST_LIST:
-        raise InvalidPrior(f"{where}: expected at most {LONGEST_LIST} entries, got {len(value)}")
+    if len(value) > most:
+        raise InvalidPrior(f"{where}: expected at most {most} entries, got {len(value)}")
     return value
 
 
@@ -177,15 +184,26 @@ def read_json_file(path: Path) -> dict[str, Any]:
         InvalidPrior: the file is too large, or holds anything else.
         OSError: it cannot be read.
     """
-    if (size := path.stat().st_size) > LARGEST_FILE:
-        raise InvalidPrior(f"{path.name}: expected at most {LARGEST_FILE} bytes, got {size}")
+    check_length(path.stat().st_size, path.name)
+    return parse_json(path.read_bytes(), path.name)
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """The object that the content of a JSON file holds; InvalidPrior, naming `where`, for anything else."""
+    check_length(len(content), where)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InvalidPrior(f"{path.name}: no JSON ({error or type(error).__name__})") from error
+        raise InvalidPrior(f"{where}: no JSON ({error or type(error).__name__})") from error
     if not isinstance(values, dict):
-        raise InvalidPrior(f"{path.name}: expected an object, got {excerpt(values)}")
+        raise InvalidPrior(f"{where}: expected an object, got {excerpt(values)}")
     return values
+
+
+def check_length(size: int, where: str) -> None:
+    """Raise InvalidPrior for a file of more bytes than any prior needs."""
+    if size > LARGEST_FILE:
+        raise InvalidPrior(f"{where}: expected at most {LARGEST_FILE} bytes, got {size}")
 
 
 def type_in_words(kind: Any) -> str:
@@ -195,7 +213,7 @@ def type_in_words(kind: Any) -> str:
     names = {
         int: f"an integer up to {LARGEST_NUMBER}",
         float: "a finite number",
-        str: f"a text of at most {LONGEST_TEXT} characters",
+        str: f"a text of at most {LONGEST_TEXT} characters, without control characters",
         bool: "true or false",
     }
     return names.get(kind, str(kind))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from ..backbone.validation import check_images
-from ..chains.streams import draw_key, sample_seeds
+from ..chains.streams import GLOBAL_GENERATORS, draw_key, sample_seeds
 from ..density.latent_prior import LatentPrior
 from ..energies.coupling import Labels
 from ..saving.digest import digest_images
@@ -229,7 +229,7 @@ class Batches:
     @contextlib.contextmanager
     def _own_randomness(self) -> Iterator[None]:
         """A context in which torch's global CPU generator is as the data left it; after it, it is as it was before."""
-        with torch.random.fork_rng(devices=[]):
+        with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random)
             yield
             self._random = torch.get_rng_state()

@@ -31,6 +31,8 @@ from .record import TrainingRecord
 from .run import Run
 
 FORMAT = 2
+# Names of checkpoints' files, and of those that processes were writing when they were killed: no others are ever removed.
+OWN_FILE = re.compile(r"step_(\d{8,})(?:\.\d+(?:-[0-9a-f]+)?\.part)?\.(?:json|safetensors)")
 # Settings of training that results do not depend on.
 SPEED = ("micro_batch", "workers")
 # Differences between two runs that an error names.
@@ -60,7 +62,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     by_step = {
         int(match[1]): path
         for path in folder.glob("step_*.json")
-        if (match := re.fullmatch(r"step_(\d+)\.json", path.name))
+        if (match := re.fullmatch(r"step_(\d{8,})\.json", path.name))
     }
     return [by_step[step] for step in sorted(by_step, reverse=True)]
 
@@ -78,7 +80,7 @@ def save_checkpoint(folder: Path, run: Run) -> None:
     run.last_checkpoint = step
     # In this order a JSON file goes before its weights.
     for old in sorted(folder.glob("step_*")):
-        if old.stem not in kept:
+        if OWN_FILE.fullmatch(old.name) and old.stem not in kept and old.is_file():
             old.unlink(missing_ok=True)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..backbone.validation import check_count, check_images
-from ..chains.streams import draw_key, sample_seeds, seeded
+from ..chains.streams import GLOBAL_GENERATORS, draw_key, sample_seeds, seeded
 from ..density.latent_prior import LatentPrior
 from ..saving.digest import digest_file, digest_images
 from ..saving.files import write_json
@@ -306,7 +306,7 @@ def read_data(
         batches = iter(DataLoader(Subset(data, span), batch_size))
         state = torch.get_rng_state()
     while True:
-        with torch.random.fork_rng(devices=[]):
+        with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):
             torch.set_rng_state(state)
             batch = next(batches, None)
             state = torch.get_rng_state()

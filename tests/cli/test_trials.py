@@ -64,6 +64,17 @@ def test_compare_writes_tables_results_and_a_plot(files, capsys):
         assert runs[f"{name} | 12 gradients | seed 0"]["gradients"] == 12
 
 
+def test_runs_of_other_images_are_none_of_these(files, capsys):
+    options = ["--features", f"{files}/mine.py:pixels", "--only", "ours", "--iterations", "1", "--seeds", "0"]
+    assert call(files, "compare", *options) == 0
+    np.save(files / "test.npy", np.load(files / "test.npy")[::-1])
+    capsys.readouterr()
+    assert call(files, "compare", *options) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "compare.json: its runs are of other held-out images; delete it to begin anew" in lines[0]
+
+
 def test_ablate_names_what_changed(files, capsys):
     only = ["--only", "ours", "K = 3", "z-space"]
     assert (
