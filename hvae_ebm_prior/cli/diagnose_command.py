@@ -6,8 +6,8 @@ import torch
 
 from ..backbone.registry import find_adapter
 from ..evaluation.diagnosis import describe_layers, layer_table
-from ..training.image_data import IMAGES, load_images
 from .loading import Commands, add_loader, load_model
+from .options import add_images, read_given, shape_of
 
 
 def add_diagnose(commands: Commands) -> None:
@@ -19,17 +19,14 @@ def add_diagnose(commands: Commands) -> None:
         "come to lie.",
     )
     add_loader(command, "your model or an adapter of it")
-    command.add_argument("--images", required=True, help=f"{IMAGES}, held out")
-    command.add_argument(
-        "--limit", type=int, default=500, help="use so many images from the start of the file (%(default)s)"
-    )
+    add_images(command, {"images": "real images that the model was not trained on"}, limit=500)
     command.add_argument("--draws", type=int, default=8, help="posterior draws per image (%(default)s)")
     command.set_defaults(run=run_diagnose)
 
 
 def run_diagnose(options: argparse.Namespace) -> None:
     """Print the table of the layers."""
-    model = load_model(options)
+    adapter = find_adapter(load_model(options))
     generator = torch.Generator().manual_seed(options.seed)
-    images = load_images(options.images)[: options.limit]
-    print(layer_table(describe_layers(find_adapter(model), images, draws=options.draws, generator=generator)))
+    images = read_given(options, "images", shape_of(adapter))
+    print(layer_table(describe_layers(adapter, images, draws=options.draws, generator=generator)))

@@ -1,4 +1,4 @@
-"""Images to train on: files of a folder or a data set of the Hugging Face Hub, decoded when needed, or NumPy arrays."""
+"""Images: files of a folder or a data set of the Hugging Face Hub, decoded when needed, or NumPy arrays."""
 
 import os
 import struct
@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 
 from ..backbone.validation import check_images
 from ..density.latent_prior import LatentPrior
+from ..processes import progress_bar
 from ..saving.extras import missing
 
-DATA = (
-    "a folder of PNG, JPEG or WebP files, hf:NAME[:SPLIT[:COLUMN]] of the Hugging Face Hub, "
-    "or file.npy or file.npz:name of images"
+IMAGES = (
+    "a folder of PNG, JPEG or WebP files, hf:NAME[:SPLIT[:COLUMN]] of the Hugging Face Hub, or file.npy or "
+    "file.npz:name of uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
 )
-IMAGES = "file.npy or file.npz:name of images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 MODES = {1: "L", 3: "RGB"}
 # How many broken images a warning names.
@@ -52,7 +52,7 @@ def open_images(
         shape: shape (C, H, W) that they must have. Those of folders and the Hub become grey or RGB as C says, and are
             turned as their EXIF data say.
         size: side of the square that those of folders and the Hub are resized and, about their centre, cropped to; None
-            leaves them as they are.
+            leaves them as they are, as those of arrays always are.
         limit: use so many from the start; None for all.
         background: color behind transparent pixels of folders and the Hub, by name or as #rrggbb; a warning says where
             there are some.
@@ -71,25 +71,26 @@ def open_images(
         raise ValueError(f"limit: expected a positive number of images, got {limit}")
     if size is not None and (size, size) != shape[1:]:
         raise ValueError(f"size: expected {shape[1]}, as the backbone draws {shape[2]}x{shape[1]} pixels, got {size}")
+    rows = None
     if Path(source).expanduser().is_dir():
         images = folder_images(Path(source).expanduser(), limit)
     elif source.startswith("hf:"):
-        images = hub_images(source, limit)
+        import_pillow()
+        rows, column = hub_rows(source)
+        images = hub_images(source, rows, column, limit)
     elif not is_array(source):
-        raise ValueError(f"data: expected {DATA}; there is no folder {source}")
-    elif size is not None:
-        raise ValueError(f"size: images of {source} are taken as they are; resize them before they are saved")
+        raise ValueError(f"images: expected {IMAGES}; there is no folder {source}")
     else:
         array = load_images(source)[:limit]
         check_images(array)
         if array.shape[1:] != shape:
             raise ValueError(
                 f"{source}: expected images {shape} (channels, height, width), as the backbone draws, "
-                f"got {tuple(array.shape[1:])}"
+                f"got {tuple(array.shape[1:])}; those of arrays are taken as they are, and folders' with --size resized"
             )
         return array
     names, read = images
-    return DecodedImages(names, read, Decoding(shape, size, background), skip_broken=skip_broken)
+    return DecodedImages(names, read, Decoding(shape, size, background), rows=rows, skip_broken=skip_broken)
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.shape[0] not in MODES:
             raise ValueError(
-                f"data: expected a backbone of grey or RGB images, this one's have {self.shape[0]} channels; "
+                f"images: expected a backbone of grey or RGB images, this one's have {self.shape[0]} channels; "
                 "give an array of NumPy's"
             )
 
@@ -170,6 +171,7 @@ class DecodedImages(Dataset[Tensor]):
         names: of all images, for errors.
         read: the Pillow image of an index.
         decoding: how it becomes a tensor.
+        rows: the data set of the Hub that they are of; None for files.
         skip_broken: leave out those that cannot be decoded.
 
     Attributes:
@@ -181,9 +183,16 @@ class DecodedImages(Dataset[Tensor]):
     """
 
     def __init__(
-        self, names: Sequence[str], read: Callable[[int], Any], decoding: Decoding, *, skip_broken: bool = False
+        self,
+        names: Sequence[str],
+        read: Callable[[int], Any],
+        decoding: Decoding,
+        *,
+        rows: Any = None,
+        skip_broken: bool = False,
     ) -> None:
         self.names = names
+        self.rows = rows
         self.read = read
         self.decoding = decoding
         self.indices = list(range(len(names)))
@@ -212,19 +221,21 @@ class DecodedImages(Dataset[Tensor]):
     def whole_images(self) -> list[int]:
         """Indices of the images that can be decoded."""
         whole, broken = [], []
-        for index, name in enumerate(self.names):
-            try:
-                self.decode(index)
-            except BrokenImageError:
-                broken.append(name)
-            else:
-                whole.append(index)
+        with progress_bar(len(self.names), "checking images") as bar:
+            for index, name in enumerate(self.names):
+                try:
+                    self.decode(index)
+                except BrokenImageError:
+                    broken.append(name)
+                else:
+                    whole.append(index)
+                bar.update()
         if not whole:
-            raise BrokenImageError(f"data: none of the {len(broken)} images can be decoded, {broken[0]} the first")
+            raise BrokenImageError(f"images: none of the {len(broken)} images can be decoded, {broken[0]} the first")
         if broken:
             more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
             warnings.warn(
-                f"data: {len(broken)} of {len(self.names)} images cannot be decoded and are left out: "
+                f"images: {len(broken)} of {len(self.names)} images cannot be decoded and are left out: "
                 f"{', '.join(broken[:SHOWN])}{more}",
                 RuntimeWarning,
                 stacklevel=3,
@@ -263,17 +274,15 @@ def image_files(folder: Path) -> list[Path]:
             ]
         seen.add(real)
     if not paths:
-        raise ValueError(f"data: {folder} holds no images; expected files {', '.join(sorted(SUFFIXES))}")
+        raise ValueError(f"images: {folder} holds no images; expected files {', '.join(sorted(SUFFIXES))}")
     return sorted(paths)
 
 
-def hub_images(source: str, limit: int | None) -> tuple[list[str], Callable[[int], Any]]:
-    """Names of the images of a data set of the Hub, and a function that reads one; see `open_images`."""
-    import_pillow()
-    rows, column = hub_rows(source)
+def hub_images(source: str, rows: Any, column: str, limit: int | None) -> tuple[list[str], Callable[[int], Any]]:
+    """Names of the images in a column of a data set of the Hub, and a function that reads one; see `open_images`."""
     count = len(rows) if limit is None else min(limit, len(rows))
     if count == 0:
-        raise ValueError(f"data: {source} is empty")
+        raise ValueError(f"images: {source} is empty")
     return [f"{source}, image {index}" for index in range(count)], lambda index: rows[index][column]
 
 
@@ -285,12 +294,12 @@ def hub_rows(source: str) -> tuple[Any, str]:
         raise missing("data sets of the Hub need the package datasets", "data") from error
     parts = source.split(":")[1:]
     if not parts[0] or len(parts) > 3:
-        raise ValueError(f"data: expected hf:NAME[:SPLIT[:COLUMN]], got {source}")
+        raise ValueError(f"images: expected hf:NAME[:SPLIT[:COLUMN]], got {source}")
     name, split, column = [*parts, "", ""][:3]
     rows = load_dataset(name, split=split or "train")
     columns = [column] if column else [each for each, kind in rows.features.items() if type(kind).__name__ == "Image"]
     if not columns or columns[0] not in rows.features:
-        raise ValueError(f"data: {source} has no column {column or 'of images'}, but {', '.join(rows.features)}")
+        raise ValueError(f"images: {source} has no column {column or 'of images'}, but {', '.join(rows.features)}")
     return rows, columns[0]
 
 
