@@ -261,6 +261,7 @@ def files(tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(LOADER.format(tests=str(request.path.parent)))
     np.savez("data.npz", sound=data_of(noise(40), (3, 2)).numpy().astype(">f8"), bytes=np.zeros((4, 3, 2), np.uint8))
+    np.save("long.npy", np.zeros((4, 3, 3), np.float32))
     np.save("outliers.npy", data_of(noise(20) + 5, (3, 2)).numpy())
     torch.manual_seed(0)
     tiny((3, 2)).save_pretrained("prior")
@@ -292,8 +293,12 @@ def test_commands_of_pictures_say_so(files, capsys, command):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("data.npz:bytes", r"data.npz:bytes: expected floats (N, ...), got uint8 (4, 3, 2)"),
-        ("photos", "photos: this model takes plain tensors: expected file.npy or file.npz:name of floats (N, ...)"),
+        (
+            "data.npz:bytes",
+            "data.npz:bytes: expected floats ('N', 3, 2), as this model takes plain tensors, got uint8 (4, 3, 2)",
+        ),
+        ("long.npy", "long.npy: expected floats ('N', 3, 2), as this model takes plain tensors, got float32 (4, 3, 3)"),
+        ("photos", "photos: expected file.npy or file.npz:name of floats ('N', 3, 2), as this model takes plain"),
     ],
 )
 def test_files_of_something_else_are_named(files, capsys, source, message):

@@ -15,7 +15,6 @@ from torch import Tensor
 from .kernels import choose_backend, langevin_update
 from .kernels.noise import philox_levels, philox_normal
 
-
 # Held by a thread that torch's global generators work for.
 GLOBAL_GENERATORS = threading.RLock()
 

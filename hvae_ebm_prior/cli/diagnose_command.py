@@ -5,10 +5,10 @@ import argparse
 import torch
 
 from ..backbone.registry import find_adapter
+from ..density.gaussian import GaussianPrior
 from ..evaluation.diagnosis import describe_layers, layer_table
-from ..training.image_data import IMAGES
-from ..training.tensor_data import load_data
 from .loading import Commands, add_loader, load_model
+from .options import add_images, read_given
 
 
 def add_diagnose(commands: Commands) -> None:
@@ -20,10 +20,7 @@ def add_diagnose(commands: Commands) -> None:
         "come to lie.",
     )
     add_loader(command, "your model or an adapter of it")
-    command.add_argument("--images", required=True, help=f"{IMAGES}, held out")
-    command.add_argument(
-        "--limit", type=int, default=500, help="use so many images from the start of the file (%(default)s)"
-    )
+    add_images(command, {"images": "real images that the model was not trained on"}, limit=500)
     command.add_argument("--draws", type=int, default=8, help="posterior draws per image (%(default)s)")
     command.set_defaults(run=run_diagnose)
 
@@ -32,5 +29,5 @@ def run_diagnose(options: argparse.Namespace) -> None:
     """Print the table of the layers."""
     adapter = find_adapter(load_model(options))
     generator = torch.Generator().manual_seed(options.seed)
-    images = load_data(options.images, adapter)[: options.limit]
+    images = read_given(options, "images", GaussianPrior(adapter))
     print(layer_table(describe_layers(adapter, images, draws=options.draws, generator=generator)))

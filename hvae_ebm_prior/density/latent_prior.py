@@ -17,7 +17,7 @@ from ..backbone.transform import BackboneAdapter, NoiseTransform
 from ..backbone.validation import check_count, check_decoded, check_images, check_noise
 from ..chains.langevin import ChainDiverged
 from ..chains.streams import draw_key, drawing_by, open_streams
-from ..processes import agree, collect, join_rows, share
+from ..processes import agree, collect, join_rows, progress_bar, share
 from .posterior import refine_posterior
 
 # Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded; a GPU needs more at a
@@ -239,7 +239,10 @@ class LatentPrior(nn.Module, ABC):
 
         def decode_all() -> None:
             chunks = [slice(first, min(first + size, mine.stop)) for first in mine[::size]]
-            images.extend(self.decode(draw(chunk)).detach() for chunk in chunks)
+            with progress_bar(len(mine), "samples") as bar:
+                for chunk in chunks:
+                    images.append(self.decode(draw(chunk)).detach())
+                    bar.update(chunk.stop - chunk.start)
 
         collect(decode_all)
         return join_rows(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive

@@ -26,6 +26,7 @@ from ..backbone.lock import lock
 from ..backbone.transform import BackboneAdapter, NoiseTransform
 from ..backbone.validation import check_images
 from ..chains.streams import draw_seeds, seeded
+from ..processes import progress_bar
 
 # A dimension is inactive if its mean KL does not exceed this, in nats, by two standard errors.
 INACTIVE = 0.01
@@ -98,10 +99,14 @@ def posterior_noise(transform: NoiseTransform, images: Tensor, draws: int, gener
     """Posterior noise (draws, N, D) of `images`, a few at a time."""
     chunks = images.to(transform.device, transform.dtype).split(16)
     noise = []
-    for seed in draw_seeds(draws, generator):
-        with seeded(seed, transform.device):
-            parts = [transform.to_noise(transform.adapter.infer(chunk)) for chunk in chunks]
-        noise.append(torch.cat(parts).float())
+    with progress_bar(draws * len(images), "posteriors") as bar:
+        for seed in draw_seeds(draws, generator):
+            parts = []
+            with seeded(seed, transform.device):
+                for chunk in chunks:
+                    parts.append(transform.to_noise(transform.adapter.infer(chunk)))
+                    bar.update(len(chunk))
+            noise.append(torch.cat(parts).float())
     return torch.stack(noise)
 
 

@@ -43,6 +43,7 @@ from ..chains.langevin import ChainDiverged, LangevinConfig, chain_start
 from ..chains.metropolis import Proposal, ValueAndGradient, Visit, metropolis_step, plain_proposal
 from ..chains.streams import Streams, draw_key, draw_seeds, open_streams, seeded
 from ..density.energy_model import EnergyModel, TermsAt
+from ..processes import progress_bar
 
 
 @dataclass(frozen=True)
@@ -189,16 +190,18 @@ def annealed_weights(
     paths = annealing.particles if u is None else 1
     total = len(u_next) * paths
     results = []
-    for first in range(0, total, chunk_size):
-        samples = range(first, min(first + chunk_size, total))
-        streams = open_streams(key, samples, u_next.device, u_next.dtype, prior.execution.backend)
-        rows = torch.arange(samples.start, samples.stop, device=u_next.device) // paths
-        states, levels = u_next[rows], t[rows]
-        start = chain_start(states, levels, prior.schedule, config, streams) if u is None else u[rows]
-        proposal = plain_proposal(states, levels, schedule=prior.schedule, config=config)
-        with parametrize.cached():
-            function = partial(values_and_gradient, prior, prior.terms_at(levels), levels)
-            results.append(anneal(function, start, states, proposal, ladder, streams))
+    with progress_bar(total, "annealed paths") as bar:
+        for first in range(0, total, chunk_size):
+            samples = range(first, min(first + chunk_size, total))
+            streams = open_streams(key, samples, u_next.device, u_next.dtype, prior.execution.backend)
+            rows = torch.arange(samples.start, samples.stop, device=u_next.device) // paths
+            states, levels = u_next[rows], t[rows]
+            start = chain_start(states, levels, prior.schedule, config, streams) if u is None else u[rows]
+            proposal = plain_proposal(states, levels, schedule=prior.schedule, config=config)
+            with parametrize.cached():
+                function = partial(values_and_gradient, prior, prior.terms_at(levels), levels)
+                results.append(anneal(function, start, states, proposal, ladder, streams))
+            bar.update(len(samples))
     log_weights, acceptance = (
         torch.cat(parts).unflatten(0, (len(u_next), paths)) for parts in zip(*results, strict=True)
     )

@@ -18,10 +18,9 @@ from torch import Tensor
 from ..saving.digest import digest_images
 from ..saving.typed_json import InvalidPrior, from_json
 from ..saving.weights_file import check_header, write_weights
-from ..training.image_data import load_array
+from ..training.array_data import load_array
 from .features import Extractor, Features, extract
 from .metrics import Moments, moments
-
 
 # How far a covariance may be from symmetric, and its eigenvalues below 0, in units of its largest entry and eigenvalue:
 # the rounding of sums in single precision. Moments of a file's own features are in double precision.

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backbone.validation import check_count, check_images
 from ..chains.streams import Streams, draw_key, open_streams, sample_seeds
 from ..density.energy_model import EnergyModel
+from ..processes import progress_bar
 
 
 class Chunk(NamedTuple):
@@ -49,15 +50,17 @@ def averaged(
     images = images.to(prior.device, prior.transform.dtype)
     chunk_size = max(1, prior.samples_per_chunk // copies)
     scores = []
-    for _ in range(draws):
-        seeds_key, streams_key = draw_key(generator), draw_key(generator)
-        parts = []
-        for first in range(0, len(images), chunk_size):
-            rows = range(first, min(first + chunk_size, len(images)))
-            seeds = sample_seeds(seeds_key, rows)
-            streams = open_streams(streams_key, rows, prior.device, prior.dtype, prior.execution.backend)
-            parts.append(score(Chunk(images[rows.start : rows.stop], rows, seeds, streams)))
-        scores.append(torch.cat(parts))
+    with progress_bar(draws * len(images), "scores") as bar:
+        for _ in range(draws):
+            seeds_key, streams_key = draw_key(generator), draw_key(generator)
+            parts = []
+            for first in range(0, len(images), chunk_size):
+                rows = range(first, min(first + chunk_size, len(images)))
+                seeds = sample_seeds(seeds_key, rows)
+                streams = open_streams(streams_key, rows, prior.device, prior.dtype, prior.execution.backend)
+                parts.append(score(Chunk(images[rows.start : rows.stop], rows, seeds, streams)))
+                bar.update(len(rows))
+            scores.append(torch.cat(parts))
     return torch.stack(scores).mean(0)
 
 

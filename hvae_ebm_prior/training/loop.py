@@ -12,13 +12,13 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,7 +26,7 @@ from ..backbone.validation import check_count, check_images
 from ..chains.autograd import with_autograd
 from ..chains.langevin import ChainDiverged
 from ..energies.coupling import Labels, check_labels
-from ..processes import agree, agree_on_generator, alone, broadcast, collect, rank
+from ..processes import agree, agree_on_generator, alone, broadcast, collect, progress_bar, rank
 from ..saving.config import TrainingSummary
 from ..saving.typed_json import to_json
 from .activity import measure_activity
@@ -34,6 +34,7 @@ from .batches import Batches
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .guard import Guard
+from .interruption import signals_wait
 from .optimizer import make_optimizer
 from .posterior_cache import PosteriorCache
 from .record import Callback, StopTraining, TrainingRecord
@@ -140,7 +141,7 @@ def train(
     resumed = agree(folder is not None and bool(find_checkpoints(folder)))
     if not resumed:
         batches = Batches(data, config.batch_size, generator, check=check)
-        measure_activity(prior, batches, config.activity_images, generator)
+        measure_activity(prior, batches, config.activity_images, generator, progress=progress)
     broadcast(prior.state_dict().values())
     with contextlib.ExitStack() as at_the_end:
         trainee = copy.deepcopy(prior).train()
@@ -175,12 +176,18 @@ def train(
 
 
 def take_steps(run: Run, callbacks: Sequence[Callback], progress: bool | None, folder: Path | None, every: int) -> None:
-    """Steps until the run has all of them; a checkpoint goes to `folder` every so many steps and at the end."""
+    """Steps until the run has all of them; a checkpoint goes to `folder` every so many steps and at the end, also where
+    that is Ctrl-C or SIGTERM, which wait for it.
+    """
     config, history = run.config, run.history
     began = time.monotonic() - (history[-1].seconds if history else 0.0)
-    hidden = rank() > 0 or (None if progress is None else not progress)
-    with tqdm(total=config.iterations, initial=len(history), desc="prior", disable=hidden) as bar:
-        while len(history) < config.iterations:
+    ended = len(history) >= config.iterations
+    wait: AbstractContextManager[list[int]] = contextlib.nullcontext([]) if folder is None else signals_wait()
+    with (
+        wait as signals,
+        progress_bar(config.iterations, "prior", done=len(history), shown=progress, leave=True) as bar,
+    ):
+        while not ended:
             try:
                 record = training_step(run, began)
             except (ChainDiverged, Unhealthy) as error:
@@ -189,7 +196,9 @@ def take_steps(run: Run, callbacks: Sequence[Callback], progress: bool | None, f
             history.append(record)
             bar.set_postfix_str(progress_text(record), refresh=False)
             bar.update()
-            due = folder is not None and (len(history) % every == 0 or len(history) == config.iterations)
+            # All processes end after the same step.
+            ended = len(history) == config.iterations or (folder is not None and any(collect(lambda: bool(signals))))
+            due = folder is not None and (ended or len(history) % every == 0)
             if callbacks or due:
                 try:
                     collect(partial(finish_step, run, callbacks, folder if due else None))

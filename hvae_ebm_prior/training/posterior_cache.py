@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..backbone.validation import check_count, check_images
 from ..chains.streams import GLOBAL_GENERATORS, draw_key, sample_seeds, seeded
 from ..density.latent_prior import LatentPrior
+from ..processes import progress_bar
 from ..saving.digest import digest_file, digest_images
 from ..saving.files import write_json
 from ..saving.fingerprint import fingerprint
@@ -218,8 +218,7 @@ class PosteriorCache(Dataset[Tensor]):
             index = replace(index, shards=saved.shards)
         folder.mkdir(parents=True, exist_ok=True)
         done = sum(shard.rows for shard in index.shards)
-        hidden = None if progress is None else not progress
-        with tqdm(total=images, initial=done, desc="posteriors", disable=hidden) as bar:
+        with progress_bar(images, "posteriors", done=done, shown=progress, leave=True) as bar:
             for i in range(len(index.shards), index.shard_count):
                 parts = []
                 batches = read_data(data, labels, index.span(i), batch_size, key, i)
