@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..backbone.text import visible
 from ..saving.digest import digest_file
 from ..saving.files import write_json
 from ..saving.fingerprint import Fingerprint, check_backbone, fingerprint
@@ -204,7 +205,7 @@ def list_differences(saved: Any, current: Any, name: str = "") -> list[str]:
             for each in names
             for line in list_differences(saved.get(each), current.get(each), f"{name}.{each}".lstrip("."))
         ]
-    return [] if saved == current else [f"{name} is {saved} there and {current} here"]
+    return [] if saved == current else [visible(f"{name} is {saved} there and {current} here")[:300]]
 
 
 def generators(run: Run) -> dict[str, torch.Generator]:
@@ -339,6 +340,8 @@ def find_damage(run: Run, step: int, tensors: Mapping[str, Tensor], numbers: Map
         if type(number) is not type(own) or math.isnan(number) or (isinstance(own, int) and number < 0):
             wanted = "a number" if isinstance(own, float) else "an integer from 0"
             return f"{name}: expected {wanted}, got {number!r}"
+    if not 0 < numbers["lr_scale"] <= 1 or numbers["seed"] >= 2**64:
+        return f"expected an lr_scale up to 1 and a seed of 64 bits, got {numbers['lr_scale']!r} and {numbers['seed']!r}"
     states = {f"random.{name}": generator.device for name, generator in generators(run).items()}
     states |= {name: torch.device("cpu") for name in tensors if name.startswith("data.")}
     for name, device in states.items():

@@ -246,7 +246,10 @@ class DecodedImages(Dataset[Tensor]):
                 f"{name}: cannot be read as an image ({error or type(error).__name__}); repair it or take it away, or "
                 "leave such images out with --skip-broken"
             ) from error
-        return self.decoding(name, picture)
+        try:
+            return self.decoding(name, picture)
+        except MemoryError as error:
+            raise BrokenImageError(f"{name}: {picture.width}x{picture.height} pixels do not fit into memory") from error
 
     def whole_images(self) -> list[int]:
         """Indices of the images that can be decoded."""
