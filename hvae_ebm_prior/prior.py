@@ -297,7 +297,7 @@ class DiffusionEBMPrior(LearnedPrior):
         """
         check_images(images)
         density_adapter(self.backbone)
-        images = images.to(self.device, self.transform.dtype)
+        images = self.transform.take(images)
         with contextlib.nullcontext() if generator is None else seeded(draw_seeds(1, generator)[0], images.device):
             u, bound = backbone_bound(self.transform, images)
         gaussian = -(u.square().sum(1) + self.dim * math.log(2 * math.pi)) / 2

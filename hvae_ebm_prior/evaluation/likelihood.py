@@ -300,8 +300,7 @@ def log_likelihood_bound(
     check_images(images)
     density_adapter(prior.backbone)
     schedule = prior.schedule
-    if images.dtype == torch.float64:  # as in `prior.encode`
-        images = images.to(prior.transform.dtype)
+    images = prior.transform.take(images)
     draws = []
     for image, seed in zip(images.split(1), draw_seeds(len(images), generator), strict=True):
         with seeded(seed, images.device):

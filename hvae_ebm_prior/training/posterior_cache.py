@@ -20,7 +20,7 @@ at all, then the index. Shards are mapped into memory: a batch reads its own row
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -61,7 +61,7 @@ DEVIATIONS = 6
 class GaussianPosterior(Protocol):
     """An adapter whose posterior of u is a Gaussian in closed form."""
 
-    def posterior(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]] | None:
+    def posterior(self, images: Tensor) -> Iterable[tuple[Tensor, Tensor]] | None:
         """The Gaussian q(u|x).
 
         Args:
@@ -352,9 +352,10 @@ def gaussian_noise(prior: LatentPrior, images: Tensor) -> tuple[Tensor, Tensor] 
     """Mean and std (N, D) of the posterior noise of images, or None where the adapter does not give them."""
     if not isinstance(prior.backbone, GaussianPosterior):
         return None
-    layers = prior.backbone.posterior(images.to(prior.device))
-    if layers is None:
+    posterior = prior.backbone.posterior(prior.transform.take(images))
+    if posterior is None:
         return None
+    layers = list(posterior)
     mean = prior.join([mean for mean, _ in layers])
     std = prior.join([std for _, std in layers])
     if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std > 0).all()):
