@@ -17,6 +17,7 @@ A layer is judged by itself: a hole in how layers depend on each other does not 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +145,7 @@ def posterior_divergence(u: Tensor) -> Tensor:
     # Over k draws the squared mean is too large by v / k, and log v too small by log((k-1)/2) - digamma((k-1)/2).
     k = len(u)
     mean, variance = u.mean(0), u.var(0)
-    half = torch.tensor((k - 1) / 2, device=u.device)
+    half = torch.tensor((k - 1) / 2, device=u.device, dtype=u.dtype)
     log_variance = variance.log() + half.log() - torch.digamma(half)
     log_variance = torch.where((u == u[0]).all(0), -torch.inf, log_variance)
     return (mean.square() - variance / k + variance - 1 - log_variance) / 2
@@ -200,7 +201,9 @@ def train_classifier(
     from standard normal ones.
     """
     scale = math.sqrt(width / (2 * real.shape[1]))
-    network = nn.Sequential(nn.Linear(2 * real.shape[1], width), nn.SiLU(), nn.Linear(width, 1)).to(real.device)
+    kind: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    network = nn.Sequential(nn.Linear(2 * real.shape[1], width, **kind), nn.SiLU(), nn.Linear(width, 1, **kind))
+    network = network.to(real.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
 
     def logits(x: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ class PosteriorCache(Dataset[Tensor]):
             return self._read(rows, "draws", draw % self.index.draws)
         noise = torch.Generator().manual_seed(draw_key(generator))
         mean, std = (self._read(rows, name) for name in ("mean", "std"))
-        return mean + std * torch.randn(mean.shape, generator=noise, dtype=mean.dtype)
+        return mean + std * torch.randn(mean.shape, generator=noise, device="cpu", dtype=mean.dtype)
 
     def labels(self, rows: Tensor) -> Tensor | dict[str, Tensor] | None:
         """Labels of the images of numbers `rows` (N,), as the data had them: one tensor, tensors by name, or none."""
@@ -300,7 +300,8 @@ def read_data(
         for rows in (slice(a, min(a + batch_size, span.stop)) for a in span[::batch_size]):
             yield data[rows], {name: values[rows] for name, values in by_name(labels).items()}
         return
-    with seeded(sample_seeds(key, range(2 * shard + 1, 2 * shard + 2))[0], torch.device("cpu")):
+    cpu = torch.device("cpu")
+    with seeded(sample_seeds(key, range(2 * shard + 1, 2 * shard + 2))[0], cpu), cpu:
         batches = iter(DataLoader(Subset(data, span), batch_size))
         state = torch.get_rng_state()
     while True:
