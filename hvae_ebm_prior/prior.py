@@ -296,7 +296,7 @@ class DiffusionEBMPrior(LearnedPrior):
         """
         check_images(images, self.backbone)
         density_adapter(self.backbone)
-        images = images.to(self.device, self.transform.dtype)
+        images = self.transform.take(images)
         with drawing_by(generator, images.device):
             u, bound = backbone_bound(self.transform, images)
         gaussian = -(u.square().sum(1) + self.dim * math.log(2 * math.pi)) / 2

@@ -148,7 +148,7 @@ def agree_on_generator(generator: torch.Generator | None) -> torch.Generator | N
     if world() == 1:
         return generator
     if generator is None:
-        return torch.Generator().manual_seed(agree(int(torch.randint(2**62, ()))))
+        return torch.Generator().manual_seed(agree(int(torch.randint(2**62, (), device="cpu"))))
     return generator.set_state(agree(generator.get_state()))
 
 

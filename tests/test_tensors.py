@@ -103,6 +103,21 @@ def test_what_is_no_data_is_refused_wherever_it_enters(data, error, message, tmp
             take(data)
 
 
+@pytest.mark.parametrize("wrong", [(5,), (7,), (2, 3), (1, 6)])
+def test_tensors_of_another_shape_are_refused(wrong, tmp_path):
+    prior = tiny()
+    for take in (
+        prior.encode,
+        prior.fit,
+        lambda x: PosteriorCache.build(prior, x, tmp_path),
+        lambda x: check_adapter(prior.backbone, x),
+        lambda x: describe_layers(prior.backbone, x),
+        lambda x: SCHEMES["density"](prior, x),
+    ):
+        with pytest.raises(ValueError, match=r"data: this model takes tensors \('N', 6\), as it decodes to, got"):
+            take(torch.zeros(8, *wrong))
+
+
 def test_images_stay_images_and_say_how_data_are_declared():
     prior = DiffusionEBMPrior(IdentityBackbone((6,)), energy=TINY)
     with pytest.raises(ValueError, match=r"expected values in \[0, 1\], got -1 to 1; .* data_kind = \"tensors\""):
@@ -216,11 +231,19 @@ def test_check_and_diagnosis(shape, capsys):
     assert [report.second_moment for report in reports] == pytest.approx([0.9, 0.9], abs=0.1)
 
 
+def test_the_check_takes_the_model_s_own_samples(capsys):
+    adapter, x = Tensors((3, 2), noise=0.1), data_of(noise(16), (3, 2))
+    own = data_of(torch.randn(400, 6, generator=seed(1)), (3, 2))
+    check_adapter(adapter, x, samples=own, generator=seed(0))
+    with pytest.raises(ValueError, match="400 images of the layers differ from the model's own .* spread 100"):
+        check_adapter(adapter, x, samples=1.5 * own, generator=seed(0))
+
+
 @pytest.mark.parametrize(
     ("decode", "message"),
     [
-        (lambda x: x.flatten(1)[:, :5], r"decode: expected images \(1, 6\) as they were given, got \(1, 5\)"),
-        (lambda x: x + math.inf, "decode: expected finite values"),
+        (lambda x: x.flatten(1)[:, :5], r"data: this model takes tensors \(.N., 5\), as it decodes to, got \(8, 6\)"),
+        (lambda x: x + math.inf, "decode: the images are not finite"),
     ],
 )
 def test_the_check_names_what_is_broken(decode, message):
@@ -297,7 +320,7 @@ def test_commands_of_pictures_say_so(files, capsys, command):
             "data.npz:bytes",
             "data.npz:bytes: expected floats ('N', 3, 2), as this model takes plain tensors, got uint8 (4, 3, 2)",
         ),
-        ("long.npy", "long.npy: expected floats ('N', 3, 2), as this model takes plain tensors, got float32 (4, 3, 3)"),
+        ("long.npy", "long.npy: expected floats ('N', 3, 2), as this model takes plain tensors, got float32 (4, 3"),
         ("photos", "photos: expected file.npy or file.npz:name of floats ('N', 3, 2), as this model takes plain"),
     ],
 )

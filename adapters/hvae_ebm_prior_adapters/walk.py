@@ -59,6 +59,11 @@ def run(module: Callable[..., Any], *inputs: Any, checkpoint: bool) -> Any:
     return module(*inputs)
 
 
+def single(x: Tensor) -> Tensor:
+    """`x` in float32 where it is in half precision: means, stds and images need the digits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def standard_normal(like: Tensor) -> Tensor:
     """Noise of the shape of `like`, the same for a seed whatever the memory format (that of `randn_like` is not)."""
     return torch.randn(like.shape, device=like.device, dtype=like.dtype)

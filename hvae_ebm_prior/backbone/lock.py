@@ -1,7 +1,9 @@
 """Backbones are frozen while priors hold them, and as they were once the last prior has let go."""
 
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -50,6 +52,45 @@ def lock(adapter: BackboneAdapter) -> Callable[[], None]:
                 part.requires_grad = flag
 
     return release
+
+
+@contextmanager
+def watch_modules() -> Iterator[list[nn.Module]]:
+    """A context that gives a list of the modules that this thread runs inside."""
+    ran: list[nn.Module] = []
+    thread = threading.get_ident()
+
+    def note(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            ran.append(module)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield ran
+    finally:
+        handle.remove()
+
+
+def check_frozen(ran: Sequence[nn.Module]) -> None:
+    """Raise ValueError where modules that a locked adapter ran were not found behind it, and are not frozen.
+
+    Args:
+        ran: from `watch_modules`.
+
+    Raises:
+        ValueError: a module is in train mode, or has parameters that require gradients.
+    """
+    loose = [
+        type(module).__name__
+        for module in dict.fromkeys(ran)
+        if module.training or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+    if loose:
+        raise ValueError(
+            f"backbone: it runs modules that are not frozen, as they were not found: {', '.join(loose[:3])}"
+            f"{f' and {len(loose) - 3} more' if len(loose) > 3 else ''}; keep the model as an attribute of the "
+            "adapter, or freeze it yourself by model.eval().requires_grad_(False)"
+        )
 
 
 def check_autograd(adapter: BackboneAdapter) -> None:

@@ -113,7 +113,8 @@ def draw_noise(prior: LearnedPrior, settings: Settings, n: int) -> Tensor:
 @torch.no_grad()
 def draw_both(prior: LearnedPrior, settings: Settings) -> tuple[Tensor, Tensor]:
     """Pictures (count, C, H, W) of the Gaussian prior, and of ours, at one temperature; labels are for ours."""
-    noise = torch.randn(settings.count, prior.dim, generator=settings.generator).to(prior.device, prior.dtype)
+    noise = torch.randn(settings.count, prior.dim, generator=settings.generator, device="cpu", dtype=torch.float32)
+    noise = noise.to(prior.device, prior.dtype)
     return prior.decode(settings.temperature * noise), prior.decode(draw_noise(prior, settings, settings.count))
 
 
@@ -191,7 +192,7 @@ def watch(prior: LearnedPrior, settings: Settings, steps: int) -> tuple[Tensor, 
 def fit_image(prior: LearnedPrior, pixels: Any) -> Tensor:
     """An upload, uint8 (H, W, 3), resized and cropped about its centre to an image (1, C, H, W) as the backbone's."""
     channels, height, width = image_shape(prior)
-    image = torch.as_tensor(pixels).float().permute(2, 0, 1)[None, :3] / 255
+    image = torch.as_tensor(pixels, device="cpu").float().permute(2, 0, 1)[None, :3] / 255
     factor = max(height / image.shape[2], width / image.shape[3])
     size = max(height, round(factor * image.shape[2])), max(width, round(factor * image.shape[3]))
     image = F.interpolate(image, size, mode="bilinear", antialias=True).clamp(0, 1)

@@ -4,6 +4,7 @@ A prior draws noise u ~ p(u); images follow by the backbone, x = decode(T(u)). D
 T⁻¹(z) with z ~ q(z|x).
 """
 
+import contextlib
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..backbone.lock import check_autograd, lock
+from ..backbone.lock import backbone_modules, check_autograd, check_frozen, lock, watch_modules
 from ..backbone.registry import find_adapter
 from ..backbone.transform import BackboneAdapter, NoiseTransform
 from ..backbone.validation import check_count, check_decoded, check_images, check_noise
@@ -53,9 +54,12 @@ class LatentPrior(nn.Module, ABC):
         self._release = weakref.finalize(self, release_all, locks)
         self._release.atexit = False
         try:
-            self._transform = NoiseTransform(adapter)
+            # An adapter may have no model; one whose model is out of sight would leave it in train mode.
+            with contextlib.nullcontext([]) if backbone_modules(adapter) else watch_modules() as ran:
+                self._transform = NoiseTransform(adapter)
             # Some models make parameters when they are first run.
             locks.append(lock(adapter))
+            check_frozen(ran)
         except BaseException:
             self.release()
             raise
@@ -153,9 +157,9 @@ class LatentPrior(nn.Module, ABC):
         check_images(images, self.backbone)
         if mcmc_steps:
             mcmc_steps = check_count(mcmc_steps, "mcmc_steps")
-        images = images.to(self.transform.device, self.transform.dtype)
+        images = self.transform.take(images)
         with drawing_by(generator, images.device):
-            z = self.transform.adapter.infer(images)
+            z = self.transform.infer(images)
         u = self.transform.to_noise(z).to(self.dtype)
         if not bool(torch.isfinite(u).all()):
             raise ValueError("the backbone's posterior draws are not finite; check its weights and that images suit it")

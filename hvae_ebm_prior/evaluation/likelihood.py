@@ -184,7 +184,7 @@ def annealed_weights(
     """Log-weights and acceptance of P forward paths of every state, (N, P), or of a reverse path from `u`, (N, 1)."""
     # Without a drift limit, as a drift that was cut short could not be scaled to the next temperature.
     config = LangevinConfig(step_size=annealing.step_size, drift_limit=math.inf, start="gaussian")
-    ladder = torch.linspace(0, 1, annealing.steps + 1, dtype=torch.float64).tolist()
+    ladder = torch.linspace(0, 1, annealing.steps + 1, device="cpu", dtype=torch.float64).tolist()
     if u is not None:
         ladder.reverse()
     paths = annealing.particles if u is None else 1
@@ -303,8 +303,7 @@ def log_likelihood_bound(
     check_images(images, prior.backbone)
     density_adapter(prior.backbone)
     schedule = prior.schedule
-    if images.dtype == torch.float64:  # as in `prior.encode`
-        images = images.to(prior.transform.dtype)
+    images = prior.transform.take(images)
     draws = []
     for image, seed in zip(images.split(1), draw_seeds(len(images), generator), strict=True):
         with seeded(seed, images.device):

@@ -47,7 +47,7 @@ def averaged(
     check_images(images, prior.backbone)
     draws = check_count(draws, "draws")
     copies = check_count(copies, "draws")
-    images = images.to(prior.device, prior.transform.dtype)
+    images = prior.transform.take(images)
     chunk_size = max(1, prior.samples_per_chunk // copies)
     scores = []
     with progress_bar(draws * len(images), "scores") as bar:

@@ -105,8 +105,11 @@ def langevin_transitions(
     for name, count in (("n", n), ("every", every), ("shown", shown), ("columns", columns)):
         count = check_count(count, name)
     recorded = sorted({*range(0, steps, every), steps})
-    kept = torch.linspace(0, len(recorded) - 1, min(columns, len(recorded))).round().long().tolist()
-    times = torch.tensor(recorded), torch.tensor([recorded[i] for i in kept])
+    kept = torch.linspace(0, len(recorded) - 1, min(columns, len(recorded)), device="cpu", dtype=torch.float32)
+    times = (
+        torch.tensor(recorded, device="cpu", dtype=torch.long),
+        torch.tensor([recorded[i] for i in kept.round().long().tolist()], device="cpu", dtype=torch.long),
+    )
     # The chains' noise is that of sample_noise, so the first key must be.
     keys = draw_key(generator), draw_key(generator)
     starts = range(0, n, prior.samples_per_chunk)
@@ -294,24 +297,24 @@ def relaxation_time(series: Tensor, *, window: float = 5.0) -> Tensor:
     x = series.detach().to("cpu", torch.float64)
     x = x - x.mean(0)
     variance = x.square().mean()
-    lags = torch.arange(1, len(x) // 2 + 1)
+    lags = torch.arange(1, len(x) // 2 + 1, device=x.device)
     if not bool(variance > 0):
-        return torch.tensor(torch.nan)
+        return x.new_tensor(torch.nan, dtype=torch.float32)
     decorrelated = half_square_differences(x)[1 : len(lags) + 1]
     tau = 0.5
     # The part of the variance that is hidden depends on tau itself: a fixed point.
     for _ in range(50):
         hidden = 2 * tau / len(x)
         if hidden > 0.5:
-            return torch.tensor(torch.inf)
+            return x.new_tensor(torch.inf, dtype=torch.float32)
         sums = 0.5 + torch.cumsum(1 - decorrelated * (1 - hidden) / variance, dim=0)
         closed = (lags >= window * sums.clamp(min=0.5)).nonzero()
         if not len(closed):
-            return torch.tensor(torch.inf)
+            return x.new_tensor(torch.inf, dtype=torch.float32)
         before, tau = tau, sums[closed[0, 0]].item()
         if abs(tau - before) < 1e-3 * tau:
             break
-    return torch.tensor(tau)
+    return x.new_tensor(tau, dtype=torch.float32)
 
 
 def half_square_differences(x: Tensor) -> Tensor:
@@ -324,4 +327,4 @@ def half_square_differences(x: Tensor) -> Tensor:
     # Sums of squares of the first K - m states, and of the last ones.
     first = squares.flip(0)
     last = squares[-1] - torch.cat((squares.new_zeros(1), squares[:-1]))
-    return ((first + last) / 2 - products) / torch.arange(k, 0, -1)
+    return ((first + last) / 2 - products) / torch.arange(k, 0, -1, device=x.device)

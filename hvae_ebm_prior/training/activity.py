@@ -87,9 +87,9 @@ def measure(
         the number of images.
     """
     # Running sums over images of a, b, a b, a^2 and b^2, a and b being the two draws.
-    sums = torch.zeros(5, prior.dim, dtype=torch.float64)
+    sums = torch.zeros(5, prior.dim, device="cpu", dtype=torch.float64)
     # Likewise of a layer's contexts and their squares.
-    contexts: list[Tensor] = [torch.zeros(())] * len(prior.latent_shapes)
+    contexts: list[Tensor] = [torch.zeros((), device="cpu", dtype=torch.float32)] * len(prior.latent_shapes)
     n = 0
     while n < count:
         images = next(batches)[0]

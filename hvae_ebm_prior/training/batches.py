@@ -37,7 +37,8 @@ LOOKED_AT = 16
 
 def some(count: int) -> list[int]:
     """Indices of a few images out of `count`, from the first to the last."""
-    return torch.linspace(0, count - 1, min(count, LOOKED_AT)).round().long().tolist()
+    spread = torch.linspace(0, count - 1, min(count, LOOKED_AT), device="cpu", dtype=torch.float32)
+    return spread.round().long().tolist()
 
 
 class Batches:
@@ -193,7 +194,7 @@ class Batches:
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._own_start = [generator.get_state() for generator in self._own]
         if self._indexed:
-            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed), device="cpu")
             # What is left over at the end is no batch, unless it is all there is.
             self._begin_indexed(order.split(self.batch_size)[: max(1, len(order) // self.batch_size)], given)
             return
@@ -216,7 +217,8 @@ class Batches:
         else:
             seeds = sample_seeds(self._seed, range(given, len(chosen)))
             parts = [(part.tolist(), seed) for part, seed in zip(rest, seeds, strict=True)]
-            with self._own_randomness():
+            # A DataLoader draws a seed when it begins, on PyTorch's default device.
+            with self._own_randomness(), torch.device("cpu"):
                 self._rest = iter(DataLoader(SeededBatches(self.data), sampler=parts, **self._loading))
 
     def _read(self) -> Any:

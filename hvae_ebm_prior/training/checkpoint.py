@@ -243,7 +243,7 @@ def state_of_run(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ]
         for record in run.history
     ]
-    tensors["history"] = torch.tensor(rows, dtype=torch.float64)
+    tensors["history"] = torch.tensor(rows, device="cpu", dtype=torch.float64)
     numbers = {
         "first": run.warmup_from,
         "lr_scale": run.lr_scale,

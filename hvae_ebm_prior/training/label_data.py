@@ -85,7 +85,7 @@ def labels_of_folders(data: str, count: int) -> tuple[tuple[str, ...], Tensor]:
         )
     # Those of all images, so that a limit leaves their numbers as they are.
     names = tuple(sorted({path.parts[0] for path in everything}))
-    return names, torch.tensor([names.index(path.parts[0]) for path in paths])
+    return names, torch.tensor([names.index(path.parts[0]) for path in paths], device="cpu", dtype=torch.long)
 
 
 def labels_of_column(data: str, rows: Any, column: str, count: int) -> tuple[int | tuple[str, ...], Tensor]:
@@ -101,4 +101,4 @@ def labels_of_column(data: str, rows: Any, column: str, count: int) -> tuple[int
         values = [names.index(value) for value in values]
     if not all(isinstance(value, int) for value in values):
         raise ValueError(f"labels: expected whole numbers or names in the column {column}, got {values[0]!r}")
-    return max(values) + 1 if names is None else tuple(names), torch.tensor(values)
+    return max(values) + 1 if names is None else tuple(names), torch.tensor(values, device="cpu", dtype=torch.long)

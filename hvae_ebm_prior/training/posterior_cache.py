@@ -20,7 +20,7 @@ at all, then the index. Shards are mapped into memory: a batch reads its own row
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -61,7 +61,7 @@ DEVIATIONS = 6
 class GaussianPosterior(Protocol):
     """An adapter whose posterior of u is a Gaussian in closed form."""
 
-    def posterior(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]] | None:
+    def posterior(self, images: Tensor) -> Iterable[tuple[Tensor, Tensor]] | None:
         """The Gaussian q(u|x).
 
         Args:
@@ -130,7 +130,7 @@ class PosteriorCache(Dataset[Tensor]):
             return self._read(rows, "draws", draw % self.index.draws)
         noise = torch.Generator().manual_seed(draw_key(generator))
         mean, std = (self._read(rows, name) for name in ("mean", "std"))
-        return mean + std * torch.randn(mean.shape, generator=noise, dtype=mean.dtype)
+        return mean + std * torch.randn(mean.shape, generator=noise, device="cpu", dtype=mean.dtype)
 
     def labels(self, rows: Tensor) -> Tensor | dict[str, Tensor] | None:
         """Labels of the images of numbers `rows` (N,), as the data had them: one tensor, tensors by name, or none."""
@@ -301,7 +301,8 @@ def read_data(
         for rows in (slice(a, min(a + batch_size, span.stop)) for a in span[::batch_size]):
             yield data[rows], {name: values[rows] for name, values in by_name(labels).items()}
         return
-    with seeded(sample_seeds(key, range(2 * shard + 1, 2 * shard + 2))[0], torch.device("cpu")):
+    cpu = torch.device("cpu")
+    with seeded(sample_seeds(key, range(2 * shard + 1, 2 * shard + 2))[0], cpu), cpu:
         batches = iter(DataLoader(Subset(data, span), batch_size))
         state = torch.get_rng_state()
     while True:
@@ -353,9 +354,10 @@ def gaussian_noise(prior: LatentPrior, images: Tensor) -> tuple[Tensor, Tensor] 
     """Mean and std (N, D) of the posterior noise of images, or None where the adapter does not give them."""
     if not isinstance(prior.backbone, GaussianPosterior):
         return None
-    layers = prior.backbone.posterior(images.to(prior.device))
-    if layers is None:
+    posterior = prior.backbone.posterior(prior.transform.take(images))
+    if posterior is None:
         return None
+    layers = list(posterior)
     mean = prior.join([mean for mean, _ in layers])
     std = prior.join([std for _, std in layers])
     if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std > 0).all()):
