@@ -194,9 +194,10 @@ def main() -> None:
 
     print("| | distance | told apart |\n|---|---|---|")
     for name in runs[0]:
-        columns = [torch.tensor([run[name][kind] for run in runs]) for kind in ("distance", "accuracy")]
-        distance, accuracy = (f"{c.mean():.3f} ± {c.std(correction=0):.3f}" for c in columns)
-        print(f"| {name} | {distance} | {accuracy} |")
+        distance, accuracy = (torch.tensor([run[name][kind] for run in runs]) for kind in ("distance", "accuracy"))
+        cells = [f"{distance.mean():.4f} ± {distance.std(correction=0):.4f}"]
+        cells += [f"{accuracy.mean():.3f} ± {accuracy.std(correction=0):.3f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "spikes.json").write_text(json.dumps({"held_out": len(held_out), "runs": runs}, indent=1) + "\n")
     draw({"held-out windows": held_out} | dict(list(rows.items())[1:]), args.out)

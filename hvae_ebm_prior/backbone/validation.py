@@ -8,18 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NO_IMAGES = 'if they are no images, give the adapter data_kind = "tensors"'
 # What an adapter's attribute `data_kind` may be; "images" where it has none.
 DATA_KINDS = ("images", "tensors")
 
 
 def takes_tensors(adapter: object) -> bool:
     """Whether an adapter's data are plain tensors (N, ...) of any range, by its attribute `data_kind`, and not images;
-    ValueError where that is neither "images" nor "tensors".
+    ValueError where that is a text other than "images" and "tensors".
     """
     kind = getattr(adapter, "data_kind", "images")
-    if not isinstance(kind, str) or kind not in DATA_KINDS:
+    if isinstance(kind, str) and kind not in DATA_KINDS:
         raise ValueError(f"{type(adapter).__name__}.data_kind: expected one of {', '.join(DATA_KINDS)}, got {kind!r}")
-    return kind == "tensors"
+    return isinstance(kind, str) and kind == "tensors"
 
 
 def check_pictures(adapter: object, what: str) -> None:
@@ -47,7 +48,8 @@ def check_images(images: Tensor, adapter: object = None) -> None:
             f"{name}: expected floating-point values{wanted}, got {images.dtype}; convert with {name}{advice}"
         )
     if (images.ndim < 2 if tensors else images.ndim != 4) or images.numel() == 0:
-        raise ValueError(f"{name}: expected a non-empty batch {form}, got shape {tuple(images.shape)}")
+        hint = f"; {NO_IMAGES}" if images.ndim != 4 and not tensors else ""
+        raise ValueError(f"{name}: expected a non-empty batch {form}, got shape {tuple(images.shape)}{hint}")
     low, high = images.aminmax()
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
@@ -56,7 +58,7 @@ def check_images(images: Tensor, adapter: object = None) -> None:
     if not tensors and (low < 0 or high > 1):
         raise ValueError(
             f"images: expected values in [0, 1], got {low.item():.4g} to {high.item():.4g}; rescale them, for example "
-            'by (x + 1) / 2 or x / 255; if they are no images, give the adapter data_kind = "tensors"'
+            f"by (x + 1) / 2 or x / 255; {NO_IMAGES}"
         )
 
 
@@ -76,6 +78,7 @@ def check_decoded(images: Tensor, n: int, adapter: object = None) -> None:
     if (images.ndim < 2 if tensors else images.ndim != 4) or len(images) != n:
         raise ValueError(
             f"decode: the backbone's adapter must return {n} {what} ({n}, {shape}), got shape {tuple(images.shape)}"
+            f"{'' if tensors else f'; {NO_IMAGES}'}"
         )
     if tensors:
         return
@@ -83,8 +86,7 @@ def check_decoded(images: Tensor, n: int, adapter: object = None) -> None:
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(
             f"decode: the backbone's adapter must return images in [0, 1], got {low.item():.4g} to {high.item():.4g}; "
-            "rescale them in its decode, for example by (x + 1) / 2; if they are no images, give the adapter "
-            'data_kind = "tensors"'
+            f"rescale them in its decode, for example by (x + 1) / 2; {NO_IMAGES}"
         )
 
 
@@ -105,7 +107,9 @@ def check_noise(u: Tensor, dim: int, device: torch.device | None = None, *, fini
         )
     if finite and not bool(torch.isfinite(u.detach()).all()):
         bad = int((~torch.isfinite(u)).any(1).sum())
-        raise ValueError(f"u: {bad} of {len(u)} hold NaN or infinite noise; drop them, and look at where they come from")
+        raise ValueError(
+            f"u: {bad} of {len(u)} hold NaN or infinite noise; drop them, and look at where they come from"
+        )
 
 
 def check_levels(t: int | Tensor, n: int, steps: int, device: torch.device) -> Tensor:

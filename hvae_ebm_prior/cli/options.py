@@ -90,7 +90,7 @@ def read_given(options: argparse.Namespace, name: str, prior: LatentPrior) -> Te
     images = open_given(options, name, prior)
     if isinstance(images, Tensor):
         return images
-    pixels = torch.empty(len(images), *images.decoding.shape)
+    pixels = torch.empty(len(images), *images.decoding.shape, dtype=torch.float32, device="cpu")
     with progress_bar(len(images), f"reading {name}") as bar:
         for i in range(len(images)):
             pixels[i] = images[i]

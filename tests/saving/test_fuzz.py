@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from backbones import IdentityBackbone
-from helpers import IMAGES, SMALL, seed
+from helpers import SMALL, seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
@@ -36,6 +36,7 @@ from hvae_ebm_prior.training.image_data import open_images
 from hvae_ebm_prior.training.label_data import open_labels
 
 pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+DATA = torch.rand(40, 1, 1, 4, generator=seed(0))
 TRAINING = TrainingConfig(iterations=2, batch_size=8, activity_images=0)
 
 
@@ -211,12 +212,12 @@ def small_prior():
 def begun(tmp_path_factory):
     """The files of a run's only checkpoint, and that run before its next step."""
     folder = tmp_path_factory.mktemp("begun")
-    small_prior().fit(IMAGES, training=TRAINING, checkpoint_dir=folder, generator=seed(0), progress=False)
+    small_prior().fit(DATA, training=TRAINING, checkpoint_dir=folder, generator=seed(0), progress=False)
     runs = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "take_steps", lambda run, *_: runs.append(run))
         prior = small_prior()
-        prior.fit(IMAGES, training=TRAINING, checkpoint_dir=folder, resume=True, generator=seed(0), progress=False)
+        prior.fit(DATA, training=TRAINING, checkpoint_dir=folder, resume=True, generator=seed(0), progress=False)
     return {path.suffix: path.read_bytes() for path in folder.iterdir()}, runs[0], prior
 
 
@@ -248,7 +249,7 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     labels = {"kind": torch.arange(40) % 3}
     build = {"labels": labels, "draws": 2, "shard_size": 700, "generator": seed(0)}
-    PosteriorCache.build(small_prior(), IMAGES, folder, **build)
+    PosteriorCache.build(small_prior(), DATA, folder, **build)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -278,13 +279,13 @@ FLAT = Extractor(lambda x: x.flatten(1), "mine:flat", "abc")
 
 def fuzz_references(room, data):
     path = room / data.draw(st.sampled_from(["r.safetensors", "r.npz"]))
-    features = IMAGES.flatten(1).double()
+    features = DATA.flatten(1).double()
     if path.suffix == ".npz":
         with path.open("wb") as file:
             np.savez(file, mu=features.mean(0).numpy(), sigma=torch.cov(features.T).numpy())
         path.write_bytes(mutated(path.read_bytes(), data))
     else:
-        save_reference(make_reference(IMAGES, FLAT, torch.device("cpu")), path)
+        save_reference(make_reference(DATA, FLAT, torch.device("cpu")), path)
         path.write_bytes(mutated_tensors(path.read_bytes(), data))
     loaded = attempt(lambda: load_reference(path, FLAT), path.name)
     if loaded is not None:
@@ -312,13 +313,13 @@ def fuzz_results(room, data, results):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The file of a comparison, and a function that goes on with one."""
-    metric = FrechetMetric(IMAGES[:20], IMAGES[20:], {"flat": FLAT})
+    metric = FrechetMetric(DATA[:20], DATA[20:], {"flat": FLAT})
 
     def again(path):
         backbone = IdentityBackbone((2,), (2,))
         budgets = [Budget(iterations=1)]
         candidates = {"at once": Candidate(AtOnce)}
-        return compare(backbone, candidates, IMAGES, metric, budgets=budgets, seeds=[0], path=path, report=len)
+        return compare(backbone, candidates, DATA, metric, budgets=budgets, seeds=[0], path=path, report=len)
 
     path: Path = tmp_path_factory.mktemp("results") / "compare.json"
     again(path)
