@@ -19,4 +19,4 @@ prior = DiffusionEBMPrior.from_pretrained(os.environ.get("PRIOR", HERE / "prior"
 demo = build_demo(prior, title="A better prior for a hierarchical VAE of Fashion-MNIST")
 
 if __name__ == "__main__":
-    demo.launch()
+    demo.launch(max_file_size="10mb")

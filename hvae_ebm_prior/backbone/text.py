@@ -1,7 +1,7 @@
 """Texts that people read: names of categories, classes and figures.
 
-A text from elsewhere is printed to terminals and pages. What they obey rather than show, escape sequences and marks that
-turn the direction of writing among it, can make a line look like another one.
+A text from elsewhere is printed to terminals and pages. What they obey rather than show, such as escape sequences and
+marks that turn the direction of writing, can make a line look like another one.
 """
 
 import unicodedata

@@ -210,8 +210,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def drawing_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """Inside, what draws from torch's global generators, as a backbone may, draws by one number of `generator`; by None,
-    from them as they are. One thread is inside at a time.
+    """Inside, what draws from torch's global generators, as a backbone may, follows from one number of `generator`;
+    where that is None, they are as they are. One thread is inside at a time.
     """
     with GLOBAL_GENERATORS if generator is None else seeded(draw_seeds(1, generator)[0], device):
         yield

@@ -6,6 +6,7 @@ bounded, as strangers make them.
 """
 
 import base64
+import html
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ from ..evaluation.transitions import langevin_transitions
 from ..prior import DiffusionEBMPrior
 from ..saving.extras import missing
 from ..saving.grid import tile
-from ..training.image_data import image_shape
 from ..training.learned_prior import LearnedPrior
+from .uploads import fit_image, read_upload
 
 if TYPE_CHECKING:
     import gradio  # type: ignore[import-not-found, unused-ignore]
@@ -99,7 +100,9 @@ class Settings:
 
 
 def check_bounds(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless `value` is in [low, high]."""
+    """Raise TypeError or ValueError unless `value` is a number in [low, high]."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name}: this page takes {low:g} to {high:g}, got {value:g}")
 
@@ -187,18 +190,6 @@ def watch(prior: LearnedPrior, settings: Settings, steps: int) -> tuple[Tensor, 
     else:
         states, levels = draw_noise(prior, settings, n)[None], [0]
     return torch.stack([prior.decode(u) for u in states]), levels
-
-
-def fit_image(prior: LearnedPrior, pixels: Any) -> Tensor:
-    """An upload, uint8 (H, W, 3), resized and cropped about its centre to an image (1, C, H, W) as the backbone's."""
-    channels, height, width = image_shape(prior)
-    image = torch.as_tensor(pixels, device="cpu").float().permute(2, 0, 1)[None, :3] / 255
-    factor = max(height / image.shape[2], width / image.shape[3])
-    size = max(height, round(factor * image.shape[2])), max(width, round(factor * image.shape[3]))
-    image = F.interpolate(image, size, mode="bilinear", antialias=True).clamp(0, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    image = image[:, :, top : top + height, left : left + width]
-    return image.mean(1, keepdim=True) if channels == 1 else image
 
 
 def screen_grid(images: Tensor, columns: int, *, breaks: list[int] | None = None) -> Any:
@@ -297,8 +288,9 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
         def run(*values: Any) -> Any:
             try:
                 return compute(*values)
-            except (ValueError, TypeError, ChainDiverged) as error:
-                raise gr.Error(str(error), print_exception=False) from error
+            except (ValueError, TypeError, OverflowError, ChainDiverged) as error:
+                # The page would take marks in a name for HTML.
+                raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
         return run
 
@@ -312,7 +304,7 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
     @with_messages
     def on_hold(number: Any, upload: Any, held: list[str], *controls: Any) -> tuple[Any, Any]:
         settings = read_settings(prior, *controls)
-        source = int(number) - 1 if upload is None else fit_image(prior, upload)
+        source = int(number) - 1 if upload is None else fit_image(prior, read_upload(upload))
         images = vary(prior, settings, [layers.index(name) for name in held], source)
         return screen_grid(images[:1], 1), screen_grid(images[1:], 8)
 
@@ -393,5 +385,7 @@ def picture(gr: Any, label: str) -> Any:
 
 
 def upload_area(gr: Any) -> Any:
-    """A place for an image of the visitor's."""
-    return gr.Image(label="Or your own", type="numpy", image_mode="RGB", sources=["upload", "clipboard"], height=160)
+    """A place for an image of the visitor's, which comes as the path of its file: `read_upload` looks before it
+    decodes.
+    """
+    return gr.Image(label="Or your own", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=160)

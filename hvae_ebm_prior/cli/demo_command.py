@@ -5,6 +5,7 @@ import argparse
 from ..saving.extras import install_command, where
 from .demo import build_demo
 from .loading import Commands, add_loader, load_prior
+from .uploads import MAX_FILE
 
 
 def add_demo(commands: Commands) -> None:
@@ -16,6 +17,12 @@ def add_demo(commands: Commands) -> None:
         f"needs hvae-ebm-prior[demo]: {install_command('demo')}{where()}.",
     )
     add_loader(command, "your trained DiffusionEBMPrior, or your model with --prior", seed=False, saved=True)
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve it at: as it is, for this machine alone; 0.0.0.0 for whoever reaches this machine "
+        "(%(default)s)",
+    )
     command.add_argument("--port", type=int, help="where to serve it on this machine (the first free one from 7860 on)")
     command.add_argument("--share", action="store_true", help="ask Gradio for a public address as well")
     command.set_defaults(run=run_demo)
@@ -23,4 +30,6 @@ def add_demo(commands: Commands) -> None:
 
 def run_demo(options: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
-    build_demo(load_prior(options)).launch(server_port=options.port, share=options.share)
+    build_demo(load_prior(options)).launch(
+        server_name=options.host, server_port=options.port, share=options.share, max_file_size=MAX_FILE
+    )

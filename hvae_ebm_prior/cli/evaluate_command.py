@@ -136,9 +136,7 @@ def find_extractor(name: str, weights: str | None, device: torch.device | str) -
     return custom_extractor(name, load_function(name, "features")(), device)
 
 
-def find_reference(
-    options: argparse.Namespace, images: Tensor, extractor: Extractor, prior: Any
-) -> Reference:
+def find_reference(options: argparse.Namespace, images: Tensor, extractor: Extractor, prior: Any) -> Reference:
     """The statistics that `--reference` or `--statistics` names, saved if asked."""
     if options.reference is None:
         if options.save_statistics is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..saving.card import amend_card, write_card
 from ..saving.files import write_atomically
 from ..saving.folder import CARD, load_config
-from ..saving.hub import fetch, upload
+from ..saving.hub import pull, upload
 from .info_command import summary
 from .loading import Commands
 from .options import add_card, read_card
@@ -86,10 +86,10 @@ def complete_card(folder: Path, options: argparse.Namespace) -> None:
 
 def run_pull(options: argparse.Namespace) -> None:
     """Download into a folder; says on stderr what came."""
-    folder = fetch(
+    folder = pull(
         options.repository,
+        options.folder,
         subfolder=options.subfolder,
-        local_dir=options.folder,
         revision=options.revision,
         token=options.token,
     )

@@ -9,8 +9,8 @@ import torch
 from ..chains.kernels import VARIABLE, choose_backend
 from ..saving.config import PriorConfig, settings_in_words
 from ..saving.extras import installed
-from ..saving.folder import WEIGHTS, load_config
-from ..saving.hub import fetch
+from ..saving.folder import CONFIG, WEIGHTS, read_settings
+from ..saving.hub import fetch, file_sizes
 from .loading import Commands, folder_or_repository
 
 
@@ -37,11 +37,12 @@ def run_info(options: argparse.Namespace) -> None:
 
 
 def describe_saved(repo_or_dir: str) -> str:
-    """What a saved prior in a folder or repository says of itself, in lines."""
+    """What a saved prior in a folder or repository says of itself, in lines; of a repository, without its weights."""
     with folder_or_repository(repo_or_dir):
-        folder = fetch(repo_or_dir)
-    size = (folder / WEIGHTS).stat().st_size / 1e6
-    return "\n".join([*summary(load_config(folder)), f"{'weights':14}{size:.1f} MB"])
+        folder = fetch(repo_or_dir, files=[CONFIG])
+    lines, weights = summary(read_settings(folder)), folder / WEIGHTS
+    size = weights.stat().st_size if weights.is_file() else file_sizes(repo_or_dir, [WEIGHTS]).get(WEIGHTS)
+    return "\n".join([*lines, f"{'weights':14}{'not there' if size is None else f'{size / 1e6:.1f} MB'}"])
 
 
 def summary(config: PriorConfig) -> list[str]:

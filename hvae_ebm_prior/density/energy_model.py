@@ -262,7 +262,9 @@ class EnergyModel(LatentPrior):
 def check_finite(values: Tensor, what: str) -> Tensor:
     """The values, if they are finite; ChainDiverged, naming `what` they are, if not."""
     if not bool(torch.isfinite(values.detach()).all()):
-        raise ChainDiverged(f"the {what} are not finite; check the backbone's precision, and that the noise is like noise")
+        raise ChainDiverged(
+            f"the {what} are not finite; check the backbone's precision, and that the noise is like noise"
+        )
     return values
 
 

@@ -117,7 +117,9 @@ class LatentPrior(nn.Module, ABC):
 
     def to_noise(self, z: Sequence[Tensor]) -> Tensor:
         """T⁻¹: noise (N, D) of the latents `z`, one tensor (N, *latent_shapes[i]) per layer."""
-        return self.transform.to_noise(z)
+        u = self.transform.to_noise(z)
+        check_noise(u, self.dim)
+        return u
 
     def log_abs_det(self, u: Tensor) -> Tensor:
         """log|det dT/du| in nats, (N,), at noise `u` (N, D)."""

@@ -122,8 +122,10 @@ class Coupling:
         if not named or not self.sets:
             raise TypeError(f"sets: expected a LabelSet by name, such as {{'class': LabelSet(10)}}, got {self.sets!r}")
         for name in self.sets:
-            if not name.isidentifier():
-                raise ValueError(f"sets: expected names of letters, digits and underscores, got {name!r}")
+            if not isinstance(name, str) or not name.isidentifier() or len(name) > LONGEST_TEXT:
+                raise ValueError(
+                    f"sets: expected names of at most {LONGEST_TEXT} letters, digits and underscores, got {name!r:.80}"
+                )
         if not self.weight > 0:
             raise ValueError(f"weight: expected a positive number, got {self.weight!r}")
 

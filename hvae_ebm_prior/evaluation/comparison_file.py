@@ -1,7 +1,7 @@
 """The file of a comparison: runs as they come, and what they were measured on.
 
-Runs that stand in it are not repeated, so it must be of the same model, images and features, and of the same settings of
-the candidates; and what stands in it must be what was written, which a digest tells.
+Runs that stand in it are not repeated, so they must be of the same model, images and features, and of the same settings
+of the candidates; and they must be as they were written, which a digest tells.
 """
 
 import json

@@ -154,12 +154,14 @@ def check_moments(path: Path, mean: Tensor, covariance: Tensor) -> None:
             raise ValueError(f"{path}: expected a {name} of finite floating-point numbers")
     difference = (covariance - covariance.T).abs().max().item()
     if difference > ROUNDING * covariance.abs().max().item():
-        raise ValueError(f"{path}: expected a symmetric covariance (sigma), got one with a difference of {difference:.3g}")
+        raise ValueError(
+            f"{path}: expected a symmetric covariance (sigma), got one with a difference of {difference:.3g}"
+        )
     eigenvalues = torch.linalg.eigvalsh(covariance.double())
     if eigenvalues[0] < -ROUNDING * eigenvalues[-1].clamp(min=0):
         raise ValueError(
-            f"{path}: expected a covariance (sigma) without negative eigenvalues, got {eigenvalues[0].item():.3g} beside "
-            f"{eigenvalues[-1].item():.3g}"
+            f"{path}: expected a covariance (sigma) without negative eigenvalues, got {eigenvalues[0].item():.3g} "
+            f"beside {eigenvalues[-1].item():.3g}"
         )
 
 

@@ -45,7 +45,9 @@ class Card:
     def __post_init__(self) -> None:
         if isinstance(self.datasets, str):
             raise TypeError(f"card: datasets: expected a list of names, got the text {self.datasets!r}")
-        names = {name: getattr(self, name) for name in ("title", "base_model", "license", "description", "load_backbone")}
+        names = {
+            name: getattr(self, name) for name in ("title", "base_model", "license", "description", "load_backbone")
+        }
         names |= {f"datasets[{i}]": each for i, each in enumerate(self.datasets)}
         for name, text in names.items():
             if not isinstance(text, str | None):
@@ -128,16 +130,16 @@ def in_markdown(text: str) -> str:
     """A text from elsewhere so that a page shows it as it is: neither Markdown, HTML nor links are made of it."""
     for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(mark, entity)
-    return re.sub(r"[\\`*{}\[\]#|~!$@:^]|\b_|_\b|(?<=www)\.", r"\\\g<0>", visible(text))
+    return re.sub(r"[\\`*{}\[\]#|~!$@:^]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.", r"\\\g<0>", visible(text))
 
 
 def introduction(config: PriorConfig) -> str:
     """A paragraph on what the prior is."""
     return (
-        f"A learned prior for a trained hierarchical VAE ({in_markdown(config.family)}). It takes the place of the model's "
-        "Gaussian prior, which does not match where the encoder puts the data, so that samples get better; the model "
-        f"itself is unchanged and not part of this repository. Made with `{LIBRARY}` {in_markdown(config.library)}, after "
-        f"[Cui & Han, ICML 2024]({PAPER})."
+        f"A learned prior for a trained hierarchical VAE ({in_markdown(config.family)}). It takes the place of the "
+        "model's Gaussian prior, which does not match where the encoder puts the data, so that samples get better; the "
+        "model itself is unchanged and not part of this repository. Made with "
+        f"`{LIBRARY}` {in_markdown(config.library)}, after [Cui & Han, ICML 2024]({PAPER})."
     )
 
 
@@ -173,7 +175,8 @@ def settings_section(config: PriorConfig) -> str:
     lines += [f"`{name}`: {in_markdown(words)}" for name, words in settings_in_words(config).items()]
     if config.training:
         lines.append(f"trained for {config.training.iterations} iterations in {config.training.seconds:.0f} s")
-        lines.append(in_markdown(", ".join(f"{name} = {value}" for name, value in config.training.settings.items())))
+        settings = ", ".join(f"{name} = {value}" for name, value in config.training.settings.items())
+        lines.append(f"with {in_markdown(settings)}" if settings else "")
     return "\n".join(["## Settings and training", "", *(f"- {line}" for line in lines if line)])
 
 

@@ -204,10 +204,21 @@ def read_tensors(path: Path, prior: EnergyModel) -> dict[str, Tensor]:
 
 
 def load_config(folder: Path) -> PriorConfig:
-    """The `config.json` in a folder; InvalidPrior or OSError where there is none that can be read."""
+    """The `config.json` in a folder with weights; InvalidPrior or OSError where there is none that can be read."""
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder}: expected a saved prior, with the files {CONFIG} and {WEIGHTS}; there is no {name}"
-            )
+        check_there(folder, name)
+    return read_settings(folder)
+
+
+def read_settings(folder: Path) -> PriorConfig:
+    """The same, whether weights are there or not."""
+    check_there(folder, CONFIG)
     return read_config(read_json_file(folder / CONFIG))
+
+
+def check_there(folder: Path, name: str) -> None:
+    """Raise FileNotFoundError where a folder has no such file of a saved prior."""
+    if not (folder / name).is_file():
+        raise FileNotFoundError(
+            f"{folder}: expected a saved prior, with the files {CONFIG} and {WEIGHTS}; there is no {name}"
+        )

@@ -20,7 +20,7 @@ from .typed_json import InvalidPrior
 # Longest header that is parsed: room for about 50,000 tensors.
 LARGEST_HEADER = 8 * 2**20
 # Beyond any weight that training arrives at; what they make of images is noise.
-LARGEST_WEIGHT = 1e8
+LARGEST_WEIGHT = 1e6
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

@@ -32,7 +32,7 @@ from .record import TrainingRecord
 from .run import Run
 
 FORMAT = 2
-# Names of checkpoints' files, and of those that processes were writing when they were killed: no others are ever removed.
+# Names of checkpoints' files, and of those that killed processes were writing: no others are ever removed.
 OWN_FILE = re.compile(r"step_(\d{8,})(?:\.\d+(?:-[0-9a-f]+)?\.part)?\.(?:json|safetensors)")
 # Settings of training that results do not depend on.
 SPEED = ("micro_batch", "workers")
@@ -63,7 +63,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     by_step = {
         int(match[1]): path
         for path in folder.glob("step_*.json")
-        if (match := re.fullmatch(r"step_(\d{8,})\.json", path.name))
+        if (match := re.fullmatch(r"step_(\d{8,})\.json", path.name)) and path.is_file()
     }
     return [by_step[step] for step in sorted(by_step, reverse=True)]
 
@@ -164,9 +164,10 @@ def read_numbers(path: Path, run: Run) -> tuple[str, dict[str, Any]]:
         raise BrokenCheckpoint(f"{path}: this is no whole checkpoint ({error!r})") from error
     if differences:
         more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
+        shown = visible("; ".join([*differences[:SHOWN], *more]))
         raise ValueError(
-            f"{path}: this checkpoint is of another run: {'; '.join([*differences[:SHOWN], *more])}. Give what it was "
-            "begun with (the learning rate depends on iterations at every step), or another checkpoint_dir"
+            f"{path}: this checkpoint is of another run: {shown}. Give what it was begun with (the learning rate depends "
+            "on iterations at every step), or another checkpoint_dir"
         )
     return digest, numbers
 
@@ -341,7 +342,9 @@ def find_damage(run: Run, step: int, tensors: Mapping[str, Tensor], numbers: Map
             wanted = "a number" if isinstance(own, float) else "an integer from 0"
             return f"{name}: expected {wanted}, got {number!r}"
     if not 0 < numbers["lr_scale"] <= 1 or numbers["seed"] >= 2**64:
-        return f"expected an lr_scale up to 1 and a seed of 64 bits, got {numbers['lr_scale']!r} and {numbers['seed']!r}"
+        return (
+            f"expected an lr_scale up to 1 and a seed of 64 bits, got {numbers['lr_scale']!r} and {numbers['seed']!r}"
+        )
     states = {f"random.{name}": generator.device for name, generator in generators(run).items()}
     states |= {name: torch.device("cpu") for name in tensors if name.startswith("data.")}
     for name, device in states.items():

@@ -26,7 +26,7 @@ from ..energies.coupling import Labels
 from ..processes import agree
 from ..saving.card import Card
 from ..saving.config import Metric
-from ..saving.folder import load, save
+from ..saving.folder import CONFIG, WEIGHTS, load, save
 from ..saving.hub import fetch, upload
 from .config import ObjectiveName, TrainingConfig
 from .loop import Checkpoints, Data, train
@@ -349,6 +349,7 @@ class LearnedPrior(TrainablePrior):
         """
         folder = fetch(
             repo_or_dir,
+            files=[CONFIG, WEIGHTS],
             revision=revision,
             token=token,
             cache_dir=cache_dir,

@@ -1,7 +1,13 @@
-import torch
-from helpers import seed
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
-from hvae_ebm_prior.chains.streams import SampleStreams, draw_seeds, seeded
+import torch
+from backbones import RandomBackbone
+from helpers import IMAGES, seed
+
+from hvae_ebm_prior.baselines import GaussianPrior
+from hvae_ebm_prior.chains.streams import SampleStreams, draw_key, draw_seeds, seeded
 
 CPU = torch.device("cpu")
 
@@ -38,3 +44,40 @@ def test_seeded_leaves_the_global_generator_alone():
     with seeded(1, CPU):
         assert torch.equal(torch.randn(3), first)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Slow(RandomBackbone):
+    """Draws its posterior in two parts, and lets other threads run in between."""
+
+    def infer(self, images):
+        first = super().infer(images)
+        time.sleep(0.002)
+        return [a + b for a, b in zip(first, super().infer(images), strict=True)]
+
+
+def test_threads_encode_as_if_they_were_alone():
+    prior = GaussianPrior(Slow([(2,), (3,)]))
+    alone = [prior.encode(IMAGES, generator=seed(i)) for i in range(16)]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: prior.encode(IMAGES, generator=seed(i)), range(16)))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_threads_without_a_generator_disturb_no_others():
+    prior = GaussianPrior(Slow([(2,)]))
+    alone = prior.encode(IMAGES, generator=seed(0))
+    done = threading.Event()
+
+    def draw():
+        while not done.is_set():
+            prior.encode(IMAGES)
+            draw_key(None)
+
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(draw)
+        together = [prior.encode(IMAGES, generator=seed(0)) for _ in range(5)]
+        done.set()
+        other.result()
+    assert all(torch.equal(each, alone) for each in together)

@@ -14,6 +14,7 @@ from hvae_ebm_prior import (
     Coupling,
     DiffusionEBMPrior,
     DiffusionSchedule,
+    DrawingConfig,
     EnergyConfig,
     ExecutionConfig,
     LabelSet,
@@ -445,3 +446,44 @@ def test_labels_of_1_and_minus_1_are_noticed(values, warns):
     with expected if warns else contextlib.nullcontext():
         images = images_of(torch.zeros(4, 2))
         prior.fit(images, labels={"smile": torch.tensor(values)}, training=training, progress=False)
+
+
+# Names that a module has attributes of, or that Python or its dictionaries have a use for.
+NAMES = ("type", "items", "training", "_modules", "class")
+
+
+def test_label_sets_have_any_name(tmp_path):
+    """They learn, draw and are saved as those of other names."""
+    names = {True: NAMES, False: [f"set_{i}" for i in range(len(NAMES))]}
+    settings = TrainingConfig(iterations=1, batch_size=4, activity_images=0)
+    files = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 1, "progress": False}
+    prior, plain = (
+        tiny(
+            Coupling({name: LabelSet(("a", "b"), layers=(1,)) for name in each}, networks=TINY),
+            True,
+            drawing=DrawingConfig(flow_steps=2),
+        )
+        for each in names.values()
+    )
+    labels = {name: (torch.arange(40) + i) % 2 for i, name in enumerate(NAMES)}
+    prior.fit(IMAGES, labels=labels, training=settings, generator=seed(1), **files)
+    others = {f"set_{i}": values for i, values in enumerate(labels.values())}
+    plain.fit(IMAGES, labels=others, training=settings, generator=seed(1), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(prior.state_dict().values(), plain.state_dict().values(), strict=True))
+    drawn = prior.sample(3, labels={"training": "b", "items": 0}, generator=seed(2))
+    assert torch.equal(drawn, plain.sample(3, labels={"set_2": "b", "set_1": 0}, generator=seed(2)))
+    assert prior.classify(IMAGES[:2], generator=seed(3)).keys() == set(NAMES)
+    prior.save_pretrained(tmp_path / "saved")
+    loaded = DiffusionEBMPrior.from_pretrained(tmp_path / "saved", backbone=RandomBackbone([(2,), (3,)]))
+    for each in (loaded, copy.deepcopy(prior), prior.train().eval().double().float()):
+        assert torch.equal(each.sample(3, labels={"training": "b", "items": 0}, generator=seed(2)), drawn)
+    resumed = tiny(prior.coupling, True, drawing=DrawingConfig(flow_steps=2))
+    resumed.fit(IMAGES, labels=labels, training=settings, generator=seed(1), resume=True, **files)
+    assert all(torch.equal(value, prior.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+@pytest.mark.slow
+def test_label_sets_of_any_name_can_be_compiled():
+    prior = tiny(Coupling({name: LabelSet(2) for name in NAMES[:3]}))
+    u, t = torch.randn(2, prior.dim, generator=seed(0)), torch.zeros(2, dtype=torch.long)
+    assert torch.equal(torch.compile(prior._total, backend="eager")(u, t), prior._total(u, t))

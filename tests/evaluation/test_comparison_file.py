@@ -68,7 +68,10 @@ def test_the_same_comparison_takes_the_runs_that_are_there(written, path):
     ("changes", "message"),
     [
         ({"backbone": RandomBackbone(SHAPES, seed=1)}, "another model: the Gaussian of layer 0 differs"),
-        ({"backbone": RandomBackbone([(3,)])}, "another model: they were measured on a backbone with a latent of shape"),
+        (
+            {"backbone": RandomBackbone([(3,)])},
+            "another model: they were measured on a backbone with a latent of shape",
+        ),
         ({"train": OTHERS}, "other training images"),
         ({"images": OTHERS[:9]}, "other held-out images"),
         ({"reference": OTHERS}, "other reference images"),

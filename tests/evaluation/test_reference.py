@@ -1,9 +1,15 @@
 """Statistics of real images: saved, loaded, refused."""
 
+import io
+import json
+import zipfile
+
 import numpy as np
 import pytest
 import torch
 from helpers import seed
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from hvae_ebm_prior.evaluation.features import Extractor
 from hvae_ebm_prior.evaluation.metrics import frechet_distance, moments
@@ -73,3 +79,93 @@ def test_other_files_are_refused(tmp_path):
             load_reference(tmp_path / name, FLAT)
     with pytest.raises(FileNotFoundError):
         load_reference(tmp_path / "nowhere.safetensors", FLAT)
+
+
+def lying_header(shape):
+    """A .npy file of eight bytes whose header claims a shape."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(8)
+
+
+def npz(path, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            file = io.BytesIO()
+            np.save(file, data) if isinstance(data, np.ndarray) else file.write(data)
+            archive.writestr(f"{name}.npy", file.getvalue())
+
+
+EYE = np.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "message"),
+    [
+        (np.zeros(3), -EYE, "without negative eigenvalues, got -1 beside -1"),
+        (np.zeros(3), np.diag([1.0, 1.0, -0.01]), "without negative eigenvalues, got -0.01 beside 1"),
+        (
+            np.zeros(3),
+            EYE + np.triu(np.full((3, 3), 0.1), 1),
+            "symmetric covariance .* got one with a difference of 0.1",
+        ),
+        (np.zeros(3), EYE * np.nan, r"expected a covariance \(sigma\) of finite"),
+        (np.array([0, np.inf, 0]), EYE, r"expected a mean \(mu\) of finite"),
+        (np.zeros(4), EYE, r"got \(4,\) and \(3, 3\)"),
+        (np.zeros(0), np.zeros((0, 0)), r"got \(0,\) and \(0, 0\)"),
+        (np.zeros((3, 1)), EYE, r"got \(3, 1\) and \(3, 3\)"),
+        (np.zeros(3), EYE * 1j, "floating-point numbers, got float64 and complex128"),
+        (np.array(["a", "b", "c"]), EYE, "floating-point numbers, got <U1"),
+        (np.zeros(3), lying_header((10**8, 10**8)), "sigma"),
+        (np.zeros(3), lying_header((3, 3)), "sigma"),
+        (lying_header((10**15,)), EYE, "mu"),
+    ],
+)
+def test_moments_that_are_none_are_refused(tmp_path, mu, sigma, message):
+    npz(tmp_path / "moments.npz", mu=mu, sigma=sigma)
+    with pytest.raises(ValueError, match=rf"moments\.npz: .*{message}"):
+        load_reference(tmp_path / "moments.npz", FLAT)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounding_of_moments_is_none_of_that(tmp_path, dtype):
+    """Of fewer images than features, so that most eigenvalues are 0 but for rounding."""
+    features = torch.randn(5, 40, generator=seed(1)).numpy().astype(dtype)
+    centred = features - features.mean(0)
+    np.savez(tmp_path / "moments.npz", mu=features.mean(0), sigma=(centred.T @ centred / dtype(4)).astype(dtype))
+    mean, covariance = load_reference(tmp_path / "moments.npz", FLAT).moments
+    assert mean.dtype == covariance.dtype == torch.float64
+    np.testing.assert_allclose(covariance.numpy(), np.cov(features.T), rtol=1e-4, atol=1e-5)
+
+
+def changed(path, about=None, **tensors):
+    """The statistics in a file with some of them changed."""
+    with safe_open(path, framework="pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        origin = json.loads(file.metadata()["reference"])
+    save_file(kept | tensors, path, {"reference": json.dumps(origin | (about or {}))})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"covariance": -torch.eye(4)}, "without negative eigenvalues"),
+        ({"covariance": torch.eye(4)}, "not those of its features"),
+        ({"mean": torch.zeros(4)}, "not those of its features"),
+        ({"mean": torch.zeros(4, dtype=torch.long)}, r"expected a mean \(mu\) of finite floating-point"),
+        ({"features": torch.rand(29, 4)}, r"expected features \(30, 4\), got \(29, 4\)"),
+        ({"features": torch.rand(30, 5)}, r"expected features \(30, 4\), got \(30, 5\)"),
+        ({"features": torch.full((30, 4), torch.nan)}, "features of finite"),
+        ({"about": {"images": 31}}, r"expected features \(31, 4\)"),
+        ({"about": {"extractor": 3}}, "reference.extractor: expected"),
+        ({"about": {"extractor": "a\x1b[2K"}}, "reference.extractor: expected"),
+        ({"about": {"more": 3}}, "unknown field 'more'"),
+    ],
+)
+def test_changed_statistics_are_refused(tmp_path, changes, message):
+    save_reference(make_reference(IMAGES, FLAT, torch.device("cpu")), tmp_path / "statistics.safetensors")
+    changed(tmp_path / "statistics.safetensors")
+    assert load_reference(tmp_path / "statistics.safetensors", FLAT).images == 30
+    changed(tmp_path / "statistics.safetensors", **changes)
+    with pytest.raises(ValueError, match=rf"statistics\.safetensors: .*{message}"):
+        load_reference(tmp_path / "statistics.safetensors", FLAT)

@@ -167,6 +167,8 @@ def set_first(make):
         (set_first(lambda x: x[None].clone()), "expected the shape"),
         (set_first(lambda x: torch.full_like(x, float("nan"))), "not finite"),
         (set_first(lambda x: torch.full_like(x, -float("inf"))), "not finite"),
+        (set_first(lambda x: torch.full_like(x, 1e30)), "holds a number of size 1e+30, expected at most 1e+06"),
+        (set_first(lambda x: torch.full_like(x, -2e6)), "holds a number of size 2e+06, expected at most 1e+06"),
         (set_first(lambda x: x.long()), "expected floating-point numbers"),
         (set_first(lambda x: x > 0), "expected floating-point numbers"),
         (set_first(lambda x: x.to(torch.float8_e4m3fn)), "expected floating-point numbers"),
@@ -260,6 +262,12 @@ def changed(**changes):
         (changed(settings__drawing__flow_steps=10**30), "expected an integer"),
         (changed(settings__drawing__ancestral="yes"), "expected"),
         (changed(settings__drawing=None), "expected"),
+        (changed(family="VAE\x1b[2K\rnothing to see"), "config.json.family: expected a text"),
+        (changed(library="0.1\u202e0.9"), "config.json.library: expected a text"),
+        (changed(coupling__sets__kind__categories=["cup", "hat\x9b31m"]), "categories[1]: expected a text"),
+        (changed(coupling__sets={"a\u2028b": {"categories": 2}}), "coupling.sets: expected a text"),
+        (changed(metrics=[{"name": "FD\nFD", "value": 1.0}]), "metrics[0].name: expected a text"),
+        (changed(training={"iterations": 1, "seconds": 1.0, "settings": {"a\tb": 1}}), "settings: expected a text"),
     ],
 )
 def test_wrong_configs(saved, room, change, message):

@@ -114,12 +114,14 @@ def test_colleagues_can_read_what_is_written(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):
-    old, young, other = (tmp_path / f"{name}.part.json" for name in ("a.4711-0a", "a.4712-0b", "b.4711-0a"))
-    for path in (old, young, other):
+    names = ("a.4711-0a", "a.4712-0b", "b.4711-0a", "a.mine", "a.4711-0a.b")
+    old, young, other, mine, another = paths = [tmp_path / f"{name}.part.json" for name in names]
+    for path in paths:
         path.write_text("{")
-    os.utime(old, (time.time() - FORGOTTEN - 60,) * 2)
+    for path in (old, mine, another):
+        os.utime(path, (time.time() - FORGOTTEN - 60,) * 2)
     write_json(tmp_path / "a.json", {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.4712-0b.part.json", "a.json", "b.4711-0a.part.json"]
+    assert {*tmp_path.iterdir()} == {young, other, mine, another, tmp_path / "a.json"}
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):

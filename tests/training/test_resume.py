@@ -574,6 +574,25 @@ def test_what_a_killed_process_leaves_is_no_checkpoint_and_is_cleared_away(begun
     assert (begun / "notes.txt").exists()
 
 
+def test_files_of_others_are_never_removed(tmp_path):
+    others = [
+        *("step_notes.txt", "step_1.json", "step_00000001.png", "step_00000001_notes.json", "step_00000001.txt"),
+        *("step_00000001.part.json", "step_00000001.old.json", "my_step_00000001.json", "history.json"),
+    ]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    for name in ("step_00000001.safetensors.d", "step_00000009.json"):
+        (tmp_path / name).mkdir()
+    settings = replace(SETTINGS, iterations=4, activity_images=0)
+    diffusion().fit(IMAGES, training=settings, checkpoint_dir=tmp_path, checkpoint_every=1, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *others,
+        *("step_00000001.safetensors.d", "step_00000009.json"),
+        *(f"step_0000000{step}.{kind}" for step in (3, 4) for kind in ("json", "safetensors")),
+    }
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+
+
 @pytest.mark.parametrize("call", [1, 2])
 def test_an_error_while_a_checkpoint_is_written_leaves_the_last_one(call, begun, monkeypatch):
     """The disk is full while weights (call 1) or JSON (call 2) of step 16 are written."""
