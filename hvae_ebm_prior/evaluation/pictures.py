@@ -181,5 +181,6 @@ def save_progress(
         place = {"xy": (1.01, value), "xycoords": ("axes fraction", "data"), "va": "center"}
         axis.annotate(name, **place, fontsize="small", color="0.4")
     axis.set(xlabel="training, seconds", ylabel=ylabel, yscale="log")
-    axis.legend(fontsize="small")
+    if curves:  # where only what needs no training was compared, there are none
+        axis.legend(fontsize="small")
     save_figure(path, figure)

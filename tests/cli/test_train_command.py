@@ -1,6 +1,7 @@
 """`hvae-ebm-prior train`: where images come from, what it writes, and that the same command goes on."""
 
 import json
+import signal
 import sys
 import types
 from dataclasses import replace
@@ -8,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, TINY, same, seed
+from helpers import SMALL, TINY, read_strips, same, seed
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig
@@ -88,7 +90,15 @@ def test_a_prior_is_trained_from_an_array_as_fit_does_it(preset, files, capsys):
 
 @PRESETS_ARE
 def test_what_was_trained_can_be_sampled_and_described(preset, files, capsys):
-    assert main(command("images.npz:train", "--iterations", "2", "--preset", preset)) == 0
+    about = ["--title", "Digits", "--license", "mit", "--dataset", "mnist", "usps", "--base-model", "me/vae"]
+    options = ["--iterations", "2", "--preset", preset, *about, "--card-samples", "3"]
+    assert main(command("images.npz:train", *options)) == 0
+    card = ModelCard.load(files / "run" / "README.md")
+    assert (card.data.license, card.data.datasets, card.data.base_model) == ("mit", ["mnist", "usps"], "me/vae")
+    assert "# Digits" in card.text
+    assert "License: mit." in card.text
+    assert "(samples.png)" in card.text
+    assert len(read_strips(files / "run" / "samples.png")) == 2
     assert main(["sample", "mine.py:load", "--prior", "run", "--count", "2", "--out", "samples.png"]) == 0
     assert (files / "samples.png").exists()
     assert main(["info", "run"]) == 0
@@ -167,6 +177,34 @@ def test_the_same_command_goes_on(preset, files, monkeypatch, capsys):
     assert same(weights(files / "run"), weights(files / "whole"))
 
 
+def test_an_early_ctrl_c_loses_no_step(files, monkeypatch, capsys):
+    """Long before a checkpoint is due, in the middle of the second step; and before the first."""
+    assert main(command("images.npz:train", out="whole")) == 0
+    step, steps = loop.training_step, []
+
+    def interrupted(run, began):
+        steps.append(len(run.history))
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(run, began)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "training_step", interrupted)
+        assert main(command("images.npz:train")) == 130
+    ends = "interrupted; the same command goes on from run/checkpoints/step_00000002.json\n"
+    assert capsys.readouterr().err.endswith(ends)
+    assert main(command("images.npz:train")) == 0
+    assert same(weights(files / "run"), weights(files / "whole"))
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure_activity", stopped)
+        assert main(command("images.npz:train", out="other")) == 130
+    assert capsys.readouterr().err.endswith("the same command begins anew, as there is no checkpoint yet\n")
+
+
 def test_logs_are_written_where_the_command_says(files, monkeypatch, capsys):
     calls = []
     run = types.SimpleNamespace(
@@ -213,6 +251,7 @@ def test_the_models_file_is_handed_on(files):
         (["images.npz:train", "--checkpoint-every", "0"], "checkpoint_every: expected a positive integer, got 0"),
         (["images.npz:train", "--learning-rate", "1e9", "--iterations", "60"], "training diverged"),
         (["images.npz:train", "--log", "runs"], "log: expected tensorboard:FOLDER or trackio:PROJECT, got 'runs'"),
+        (["images.npz:train", "--card-samples", "-1"], "card-samples: expected a positive integer, got -1"),
         (["hf:"], "expected hf:NAME[:SPLIT[:COLUMN]], got hf:"),
     ],
 )
