@@ -126,7 +126,9 @@ def test_devices_and_types_are_explicit(folder):
         name = path.relative_to(folder).as_posix()
         for node in [] if name in MADE_BY_DEFAULT else ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and re.fullmatch(r"torch\.\w+", function := ast.unparse(node.func)):
-                wanted = {"device", "dtype"} if function[6:] in TYPED else {"device"} if function[6:] in MAKERS else set()
+                wanted = (
+                    {"device", "dtype"} if function[6:] in TYPED else {"device"} if function[6:] in MAKERS else set()
+                )
                 if missing := wanted - {keyword.arg for keyword in node.keywords}:
                     unclear.append(f"{name}:{node.lineno}: {function} without {' and '.join(sorted(missing))}")
     assert unclear == []

@@ -77,9 +77,7 @@ def refusal(model: Any, inner: Any) -> str:
             f"{type(inner).__name__} is not a backbone adapter: it has no method {', '.join(missing)}; wrap the model "
             f"in one of hvae_ebm_prior.adapters, or write an adapter with top_down, infer and decode{hint}"
         )
-    tried = [
-        f"{name} (has no {', no '.join(missing_of(inner, adapter)[:3])})" for name, adapter in families.items()
-    ]
+    tried = [f"{name} (has no {', no '.join(missing_of(inner, adapter)[:3])})" for name, adapter in families.items()]
     return (
         f"no adapter fits {type(inner).__name__}{hint}; tried "
         f"{'; '.join(tried) or 'none, as no package announces any'}. "

@@ -23,7 +23,6 @@ from .diagnosis import LayerReport, describe_layers, layer_table
 from .own_samples import check_samples, compare_samples
 from .random_draws import Draws, random_state
 
-
 # What adapters raise that were written for something else than they are given.
 MISTAKES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
 
@@ -117,7 +116,7 @@ def faults_of(
     for check, needed in CHECKS.items():
         if not passed.issuperset(needed):
             continue
-        found = []
+        found: list[str] = []
         try:
             found += check(probe)
         except MISTAKES as error:
