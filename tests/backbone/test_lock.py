@@ -55,6 +55,14 @@ def circle(model):
     return first
 
 
+class Forgetful(nn.Module):
+    """Keeps something that is no part of it, as far as PyTorch knows."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+
 WAYS = {
     "attribute": lambda model: model,
     "list of dicts": lambda model: [{"a": (model,)}],
@@ -64,6 +72,8 @@ WAYS = {
     "partial": lambda model: partial(print, model),
     "function": closure,
     "circle": circle,
+    "list in a module": lambda model: Forgetful([model]),
+    "method in a module": lambda model: Forgetful(Method(model).run),
 }
 
 
