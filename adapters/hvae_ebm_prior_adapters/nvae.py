@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .hvae import soft_clamp
 from .logistic_mixture import draw_mixture, image_noise, mixture_log_likelihood, mixture_mean
-from .walk import Walk, normal_draw, posterior_draws, priors, run, single
+from .walk import Walk, drawn_by, normal_draw, priors, run, single
 
 
 class Group(NamedTuple):
@@ -100,7 +100,7 @@ class NVAEAdapter:
                 log_density = log_density - single(log_det).flatten(1).sum(1)
             return single(z), log_density
 
-        return posterior_draws(self._walk(len(images)), draw)
+        return drawn_by(self._walk(len(images)), draw)
 
     def posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         model = self.model

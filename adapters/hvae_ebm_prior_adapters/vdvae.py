@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .logistic_mixture import draw_mixture, mixture_log_likelihood, mixture_mean
-from .walk import Walk, normal_draw, posterior_draws, priors, run, single
+from .walk import Walk, posterior_draws, priors, run, single
 
 # Shift and scale of pixels 0..255 by dataset, (x + shift) * scale, as in the published data.py; that of ffhq_1024 is
 # given there for [0, 1].
@@ -96,12 +96,12 @@ class VDVAEAdapter:
         pixels = (images.permute(0, 2, 3, 1) * 255 + self.shift) * self.scale
         activations = self.model.encoder(pixels.to(self.model.decoder.bias_xs[0].dtype))
 
-        def draw(_: int, state: BlockState) -> tuple[Tensor, Tensor]:
+        def posterior(_: int, state: BlockState) -> tuple[Tensor, Tensor]:
             merged = torch.cat((state.features, activations[state.block.base]), dim=1)
             mean, log_std = single(state.block.enc(merged)).chunk(2, dim=1)
-            return normal_draw(mean, log_std.exp())
+            return mean, log_std.exp()
 
-        return posterior_draws(self._walk(len(images)), draw)
+        return posterior_draws(self._walk(len(images)), posterior)
 
     def decode(self, features: Tensor) -> Tensor:
         parameters = self._mixture(features)

@@ -15,6 +15,8 @@ from .transform import BackboneAdapter
 
 # What holds no modules, and what would lead through all there is.
 LEAVES = (type, ModuleType, Tensor, torch.Generator, str, bytes, int, float, type(None))
+# What modules may hold modules in that they do not know as their own.
+HOLDERS = (list, tuple, dict, MethodType, FunctionType, partial)
 # Objects that are looked through at most.
 MOST_OBJECTS = 10_000
 # What priors hold frozen, by id: the module or parameter, the flag to restore, and how many hold it.
@@ -55,9 +57,12 @@ def lock(adapter: BackboneAdapter) -> Callable[[], None]:
 
 
 @contextmanager
-def watch_modules() -> Iterator[list[nn.Module]]:
-    """A context that gives a list of the modules that this thread runs inside."""
+def watch_modules(watch: bool = True) -> Iterator[list[nn.Module]]:
+    """A context that gives a list of the modules that this thread runs inside; an empty one unless it is to `watch`."""
     ran: list[nn.Module] = []
+    if not watch:
+        yield ran
+        return
     thread = threading.get_ident()
 
     def note(module: nn.Module, _: Any) -> None:
@@ -111,9 +116,10 @@ def _hold(part: nn.Module | nn.Parameter, flag: bool) -> None:
 
 def backbone_modules(adapter: BackboneAdapter) -> list[nn.Module]:
     """The modules behind an adapter: itself, or those that its attributes hold, also in collections, in other objects
-    of whatever class, and in functions.
+    of whatever class, and in functions; and what modules hold besides their own parts, in plain lists and the like.
     """
     found: list[nn.Module] = []
+    covered: set[int] = set()
     pending: list[Any] = [adapter]
     seen: set[int] = set()
     while pending and len(seen) < MOST_OBJECTS:
@@ -121,10 +127,13 @@ def backbone_modules(adapter: BackboneAdapter) -> list[nn.Module]:
         if id(value) in seen or isinstance(value, LEAVES):
             continue
         seen.add(id(value))
-        if isinstance(value, nn.Module):
-            found.append(value)
-        else:
+        if not isinstance(value, nn.Module):
             pending += parts_of(value)
+        elif id(value) not in covered:
+            found.append(value)
+            for module in value.modules():
+                covered.add(id(module))
+                pending += [part for name, part in vars(module).items() if name[0] != "_" and isinstance(part, HOLDERS)]
     return found
 
 

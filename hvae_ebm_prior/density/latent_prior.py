@@ -4,7 +4,6 @@ A prior draws noise u ~ p(u); images follow by the backbone, x = decode(T(u)). D
 T⁻¹(z) with z ~ q(z|x).
 """
 
-import contextlib
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -55,7 +54,7 @@ class LatentPrior(nn.Module, ABC):
         self._release.atexit = False
         try:
             # An adapter may have no model; one whose model is out of sight would leave it in train mode.
-            with contextlib.nullcontext([]) if backbone_modules(adapter) else watch_modules() as ran:
+            with watch_modules(not backbone_modules(adapter)) as ran:
                 self._transform = NoiseTransform(adapter)
             # Some models make parameters when they are first run.
             locks.append(lock(adapter))

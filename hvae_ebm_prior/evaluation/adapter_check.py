@@ -116,7 +116,7 @@ def faults_of(
     for check, needed in CHECKS.items():
         if not passed.issuperset(needed):
             continue
-        found = []
+        found: list[str] = []
         try:
             found += check(probe)
         except MISTAKES as error:

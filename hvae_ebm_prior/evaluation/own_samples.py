@@ -3,11 +3,12 @@ cannot answer from itself: with the std of a layer squared, say, T and its inver
 
 Two sets of n images each are compared by differences of means over the sets, of
 
-    x_p,    (x_p - m_p)^2,    mean over p of (band_k(x) - band_k(m))_p^2
+    x_p,    (x_p - m_p)^2,    mean over c of y_c^2,    mean over p of (band_k(x) - band_k(m))_p^2
 
-for every pixel p of images made small, with m the mean image of both sets, and for every band k of a Laplacian pyramid,
-whose fine ones show the layers that draw details. Under equal densities any division of the 2n images in two halves is
-as likely as the one that was given; a statistic that none of many random divisions reaches is a difference.
+for every pixel p of images made small, with m the mean image of both sets; for their principal components c, of unit
+variance over both sets, in groups of ever smaller ones; and for every band k of a Laplacian pyramid. The small
+components and the fine bands show layers that draw details. Under equal densities any division of the 2n images in two
+halves is as likely as the one that was given; a statistic that none of many random divisions reaches is a difference.
 """
 
 import math
@@ -103,12 +104,19 @@ def squared(values: Tensor, divisions: Tensor, resolution: float = 0.0) -> Tenso
 
 
 def moments(data: Tensor, divisions: Tensor, resolution: float = 0.0) -> Iterator[Tensor]:
-    """The statistics x_p and (x_p - m_p)^2 of data (2n, ...), as of `differences`; all that there are of plain
-    tensors.
+    """Squared differences as of `differences` of data (2n, ...): means, squares, and groups of components; all that
+    there are of plain tensors.
     """
     values = data.flatten(1)
     yield squared(values, divisions, resolution)
-    yield squared((values - values.mean(0)).square(), divisions)
+    centred = values - values.mean(0)
+    yield squared(centred.square(), divisions)
+    components, sizes, _ = torch.linalg.svd(centred, full_matrices=False)
+    smallest = max(resolution * math.sqrt(len(values)), 1e-5 * sizes[0].item())
+    count = int((sizes > smallest).sum())
+    for first in (2**k - 1 for k in range(count.bit_length())):
+        group = components[:, first : min(2 * first + 1, count)]
+        yield squared(group.square().mean(1)[:, None] * len(values), divisions)
 
 
 def differences(images: Tensor, divisions: Tensor) -> Iterator[Tensor]:
@@ -119,15 +127,15 @@ def differences(images: Tensor, divisions: Tensor) -> Iterator[Tensor]:
         divisions: weights (divisions, 2n) of the images, 1/n of one half and -1/n of the other.
 
     Yields:
-        Squared differences in units of their standard error: means over pixels, and of each band.
+        Squared differences in units of their standard error: means over pixels, of groups of components, of bands.
     """
-    size = [min(SIDE, side) for side in images.shape[2:]]
-    pixels = F.adaptive_avg_pool2d(images, size).flatten(1)
+    height, width = images.shape[2:]
+    pixels = F.adaptive_avg_pool2d(images, (min(SIDE, height), min(SIDE, width)))
     yield from moments(pixels, divisions, RESOLUTION)
     residual = images - images.mean(0)
     while True:
-        side = [math.ceil(side / 2) for side in residual.shape[2:]]
-        coarse = F.adaptive_avg_pool2d(residual, side)
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+        coarse = F.adaptive_avg_pool2d(residual, (height, width))
         if coarse.shape == residual.shape:
             return
         band = residual - F.interpolate(coarse, residual.shape[2:])

@@ -166,8 +166,8 @@ def read_numbers(path: Path, run: Run) -> tuple[str, dict[str, Any]]:
         more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
         shown = visible("; ".join([*differences[:SHOWN], *more]))
         raise ValueError(
-            f"{path}: this checkpoint is of another run: {shown}. Give what it was begun with (the learning rate depends "
-            "on iterations at every step), or another checkpoint_dir"
+            f"{path}: this checkpoint is of another run: {shown}. Give what it was begun with (the learning rate "
+            "depends on iterations at every step), or another checkpoint_dir"
         )
     return digest, numbers
 
@@ -206,7 +206,7 @@ def list_differences(saved: Any, current: Any, name: str = "") -> list[str]:
             for each in names
             for line in list_differences(saved.get(each), current.get(each), f"{name}.{each}".lstrip("."))
         ]
-    return [] if saved == current else [visible(f"{name} is {saved} there and {current} here")[:300]]
+    return [] if saved == current else [f"{name} is {saved} there and {current} here"]
 
 
 def generators(run: Run) -> dict[str, torch.Generator]:
