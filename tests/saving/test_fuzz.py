@@ -342,7 +342,7 @@ def run_fuzz(name, room, request, data):
 
 
 @pytest.mark.parametrize("name", FUZZ)
-@settings(settings.get_profile("quick"), max_examples=15)
+@settings(settings.get_profile("quick"), max_examples=6)
 @given(data=st.data())
 def test_readers_of_files(name, room, request, data):
     run_fuzz(name, room, request, data)
