@@ -222,8 +222,8 @@ def serve():
 @needs_gradio
 @pytest.mark.filterwarnings("ignore")
 class TestApp:
-    def test_pictures_come_through_the_client(self, prior, serve):
-        from gradio_client import Client
+    def test_pictures_come_through_the_client(self, prior, serve, tmp_path):
+        from gradio_client import Client, handle_file
         from PIL import Image
 
         address = serve(build_demo(prior))
@@ -236,6 +236,13 @@ class TestApp:
         held, rest = client.predict(2, None, page.layer_names(prior)[:1], *controls, api_name="/hold")
         assert Image.open(held).size == (112, 112)
         assert Image.open(rest).size[0] > 600
+        pixels = torch.randint(256, (20, 30, 3), generator=seed(0), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "mine.png")
+        upload = handle_file(str(tmp_path / "mine.png"))
+        _, rest = client.predict(2, upload, page.layer_names(prior)[:1], *controls, api_name="/hold")
+        settings = Settings(6, 1, labels={"class": "hat"}, guidance=2.0)
+        expected = vary(prior, settings, [0], fit_image(prior, pixels))[1:]
+        assert np.array_equal(np.asarray(Image.open(rest)), screen_grid(expected, 8))
         moving, strip, note = client.predict(2, 3, 0, 1.0, 1.0, "any", "any", api_name="/watch")
         assert "data:image/webp;base64," in str(moving)
         assert Image.open(strip).size[1] > 300
