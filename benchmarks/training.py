@@ -34,8 +34,8 @@ from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, TrainingConfig
 from hvae_ebm_prior.evaluation.features import extract
 from hvae_ebm_prior.evaluation.metrics import frechet_distance, moments
 from hvae_ebm_prior.evaluation.protocol import closure
+from hvae_ebm_prior.training.array_data import load_images
 from hvae_ebm_prior.training.config import ObjectiveName
-from hvae_ebm_prior.training.image_data import load_images
 
 RESULTS = Path(__file__).with_suffix(".json")
 WAYS = {"flow": DrawingConfig(), "chains by layer": DrawingConfig(flow_steps=0), "Alg. 2": DrawingConfig(False)}

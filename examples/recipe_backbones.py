@@ -102,7 +102,7 @@ def official_nvae(repo: str | None, arguments: Mapping[str, Any], checkpoint: st
     if repo is None or not (Path(repo) / "model.py").exists():
         raise ValueError(
             f"repo: expected a clone of https://github.com/NVlabs/NVAE, got {repo}; give it with --repo or NVAE_REPO, "
-            "or a function with --backbone"
+            "or a function with --loader"
         )
     utils, model = modules_of(repo, "utils", "model")
 

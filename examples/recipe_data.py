@@ -1,6 +1,6 @@
 """Images of the recipes: CIFAR-10, CelebA, CelebA-HQ-256 and LSUN-Church, SVHN as outliers, and generated ones.
 
-    python examples/recipe_data.py svhn --data ~/data --count 10000 --out svhn.npy
+    python examples/recipe_data.py svhn --data-dir ~/data --count 10000 --out svhn.npy
 
 writes images of SVHN's test set, for `hvae-ebm-prior ood` on a prior of CIFAR-10.
 
@@ -247,14 +247,14 @@ def main() -> None:
     """Write the outliers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=["svhn"])
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that they are downloaded to")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that they are downloaded to")
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=32, help="height and width")
     parser.add_argument("--out", type=Path, default=Path("svhn.npy"))
     options = parser.parse_args()
     import datasets
 
-    rows = datasets.load_dataset(SVHN, "cropped_digits", split="test", cache_dir=str(options.data.expanduser()))
+    rows = datasets.load_dataset(SVHN, "cropped_digits", split="test", cache_dir=str(options.data_dir.expanduser()))
     pictures = Pictures(rows, options.size)
     np.save(options.out, np.stack([pictures.levels(i).numpy() for i in range(min(options.count, len(pictures)))]))
     print(f"{options.out}: {min(options.count, len(pictures))} images")

@@ -1,7 +1,7 @@
 """The paper's benchmarks: a prior for an official NVAE of CIFAR-10, CelebA-64, CelebA-HQ-256 or LSUN-Church-64, or for
 a 3-layer HVAE of CIFAR-10.
 
-    python examples/recipes.py cifar10-nvae --repo ~/NVAE --checkpoint checkpoint.pt --data ~/data --out out/cifar10
+    python examples/recipes.py cifar10-nvae checkpoint.pt --repo ~/NVAE --data-dir ~/data --out out/cifar10
     python examples/recipes.py cifar10-nvae --repo ~/NVAE --estimate        # its time and memory on this machine
     python examples/recipes.py cifar10-nvae --repo ~/NVAE --smoke           # all of it in seconds, on generated images
 
@@ -137,7 +137,7 @@ class Run:
         preset: "paper" or "default".
         repo: clone of NVAE.
         checkpoint: file of the backbone.
-        backbone: file.py:function that returns an NVAE instead.
+        loader: file.py:function that returns an NVAE instead.
         output: "sample" or "mean" of p(x | z) as the image of an NVAE.
         save_memory: keep no activations inside the NVAE's cells.
         smoke: tiny and short.
@@ -150,7 +150,7 @@ class Run:
     preset: str
     repo: str | None
     checkpoint: str | None
-    backbone: str | None
+    loader: str | None
     output: str
     save_memory: bool
     smoke: bool
@@ -177,7 +177,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
     recipe = RECIPES[run.recipe]
     out = options.out
     generator = torch.Generator().manual_seed(run.seed)
-    sources = load_sources(run, options.data)
+    sources = load_sources(run, options.data_dir)
     training_set, held_out = (Pictures(source, image_size(run)) for source in sources)
     if options.conditional:
         if not recipe.labels:
@@ -318,11 +318,11 @@ def load_backbone(run: Run, folder: Path | None, *, random: bool = False) -> Any
     if isinstance(recipe.backbone, HVAEConfig):
         model = HVAE(hvae_config(run)) if folder is None else HVAE.load(folder / "hvae.safetensors")
         return HVAEAdapter(model.to(device, memory_format=torch.channels_last))
-    if run.backbone is not None:
-        nvae = load_function(run.backbone)(*([run.checkpoint] if run.checkpoint else []))
+    if run.loader is not None:
+        nvae = load_function(run.loader)(*([run.checkpoint] if run.checkpoint else []))
     elif run.checkpoint is None and not (random or run.smoke):
         raise ValueError(
-            f"{run.recipe}: expected --checkpoint, a file that NVAE's train.py wrote; "
+            f"{run.recipe}: expected a checkpoint after its name, a file that NVAE's train.py wrote; "
             "docs/recipes.md says where to find one"
         )
     else:
@@ -479,6 +479,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument(
+        "checkpoint", nargs="?", help="the trained backbone's file; without one, the HVAE is trained first"
+    )
+    parser.add_argument(
         "--preset",
         choices=["paper", "default"],
         default="paper",
@@ -487,9 +490,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repo", default=os.environ.get("NVAE_REPO"), help="your clone of NVAE (the environment variable NVAE_REPO)"
     )
-    parser.add_argument("--checkpoint", help="the trained backbone; without one, the HVAE is trained first")
     parser.add_argument(
-        "--backbone",
+        "--loader",
         help="file.py:function that returns an NVAE, given the checkpoint if there is one; instead of --repo",
     )
     parser.add_argument(
@@ -505,7 +507,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--save-memory", action="store_true", help="keep no activations inside the NVAE's cells: a third more time"
     )
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="folder where images are, or are downloaded to (%(default)s)"
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="folder where images are, or are downloaded to (%(default)s)",
     )
     parser.add_argument("--out", type=Path, help="folder to write (out/RECIPE)")
     parser.add_argument("--iterations", type=int, help="optimiser steps (those of the recipe)")

@@ -294,9 +294,9 @@ class DiffusionEBMPrior(LearnedPrior):
                 without context.
             ValueError: images of a wrong shape or range.
         """
-        check_images(images)
+        check_images(images, self.backbone)
         density_adapter(self.backbone)
-        images = images.to(self.device, self.transform.dtype)
+        images = self.transform.take(images)
         with drawing_by(generator, images.device):
             u, bound = backbone_bound(self.transform, images)
         gaussian = -(u.square().sum(1) + self.dim * math.log(2 * math.pi)) / 2

@@ -7,7 +7,8 @@ counts as the only one.
 
 The group of processes is torch.distributed's. Accelerate or a program of your own may have made it; where it is not
 made yet and the environment is that of `torchrun` (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), the first call here
-makes it, with gloo, and NCCL beside it where there is CUDA. This is the only module that communicates.
+makes it, with gloo, and NCCL beside it where there is CUDA. This is the only module that communicates, with people by
+the progress bars of the first process.
 """
 
 import atexit
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
 T = TypeVar("T")
@@ -65,6 +67,23 @@ def share(n: int) -> range:
     """This process's part of range(n); parts differ in size by 1 at most, and some are empty where n is small."""
     here, count = rank(), world()
     return range(n * here // count, n * (here + 1) // count)
+
+
+def progress_bar(total: int, what: str, *, done: int = 0, shown: bool | None = None, leave: bool = False) -> tqdm:
+    """A progress bar on stderr, to be entered as a context and updated. `HF_HUB_DISABLE_PROGRESS_BARS=1` hides all.
+
+    Args:
+        total: how many there are to do.
+        what: their name.
+        done: how many are done already.
+        shown: whether it is shown, by the first process; None shows it where stderr is a terminal.
+        leave: whether it stays when all is done.
+
+    Returns:
+        The bar.
+    """
+    hidden = rank() > 0 or (None if shown is None else not shown)
+    return tqdm(total=total, initial=done, desc=what, disable=hidden, leave=leave)
 
 
 class Failure(NamedTuple):
@@ -129,7 +148,7 @@ def agree_on_generator(generator: torch.Generator | None) -> torch.Generator | N
     if world() == 1:
         return generator
     if generator is None:
-        return torch.Generator().manual_seed(agree(int(torch.randint(2**62, ()))))
+        return torch.Generator().manual_seed(agree(int(torch.randint(2**62, (), device="cpu"))))
     return generator.set_state(agree(generator.get_state()))
 
 

@@ -68,13 +68,35 @@ def test_commands_exist_with_their_options(page):
     """Those of the library by its own parsers, those of scripts by their text."""
     text = page.read_text().replace("\\\n", " ")
     (actions,) = [action for action in make_parser()._actions if action.dest == "command"]
-    for command, rest in re.findall(r"hvae-ebm-prior (\w+)([^\n`]*)", text):
+    for command, rest in re.findall(r"hvae-ebm-prior ([a-z]\w*)([^\n`]*)", text):
         known = actions.choices[command]._option_string_actions
         assert set(re.findall(r"--[a-z][\w-]*", rest)) <= set(known), command
     for script, rest in re.findall(r"python3? ([\w./]+\.py)([^\n`]*)", text):
         source = (ROOT / script).read_text()
         for option in re.findall(r"--[a-z][\w-]*", rest.split("#")[0]):
             assert f'"{option}"' in source, (script, option)
+
+
+def rows(page, head):
+    """Cells of the table that begins so."""
+    table = page.split(head)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table]
+
+
+def test_the_table_of_commands_is_that_of_the_parsers():
+    """What each command must be given, and every option with the commands that have it."""
+    page = (ROOT / "docs" / "api" / "commands.md").read_text()
+    (actions,) = [action for action in make_parser()._actions if action.dest == "command"]
+    given = {name: command.usage.split()[2:-1] for name, command in actions.choices.items()}
+    assert {name.strip("`"): words.replace("\\", "").split() for name, words, _ in rows(page, "| command |")} == given
+    options: dict[str, list[str]] = {}
+    for name, command in actions.choices.items():
+        for action in command._actions:
+            if action.option_strings and action.dest != "help":
+                value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+                options.setdefault(action.option_strings[-1] + value, []).append(name)
+    table = {option.strip("`"): commands.split(", ") for option, commands, _ in rows(page, "| option |")}
+    assert table == options
 
 
 def test_pages_say_how_to_install_what_there_is():

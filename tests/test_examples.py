@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import in_turn
 import numpy as np
 import pytest
 import quickstart
+import spikes
 import torch
 from helpers import check_strip, find_color, read_strips, seed
 from matplotlib.image import imread
@@ -249,3 +251,27 @@ def test_attributes_in_turn(tmp_path, monkeypatch, capsys):
     prior = conditional.load_prior(tmp_path / "in_turn.safetensors", coupling=in_turn.COUPLING)
     assert {name: heads.keys() for name, heads in prior.heads.items()} == {"kind": {"0"}, "texture": {"1", "2"}}
     assert len(json.loads((tmp_path / "in_turn.json").read_text())["figures"]) == 8
+
+
+def test_spikes(tmp_path, monkeypatch, capsys):
+    """Of a tenth of the windows and few steps: figures for every row, and reconstructions beat the Gaussian prior."""
+    windows, held_out = spikes.load_windows()
+    assert (windows.shape, held_out.shape) == ((4611, 64), (2349, 64))
+    assert windows.min() < -0.6  # of any range
+    monkeypatch.setattr(spikes, "load_windows", lambda: (windows[::10], held_out[::10]))
+    few = ["--steps", "150", "--iterations", "2", "--seeds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["spikes.py", *few])
+    spikes.main()
+    printed = capsys.readouterr().out
+    (run,) = json.loads((tmp_path / "spikes.json").read_text())["runs"]
+    for name, figures in run.items():
+        assert f"| {name} | {figures['distance']:.4f} ± 0.0000 | {figures['accuracy']:.3f} ± 0.000 |" in printed
+    assert run["reconstructions"]["distance"] < run["Gaussian prior"]["distance"]
+    assert imread(tmp_path / "spikes.png").ndim == 3
+
+
+def test_sliced_distance_of_a_shift():
+    """All windows higher by d: a projection moves by d times the sum of its direction, of std 1."""
+    windows, shift = torch.randn(50, 64, generator=seed(0)), 0.3
+    distance = spikes.sliced_distance(windows, windows + shift, seed(1), directions=4000)
+    assert distance == pytest.approx(shift * math.sqrt(2 / math.pi), rel=0.05)

@@ -112,6 +112,28 @@ def test_the_version_has_one_place():
     assert (cited["version"], cited["license"]) == (hvae_ebm_prior.__version__, "Apache-2.0")
 
 
+# What makes tensors on PyTorch's default device, and of its default type.
+MAKERS = {"randint", "randperm", "arange", "as_tensor"}
+TYPED = {"rand", "randn", "zeros", "ones", "full", "empty", "linspace", "logspace", "tensor", "eye", "normal"}
+# Networks, which `make_network` builds under defaults of its own, and a model.
+MADE_BY_DEFAULT = {"energies/networks.py", "energies/context.py", "energies/published.py", "hvae.py"}
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, PACKAGE.parent / "adapters" / "hvae_ebm_prior_adapters"])
+def test_devices_and_types_are_explicit(folder):
+    unclear = []
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder).as_posix()
+        for node in [] if name in MADE_BY_DEFAULT else ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and re.fullmatch(r"torch\.\w+", function := ast.unparse(node.func)):
+                wanted = (
+                    {"device", "dtype"} if function[6:] in TYPED else {"device"} if function[6:] in MAKERS else set()
+                )
+                if missing := wanted - {keyword.arg for keyword in node.keywords}:
+                    unclear.append(f"{name}:{node.lineno}: {function} without {' and '.join(sorted(missing))}")
+    assert unclear == []
+
+
 def test_files_stay_small():
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path

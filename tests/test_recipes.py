@@ -51,7 +51,7 @@ def stand_in(**settings):
 
 
 def backbone_options(recipe):
-    return ["--backbone", f"{__file__}:{FUNCTIONS[recipe]}"] if recipe in FUNCTIONS else []
+    return ["--loader", f"{__file__}:{FUNCTIONS[recipe]}"] if recipe in FUNCTIONS else []
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +191,10 @@ def test_trained_hvae_can_be_given(runs, tmp_path):
     main(
         [
             "cifar10-hvae",
+            str(given),
             "--smoke",
             "--device",
             "cpu",
-            "--checkpoint",
-            str(given),
             "--iterations",
             "1",
             "--out",
@@ -247,7 +246,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
 
 def test_checkpoint_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.SOURCES", {"cifar10": lambda folder: (Shapes(4, 32), Shapes(4, 32))})
-    with pytest.raises(ValueError, match="expected --checkpoint"):
+    with pytest.raises(ValueError, match="expected a checkpoint after its name"):
         main(["cifar10-nvae", "--repo", str(tmp_path), "--device", "cpu", "--out", str(tmp_path)])
 
 
@@ -428,8 +427,8 @@ def test_official_code(recipe, tmp_path):
     weights = official_nvae(os.environ["NVAE_REPO"], arguments).state_dict()
     torch.save({"args": argparse.Namespace(**arguments), "state_dict": weights}, tmp_path / "checkpoint.pt")
     starts = []
-    for extra in ([], ["--checkpoint", str(tmp_path / "checkpoint.pt")]):
-        main([recipe, "--smoke", "--device", "cpu", "--out", str(tmp_path), "--export", "2", *extra])
+    for checkpoint in ([], [str(tmp_path / "checkpoint.pt")]):
+        main([recipe, *checkpoint, "--smoke", "--device", "cpu", "--out", str(tmp_path), "--export", "2"])
         prior = load_prior(tmp_path)
         assert prior.sample(1, generator=seed(0)).shape[-1] == min(RECIPES[recipe].image_size, 64)
         starts.append(prior.backbone.model.prior_ftr0)

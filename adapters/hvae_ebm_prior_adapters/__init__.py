@@ -5,8 +5,10 @@ from .checkpoint import load_nvae, read_nvae_checkpoint
 from .folding import freeze
 from .hvae import HVAE, HVAEAdapter, HVAEConfig
 from .ladder import LadderAdapter
+from .logistic_mixture import mixture_mean
 from .nvae import NVAEAdapter
 from .vdvae import VDVAEAdapter
+from .walk import posterior_draws, priors
 
 __all__ = [
     "HVAE",
@@ -17,6 +19,9 @@ __all__ = [
     "VDVAEAdapter",
     "freeze",
     "load_nvae",
+    "mixture_mean",
+    "posterior_draws",
+    "priors",
     "read_nvae_checkpoint",
     "recalibrate_batch_norm",
 ]

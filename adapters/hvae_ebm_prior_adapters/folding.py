@@ -104,7 +104,9 @@ def fold_cell(cell: Any) -> None:
     folded = nn.Sequential(*fused(layer for operation in operations for layer in layers_of(operation, nvae=True)))
     inputs = (getattr(layer, "num_features", 0) or getattr(layer, "in_channels", 0) for layer in cell._ops.modules())
     channels = next(size for size in inputs if size)
-    features = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(next(cell.parameters()))
+    features = torch.randn(
+        *(2, channels, 8, 8), generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32
+    ).to(next(cell.parameters()))
     expected = features
     for operation in operations:
         expected = operation(expected)

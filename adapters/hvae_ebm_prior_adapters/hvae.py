@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .walk import single
+
 
 @dataclasses.dataclass(frozen=True)
 class HVAEConfig:
@@ -93,11 +95,6 @@ class TopDownBlock(nn.Module):
 def soft_clamp(x: Tensor, bound: float = 5.0) -> Tensor:
     """Smoothly bound `x` to (-bound, bound), the identity near zero (NVAE)."""
     return bound * torch.tanh(x / bound)
-
-
-def single(x: Tensor) -> Tensor:
-    """`x` in float32 where it is in half precision: means, stds and images need the digits."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class PosteriorLayer(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hvae_ebm_prior.chains.streams import seeded
 
-from .walk import run
+from .walk import run, single
 
 
 class LadderAdapter:
@@ -35,14 +35,15 @@ class LadderAdapter:
 
     def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
         d, skips = None, None
+        dtype = self._dtype()
         for stage in reversed(self.model.stages):
             if hasattr(stage, "td_stochastic"):
-                top_down = yield prior_of(stage.td_stochastic, d, batch_size)
+                top_down = (yield prior_of(stage.td_stochastic, d, batch_size)).to(dtype)
                 condition = d if stage.bu_condition is None else stage.bu_condition(top_down, aux=d)
-                bottom_up = yield prior_of(stage.bu_stochastic, condition, batch_size)
+                bottom_up = (yield prior_of(stage.bu_stochastic, condition, batch_size)).to(dtype)
                 z = stage.z_proj(torch.cat((top_down, bottom_up), dim=1))
             else:
-                z = yield prior_of(stage.stochastic, d, batch_size)
+                z = (yield prior_of(stage.stochastic, d, batch_size)).to(dtype)
                 z = stage.p_projection(z) if hasattr(stage, "p_projection") else stage.z_proj(z)
             d, skips = run(below, stage, z, skips if self.model.skip_stochastic else None, checkpoint=self.checkpoint)
         return d
@@ -53,21 +54,28 @@ class LadderAdapter:
     def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         # As the model's forward does, but for the images' likelihood, which is not defined for every image in [0, 1].
         _, stages = self.model.generate(self.model.infer(self._inputs(images)), n_prior_samples=len(images))
-        return [(stage.q.z, stage.q.dist.log_prob(stage.q.z).flatten(1).sum(1)) for stage in reversed(stages)]
+        return [
+            (single(stage.q.z), single(stage.q.dist.log_prob(stage.q.z)).flatten(1).sum(1))
+            for stage in reversed(stages)
+        ]
 
     def decode(self, features: Tensor) -> Tensor:
-        return self._observe(features, None)[1].mean.clamp(0, 1)
+        return single(self._observe(features, None)[1].mean).clamp(0, 1)
 
     def log_likelihood(self, features: Tensor, images: Tensor) -> Tensor:
         try:
-            return self._observe(features, self._inputs(images))[0]
+            return single(self._observe(features, self._inputs(images))[0])
         except ValueError as error:  # of a distribution whose support is left
             kind = type(self.model.likelihood).__name__
             raise ValueError(
                 f"images: expected what {kind} has a likelihood for; binarise them, as for its training? {error}"
             ) from error
 
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
     def _inputs(self, images: Tensor) -> Tensor:
+        images = images.to(self._dtype())
         return images if self.model.lambda_init is None else self.model.lambda_init(images)
 
     def _observe(self, features: Tensor, images: Tensor | None) -> tuple[Any, Any]:
@@ -88,4 +96,4 @@ def below(stage: Any, z: Tensor, skips: list[Tensor] | None) -> tuple[Tensor, li
 def prior_of(stochastic: Any, condition: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
     """Mean and std of a stochastic module given the features above; without any, of the top prior."""
     _, data = stochastic(condition, inference=False, sample=False, n_prior_samples=batch_size)
-    return data.dist.mean, data.dist.stddev
+    return single(data.dist.mean), single(data.dist.stddev)

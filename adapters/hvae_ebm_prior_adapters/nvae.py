@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .hvae import soft_clamp
 from .logistic_mixture import draw_mixture, image_noise, mixture_log_likelihood, mixture_mean
-from .walk import Walk, normal_draw, posterior_draws, priors, run
+from .walk import Walk, drawn_by, normal_draw, priors, run, single
 
 
 class Group(NamedTuple):
@@ -96,11 +96,11 @@ class NVAEAdapter:
                 mean, log_std = group.mean + mean, group.log_std + log_std
             z, log_density = normal_draw(*gaussian(mean, log_std))
             for flow in model.nf_cells[k * model.num_flows : (k + 1) * model.num_flows]:
-                z, log_det = flow(z, condition)
-                log_density = log_density - log_det.float().flatten(1).sum(1)
-            return z, log_density
+                z, log_det = flow(z.to(condition.dtype), condition)
+                log_density = log_density - single(log_det).flatten(1).sum(1)
+            return single(z), log_density
 
-        return posterior_draws(self._walk(len(images)), draw)
+        return drawn_by(self._walk(len(images)), draw)
 
     def posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         model = self.model
@@ -138,7 +138,7 @@ class NVAEAdapter:
     def _logits(self, features: Tensor) -> Tensor:
         for cell in self.model.post_process:
             features = cell(features)
-        return self.model.image_conditional(features).float()
+        return single(self.model.image_conditional(features))
 
     def _observe(self, logits: Tensor, distribution: Any) -> Tensor:
         """Mean or sample of p(x | z), by the kind of the model's output distribution."""
@@ -164,13 +164,13 @@ class NVAEAdapter:
             if cell.cell_type == "combiner_dec":
                 mean, log_std = (zeros, zeros) if group == 0 else model.dec_sampler[group - 1](features).chunk(2, dim=1)
                 z = yield Group(features, mean, log_std)
-                features = run(cell, features, z, checkpoint=self.checkpoint)
+                features = run(cell, features, z.to(features.dtype), checkpoint=self.checkpoint)
                 group += 1
             else:
                 features = run(cell, features, checkpoint=self.checkpoint)
         if model.vanilla_vae:
             z = yield Group(features, zeros, zeros)
-            features = model.stem_decoder(z)
+            features = model.stem_decoder(z.to(features.dtype))
         return features
 
     def _encode(self, images: Tensor) -> tuple[Tensor, list[tuple[nn.Module, Tensor]]]:
@@ -178,7 +178,7 @@ class NVAEAdapter:
         model = self.model
         if crops(model) and images.shape[-1] == 28:
             images = F.pad(images, (2, 2, 2, 2))
-        features = model.stem(2 * images - 1)
+        features = model.stem((2 * images - 1).to(model.prior_ftr0.dtype))
         for cell in model.pre_process:
             features = cell(features)
         sides: list[tuple[nn.Module, Tensor]] = []
@@ -191,8 +191,8 @@ class NVAEAdapter:
 
 
 def gaussian(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """NVAE's clamped mean and std, in float32."""
-    return soft_clamp(mean.float()), soft_clamp(log_std.float()).exp() + 1e-2
+    """NVAE's clamped mean and std, at least in float32."""
+    return soft_clamp(single(mean)), soft_clamp(single(log_std)).exp() + 1e-2
 
 
 def normal_output(distribution: Any) -> tuple[Tensor, Tensor]:
@@ -224,11 +224,11 @@ def make_portable(model: nn.Module) -> nn.Module:
 
 
 def place_masks(model: nn.Module) -> None:
-    """Move the masks of autoregressive convolutions, which are no buffers, beside their weights."""
+    """Move the masks of autoregressive convolutions, which are no buffers, beside their weights, in their type."""
     for module in model.modules():
         mask = getattr(module, "mask", None)
-        if isinstance(mask, Tensor) and isinstance(module, nn.Conv2d) and mask.device != module.weight.device:
-            module.mask = mask.to(module.weight.device)
+        if isinstance(mask, Tensor) and isinstance(module, nn.Conv2d):
+            module.mask = mask.to(module.weight)
 
 
 def is_fused_batch_norm(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .logistic_mixture import draw_mixture, mixture_log_likelihood, mixture_mean
-from .walk import Walk, normal_draw, posterior_draws, priors, run
+from .walk import Walk, posterior_draws, priors, run, single
 
 # Shift and scale of pixels 0..255 by dataset, (x + shift) * scale, as in the published data.py; that of ffhq_1024 is
 # given there for [0, 1].
@@ -86,21 +86,22 @@ class VDVAEAdapter:
         self.generator = generator
 
     def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Tensor]:
-        return priors(self._walk(batch_size), lambda state: (state.mean.float(), state.log_std.float().exp()))
+        return priors(self._walk(batch_size), lambda state: (single(state.mean), single(state.log_std).exp()))
 
     def infer(self, images: Tensor) -> list[Tensor]:
         return [z for z, _ in self.infer_with_density(images)]
 
     def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         # The encoder takes NHWC.
-        activations = self.model.encoder((images.permute(0, 2, 3, 1) * 255 + self.shift) * self.scale)
+        pixels = (images.permute(0, 2, 3, 1) * 255 + self.shift) * self.scale
+        activations = self.model.encoder(pixels.to(self.model.decoder.bias_xs[0].dtype))
 
-        def draw(_: int, state: BlockState) -> tuple[Tensor, Tensor]:
+        def posterior(_: int, state: BlockState) -> tuple[Tensor, Tensor]:
             merged = torch.cat((state.features, activations[state.block.base]), dim=1)
-            mean, log_std = state.block.enc(merged).float().chunk(2, dim=1)
-            return normal_draw(mean, log_std.exp())
+            mean, log_std = single(state.block.enc(merged)).chunk(2, dim=1)
+            return mean, log_std.exp()
 
-        return posterior_draws(self._walk(len(images)), draw)
+        return posterior_draws(self._walk(len(images)), posterior)
 
     def decode(self, features: Tensor) -> Tensor:
         parameters = self._mixture(features)
@@ -116,7 +117,7 @@ class VDVAEAdapter:
     def _mixture(self, features: Tensor) -> Tensor:
         decoder = self.model.decoder
         # `final_fn` is a lambda, which copies of the model share; its two parameters are the copy's own.
-        return decoder.out_net.out_conv(features * decoder.gain + decoder.bias).float()
+        return single(decoder.out_net.out_conv(features * decoder.gain + decoder.bias))
 
     def _walk(self, batch_size: int) -> Walk[BlockState]:
         decoder = self.model.decoder

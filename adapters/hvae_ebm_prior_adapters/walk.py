@@ -20,7 +20,19 @@ Walk = Generator[State, Tensor, Any]
 def priors(
     walk: Walk[State], gaussian: Callable[[State], tuple[Tensor, Tensor]]
 ) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
-    """The coroutine of an adapter's `top_down`: `gaussian` gives (mean, std) of every state of `walk`."""
+    """The coroutine of an adapter's `top_down`, of a model's own walk.
+
+    Args:
+        walk: the model's top-down pass, as a generator: it yields what a layer is conditioned on, whatever that is, is
+            sent the layer's latent, and returns the features for `decode`.
+        gaussian: mean and std of the layer's prior, each (N, *shape), from what the walk yields.
+
+    Returns:
+        What the walk returns.
+
+    Yields:
+        Mean and std of every layer.
+    """
     try:
         state = next(walk)
         while True:
@@ -31,9 +43,23 @@ def priors(
 
 
 def posterior_draws(
-    walk: Walk[State], draw: Callable[[int, State], tuple[Tensor, Tensor]]
+    walk: Walk[State], gaussian: Callable[[int, State], tuple[Tensor, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The result of an adapter's `infer_with_density`.
+    """The result of an adapter's `infer_with_density`, of a model's own walk; its latents alone are that of `infer`.
+
+    Args:
+        walk: the model's top-down pass, as of `priors`.
+        gaussian: mean and std of layer i's posterior, each (N, *shape), from i, 0 for the top, and what the walk
+            yields; features of the image come from the scope that the function is defined in.
+
+    Returns:
+        Draws z_i ~ q(z_i | z_<i, x), (N, *shape), with their log-densities in nats, (N,), top to bottom.
+    """
+    return drawn_by(walk, lambda i, state: normal_draw(*gaussian(i, state)))
+
+
+def drawn_by(walk: Walk[State], draw: Callable[[int, State], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """`posterior_draws` of posteriors that are no Gaussians.
 
     Args:
         walk: the top-down pass.
@@ -57,6 +83,11 @@ def run(module: Callable[..., Any], *inputs: Any, checkpoint: bool) -> Any:
     if checkpoint and torch.is_grad_enabled():
         return checkpointed(module, *inputs, use_reentrant=False, preserve_rng_state=False)
     return module(*inputs)
+
+
+def single(x: Tensor) -> Tensor:
+    """`x` in float32 where it is in half precision: means, stds and images need the digits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def standard_normal(like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ L^{>k} = the same with the k lowest layers drawn from p(z_i | z_<i), where their
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +20,7 @@ from .transform import BackboneAdapter, NoiseTransform, check_gaussian, drive
 class DensityAdapter(BackboneAdapter, Protocol):
     """An adapter that also gives densities, which likelihoods need."""
 
-    def infer_with_density(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    def infer_with_density(self, images: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """As `infer`, and for every layer log q(z_i | z_<i, x) of its draw, (N,) in nats."""
 
     def log_likelihood(self, features: Any, images: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def backbone_bound(
 
     Args:
         transform: the backbone, whose adapter gives densities; its global generators give the posterior noise.
-        images: (N, C, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1], of any type and on any device.
         lower: standard normal noise (N, D), for the layers that are left to the prior.
         left_out: how many lower layers are.
 
@@ -55,10 +55,11 @@ def backbone_bound(
 
     Raises:
         TypeError: the adapter gives no densities.
-        ValueError: its densities are not finite or of a wrong shape.
+        ValueError: its densities are not finite or of a wrong shape, or the images are of a wrong size.
     """
     adapter = density_adapter(transform.adapter)
-    drawn = adapter.infer_with_density(images)
+    images = transform.take(images)
+    drawn = list(adapter.infer_with_density(images))
     z = [z_i for z_i, _ in drawn]
     log_densities = [log_density for _, log_density in drawn]
     return teacher_forced(transform, images, z, log_densities, lower, left_out)

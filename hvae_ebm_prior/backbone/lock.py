@@ -1,7 +1,9 @@
 """Backbones are frozen while priors hold them, and as they were once the last prior has let go."""
 
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -13,6 +15,8 @@ from .transform import BackboneAdapter
 
 # What holds no modules, and what would lead through all there is.
 LEAVES = (type, ModuleType, Tensor, torch.Generator, str, bytes, int, float, type(None))
+# What modules may hold modules in that they do not know as their own.
+HOLDERS = (list, tuple, dict, MethodType, FunctionType, partial)
 # Objects that are looked through at most.
 MOST_OBJECTS = 10_000
 # What priors hold frozen, by id: the module or parameter, the flag to restore, and how many hold it.
@@ -52,6 +56,48 @@ def lock(adapter: BackboneAdapter) -> Callable[[], None]:
     return release
 
 
+@contextmanager
+def watch_modules(watch: bool = True) -> Iterator[list[nn.Module]]:
+    """A context that gives a list of the modules that this thread runs inside; an empty one unless it is to `watch`."""
+    ran: list[nn.Module] = []
+    if not watch:
+        yield ran
+        return
+    thread = threading.get_ident()
+
+    def note(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            ran.append(module)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield ran
+    finally:
+        handle.remove()
+
+
+def check_frozen(ran: Sequence[nn.Module]) -> None:
+    """Raise ValueError where modules that a locked adapter ran were not found behind it, and are not frozen.
+
+    Args:
+        ran: from `watch_modules`.
+
+    Raises:
+        ValueError: a module is in train mode, or has parameters that require gradients.
+    """
+    loose = [
+        type(module).__name__
+        for module in dict.fromkeys(ran)
+        if module.training or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+    if loose:
+        raise ValueError(
+            f"backbone: it runs modules that are not frozen, as they were not found: {', '.join(loose[:3])}"
+            f"{f' and {len(loose) - 3} more' if len(loose) > 3 else ''}; keep the model as an attribute of the "
+            "adapter, or freeze it yourself by model.eval().requires_grad_(False)"
+        )
+
+
 def check_autograd(adapter: BackboneAdapter) -> None:
     """Raise ValueError where the backbone's weights cannot take part in autograd, which chains need."""
     for module in backbone_modules(adapter):
@@ -70,9 +116,10 @@ def _hold(part: nn.Module | nn.Parameter, flag: bool) -> None:
 
 def backbone_modules(adapter: BackboneAdapter) -> list[nn.Module]:
     """The modules behind an adapter: itself, or those that its attributes hold, also in collections, in other objects
-    of whatever class, and in functions.
+    of whatever class, and in functions; and what modules hold besides their own parts, in plain lists and the like.
     """
     found: list[nn.Module] = []
+    covered: set[int] = set()
     pending: list[Any] = [adapter]
     seen: set[int] = set()
     while pending and len(seen) < MOST_OBJECTS:
@@ -80,10 +127,13 @@ def backbone_modules(adapter: BackboneAdapter) -> list[nn.Module]:
         if id(value) in seen or isinstance(value, LEAVES):
             continue
         seen.add(id(value))
-        if isinstance(value, nn.Module):
-            found.append(value)
-        else:
+        if not isinstance(value, nn.Module):
             pending += parts_of(value)
+        elif id(value) not in covered:
+            found.append(value)
+            for module in value.modules():
+                covered.add(id(module))
+                pending += [part for name, part in vars(module).items() if name[0] != "_" and isinstance(part, HOLDERS)]
     return found
 
 

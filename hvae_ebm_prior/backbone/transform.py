@@ -10,13 +10,18 @@ bottom; z is a tuple of tensors, one per layer.
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import einops
 import torch
 from torch import Tensor
 
+from .validation import takes_tensors
+
+# What an adapter has.
+METHODS = ("top_down", "infer", "decode")
 # Draws layer i's latent from its index, mean and std.
 DrawLatent = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -43,15 +48,19 @@ class LayerState(NamedTuple):
 
 @runtime_checkable
 class BackboneAdapter(Protocol):
-    """What a hierarchical VAE must offer; a plain object, not a module. See the module's text."""
+    """What a hierarchical VAE must offer; a plain object, not a module. See the module's text.
+
+    Its data are images (N, C, H, W) in [0, 1]. One with an attribute `data_kind = "tensors"` takes and gives plain
+    floating-point tensors (N, ...) of any range in their place: tables, sound, point clouds, maps.
+    """
 
     def top_down(self, batch_size: int) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
         """Yield (mean, std), each (batch_size, *shape), of every latent; receive z; return features for `decode`."""
 
-    def infer(self, images: Tensor) -> Sequence[Tensor]:
+    def infer(self, images: Tensor) -> Iterable[Tensor]:
         """One posterior draw z ~ q(z|x) per layer, top to bottom, for images (N, C, H, W) in [0, 1].
 
-        It may draw from torch's global generators.
+        It draws from torch's global generators; a list, a tuple or a generator of the draws will do.
         """
 
     def decode(self, features: Any) -> Tensor:
@@ -75,7 +84,7 @@ class NoiseTransform:
     """
 
     def __init__(self, adapter: BackboneAdapter) -> None:
-        missing = [name for name in ("top_down", "infer", "decode") if not callable(getattr(adapter, name, None))]
+        missing = [name for name in METHODS if not callable(getattr(adapter, name, None))]
         if missing:
             raise TypeError(
                 f"{type(adapter).__name__} is not a backbone adapter: it has no method {', '.join(missing)}; wrap the "
@@ -94,7 +103,7 @@ class NoiseTransform:
             shapes.append(mean.shape[1:])
             self.device = mean.device
             self.dtype = mean.dtype
-            return mean
+            return mean.clone()
 
         with torch.no_grad():
             drive(adapter, 2, record)
@@ -109,6 +118,45 @@ class NoiseTransform:
     def dim(self) -> int:
         """Total number of latent dimensions D."""
         return sum(math.prod(shape) for shape in self.latent_shapes)
+
+    @cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of the images without batch, as the backbone decodes them and so takes them."""
+        devices = [self.device] if self.device.type in ("cuda", "xpu") else []
+        # Some backbones draw the image from p(x | z).
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda"):
+            image = self.decode(torch.zeros(1, self.dim, device=self.device, dtype=self.dtype))
+        return tuple(image.shape[1:]) if isinstance(image, Tensor) else ()
+
+    def take(self, images: Tensor) -> Tensor:
+        """Images as they go to the backbone: on its device and in its latents' type.
+
+        Args:
+            images: (N, C, H, W), of any floating-point type and on any device.
+
+        Returns:
+            The same (N, C, H, W).
+
+        Raises:
+            ValueError: they have another size or other channels than the backbone's own images.
+        """
+        # What is decoded to something else than images is refused where images leave.
+        tensors = takes_tensors(self.adapter)
+        if (tensors or images.ndim == 1 + len(self.image_shape)) and images.shape[1:] != self.image_shape:
+            if tensors:
+                raise ValueError(
+                    f"data: this model takes tensors {('N', *self.image_shape)}, as it decodes to, "
+                    f"got {tuple(images.shape)}"
+                )
+            raise ValueError(
+                f"images: this model takes images {self.image_shape}, got {tuple(images.shape[1:])}; it takes what "
+                "it decodes to: resize, crop or convert them as for its training"
+            )
+        return images.to(self.device, self.dtype)
+
+    def infer(self, images: Tensor) -> Sequence[Tensor]:
+        """One posterior draw per layer, top to bottom, of images as `take` takes them."""
+        return as_layers(self.adapter.infer(self.take(images)))
 
     def split(self, u: Tensor) -> tuple[Tensor, ...]:
         """Per-layer views (N, *latent_shapes[i]) of `u` (N, D)."""
@@ -264,7 +312,7 @@ def drive(
 
     Raises:
         TypeError: `top_down` is no generator function, or yields something else than two floating-point tensors.
-        ValueError: a layer's mean and std differ in shape.
+        ValueError: a layer's mean and std differ in shape, or `top_down` changes them or the latent in place.
     """
     name = f"{type(adapter).__name__}.top_down"
     coroutine = adapter.top_down(batch_size)
@@ -274,6 +322,7 @@ def drive(
             f"{type(coroutine).__name__}"
         )
     drawn = 0
+    handed: list[tuple[tuple[Tensor, ...], list[int]]] = []
     try:
         gaussian = next(coroutine)
         while True:
@@ -291,12 +340,38 @@ def drive(
             z = draw(drawn, mean, std)
             drawn += 1
             if drawn == stop_after:
+                check_unchanged(name, handed)
                 return drawn, None
+            handed.append(((z, mean, std), versions(z, mean, std)))
             gaussian = coroutine.send(z)
     except StopIteration as stop:
+        check_unchanged(name, handed)
         return drawn, stop.value
     finally:
         coroutine.close()
+
+
+def versions(*tensors: Tensor) -> list[int]:
+    """How often tensors were changed in place, where PyTorch counts it."""
+    if torch.compiler.is_compiling():
+        return []
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def check_unchanged(name: str, handed: Sequence[tuple[tuple[Tensor, ...], list[int]]]) -> None:
+    """Raise ValueError where what was sent to or yielded by `name`, layer by layer, was changed in place since."""
+    for i, (tensors, before) in enumerate(handed):
+        if (after := versions(*tensors)) != before:
+            what = "latent that it was sent" if before[0] != after[0] else "mean or std that it had yielded"
+            raise ValueError(
+                f"{name}, layer {i}: it changes the {what} in place; write z = z * 2, not z.mul_(2) or z *= 2, and "
+                "switch inplace=True off"
+            )
+
+
+def as_layers(drawn: Any) -> Any:
+    """What `infer` gives as a list where it is a tuple, generator or the like; anything else as it came."""
+    return list(drawn) if isinstance(drawn, Iterable) and not isinstance(drawn, Tensor) else drawn
 
 
 def is_floating(value: object) -> bool:

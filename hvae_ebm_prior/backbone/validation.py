@@ -8,25 +8,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NO_IMAGES = 'if they are no images, give the adapter data_kind = "tensors"'
+# What an adapter's attribute `data_kind` may be; "images" where it has none.
+DATA_KINDS = ("images", "tensors")
 
-def check_images(images: Tensor) -> None:
-    """Raise TypeError or ValueError unless `images` are floating-point (N, C, H, W), N >= 1, finite and in [0, 1]."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a tensor (N, C, H, W), got {type(images).__name__}")
-    if not images.is_floating_point():
-        raise TypeError(
-            f"images: expected floating-point values in [0, 1], got {images.dtype}; convert with images.float() / 255"
+
+def takes_tensors(adapter: object) -> bool:
+    """Whether an adapter's data are plain tensors (N, ...) of any range, by its attribute `data_kind`, and not images;
+    ValueError where that is a text other than "images" and "tensors".
+    """
+    kind = getattr(adapter, "data_kind", "images")
+    if isinstance(kind, str) and kind not in DATA_KINDS:
+        raise ValueError(f"{type(adapter).__name__}.data_kind: expected one of {', '.join(DATA_KINDS)}, got {kind!r}")
+    return isinstance(kind, str) and kind == "tensors"
+
+
+def check_pictures(adapter: object, what: str) -> None:
+    """Raise ValueError, which begins with `what`, where an adapter's data are plain tensors, of which there are no
+    pictures.
+    """
+    if takes_tensors(adapter):
+        raise ValueError(
+            f"{what}: pictures are of images, and {type(adapter).__name__} takes plain tensors "
+            '(data_kind = "tensors"); sample, diagnose, ood and train work with them, and the rest from Python'
         )
-    if images.ndim != 4 or images.numel() == 0:
-        raise ValueError(f"images: expected a non-empty batch (N, C, H, W), got shape {tuple(images.shape)}")
+
+
+def check_images(images: Tensor, adapter: object = None) -> None:
+    """Raise TypeError or ValueError unless `images` are what an adapter takes: floating-point (N, C, H, W), N >= 1,
+    finite and in [0, 1]; of one that takes plain tensors, floating-point (N, ...), N >= 1, and finite.
+    """
+    tensors = takes_tensors(adapter)
+    name, form = ("data", "(N, ...)") if tensors else ("images", "(N, C, H, W)")
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name}: expected a tensor {form}, got {type(images).__name__}")
+    if not images.is_floating_point():
+        wanted, advice = ("", ".float()") if tensors else (" in [0, 1]", ".float() / 255")
+        raise TypeError(
+            f"{name}: expected floating-point values{wanted}, got {images.dtype}; convert with {name}{advice}"
+        )
+    if (images.ndim < 2 if tensors else images.ndim != 4) or images.numel() == 0:
+        hint = f"; {NO_IMAGES}" if images.ndim != 4 and not tensors else ""
+        raise ValueError(f"{name}: expected a non-empty batch {form}, got shape {tuple(images.shape)}{hint}")
     low, high = images.aminmax()
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
-        raise ValueError(f"images: {bad} of {len(images)} hold NaN or infinite pixels; drop or repair them")
-    if low < 0 or high > 1:
+        what = "values" if tensors else "pixels"
+        raise ValueError(f"{name}: {bad} of {len(images)} hold NaN or infinite {what}; drop or repair them")
+    if not tensors and (low < 0 or high > 1):
         raise ValueError(
             f"images: expected values in [0, 1], got {low.item():.4g} to {high.item():.4g}; rescale them, for example "
-            "by (x + 1) / 2 or x / 255"
+            f"by (x + 1) / 2 or x / 255; {NO_IMAGES}"
         )
 
 
@@ -34,24 +66,27 @@ def check_images(images: Tensor) -> None:
 ROUNDING = 1e-2
 
 
-def check_decoded(images: Tensor, n: int) -> None:
-    """Raise TypeError or ValueError unless what a backbone decoded is floating-point images (n, C, H, W) with values in
-    [0, 1], as far as they are finite.
+def check_decoded(images: Tensor, n: int, adapter: object = None) -> None:
+    """Raise TypeError or ValueError unless what an adapter decoded is floating-point images (n, C, H, W) with values in
+    [0, 1], as far as they are finite; of one that takes plain tensors, a floating-point tensor (n, ...).
     """
+    tensors = takes_tensors(adapter)
+    what, form, shape = ("tensors", "(N, ...)", "...") if tensors else ("images", "(N, C, H, W) in [0, 1]", "C, H, W")
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(
-            f"decode: the backbone's adapter must return floating-point images (N, C, H, W) in [0, 1], got {kind}"
-        )
-    if images.ndim != 4 or len(images) != n:
+        raise TypeError(f"decode: the backbone's adapter must return floating-point {what} {form}, got {kind}")
+    if (images.ndim < 2 if tensors else images.ndim != 4) or len(images) != n:
         raise ValueError(
-            f"decode: the backbone's adapter must return {n} images ({n}, C, H, W), got shape {tuple(images.shape)}"
+            f"decode: the backbone's adapter must return {n} {what} ({n}, {shape}), got shape {tuple(images.shape)}"
+            f"{'' if tensors else f'; {NO_IMAGES}'}"
         )
+    if tensors:
+        return
     low, high = images.detach().nan_to_num(0.5, 0.5, 0.5).aminmax()
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(
             f"decode: the backbone's adapter must return images in [0, 1], got {low.item():.4g} to {high.item():.4g}; "
-            "rescale them in its decode, for example by (x + 1) / 2"
+            f"rescale them in its decode, for example by (x + 1) / 2; {NO_IMAGES}"
         )
 
 

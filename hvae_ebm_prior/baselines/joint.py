@@ -161,8 +161,8 @@ class JointEBMPrior(DiffusionEBMPrior):
         if self.states is None or len(self.states) < n:
             samples = range(max(self.kept, n))
             self.states = open_streams(draw_key(choice), samples, u.device, u.dtype).normal(self.dim)
-        chosen = torch.randperm(len(self.states), generator=choice)[:n].to(u.device)
-        anew = (torch.rand(n, 1, generator=choice) < self.renewal).to(u.device)
+        chosen = torch.randperm(len(self.states), generator=choice, device="cpu")[:n].to(u.device)
+        anew = (torch.rand(n, 1, generator=choice, device="cpu", dtype=torch.float32) < self.renewal).to(u.device)
         t = torch.zeros(n, dtype=torch.long, device=u.device)
         # At the only level nothing pulls towards u_{t+1}, so "next" only sets where the chain starts.
         start = torch.where(anew, fresh, self.states[chosen])

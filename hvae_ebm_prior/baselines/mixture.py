@@ -9,6 +9,7 @@ simple density.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..backbone.transform import BackboneAdapter
-from ..backbone.validation import check_count
+from ..backbone.validation import check_count, check_images
 from ..chains.streams import draw_key, open_streams
 from ..density.latent_prior import LatentPrior
 from ..saving.extras import missing
@@ -127,7 +128,9 @@ class GaussianMixturePrior(LatentPrior):
     ) -> Tensor:
         """Two posterior draws (2, N, D) of each of up to `count` images, of one pass over the data."""
         pairs: list[Tensor] = []
-        for batch, _, epoch in Batches(data, min(count, 100), generator):
+        for batch, _, epoch in Batches(
+            data, min(count, 100), generator, check=partial(check_images, adapter=self.backbone)
+        ):
             if epoch > 0:
                 break
             pairs.append(torch.stack([self.encode(batch.to(self.device), generator=generator).cpu() for _ in range(2)]))

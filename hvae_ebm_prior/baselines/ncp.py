@@ -254,7 +254,7 @@ class NCPPrior(LearnedPrior):
         together = max(1, min(self.proposals, PROPOSED // size))
         # A draw that stands where no proposal has a weight.
         best = temperature * streams.normal(size).reshape(mean.shape)
-        score = torch.full((n,), -torch.inf, device=mean.device)
+        score = torch.full((n,), -torch.inf, device=mean.device, dtype=mean.dtype)
         for start in range(0, self.proposals, together):
             count = min(together, self.proposals - start)
             u = temperature * streams.normal(count * size).reshape(n, count, *mean.shape[1:])

@@ -101,7 +101,7 @@ class MultiStagePrior(LearnedPrior):
         self.pool = pool
         # Samples (M, D) of the stage before, and the stage that they are for; a checkpoint of training saves both.
         self.samples: Tensor | None = None
-        self.samples_for = torch.zeros((), dtype=torch.long)
+        self.samples_for = torch.zeros((), device="cpu", dtype=torch.long)
 
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("stages", "langevin", "execution", "pool")}
@@ -179,6 +179,6 @@ class MultiStagePrior(LearnedPrior):
             chunks = [range(first, min(first + size, self.pool)) for first in range(0, self.pool, size)]
             pool_key = draw_key(generator)
             self.samples = torch.cat([self._draw(pool_key, chunk) for chunk in chunks])
-            self.samples_for = torch.tensor(stage)
-        chosen = torch.randint(len(self.samples), (n,), generator=torch.Generator().manual_seed(key))
+            self.samples_for = torch.tensor(stage, device="cpu", dtype=torch.long)
+        chosen = torch.randint(len(self.samples), (n,), generator=torch.Generator().manual_seed(key), device="cpu")
         return self.samples[chosen.to(self.samples.device)]

@@ -11,7 +11,7 @@ Here the backbone is wrapped in an adapter whose layers are all N(0, 1): its noi
 is added to F.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,7 +52,7 @@ class FlatAdapter:
             z.append((yield zeros, torch.ones_like(zeros)))
         return drive(self.transform.adapter, batch_size, lambda i, mean, std: z[i])[1]
 
-    def infer(self, images: Tensor) -> Sequence[Tensor]:
+    def infer(self, images: Tensor) -> Iterable[Tensor]:
         return self.transform.adapter.infer(images)
 
     def decode(self, features: Any) -> Tensor:

@@ -55,7 +55,7 @@ class DiffusionSchedule:
 
     @cached_property
     def _levels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        snr = torch.tensor(self.snr, dtype=torch.float64)
+        snr = torch.tensor(self.snr, device="cpu", dtype=torch.float64)
         alpha_bar = (1 / (1 + 1 / snr)).sqrt()
         sigma_bar = (1 / (1 + snr)).sqrt()
         alpha = torch.cat((alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]))
@@ -143,7 +143,7 @@ class DiffusionSchedule:
             raise ValueError(f"the ddpm schedule has room for 500 steps, got {steps}; use cosine")
         stride = 1000 // (2 * (steps - 1)) if steps > 1 else 0
         indices = [*(t * stride for t in range(steps)), 999]
-        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        betas = torch.linspace(1e-4, 0.02, 1000, device="cpu", dtype=torch.float64)
         alpha_bar_squared = torch.cumprod(1 - betas, dim=0)[indices]
         return cls(tuple((alpha_bar_squared / (1 - alpha_bar_squared)).tolist()))
 

@@ -21,7 +21,7 @@ GLOBAL_GENERATORS = threading.RLock()
 
 def draw_key(generator: torch.Generator | None) -> int:
     """One random integer of `generator`, or of torch's default generator, from which all noise of a call follows."""
-    device = None if generator is None else generator.device
+    device = "cpu" if generator is None else generator.device
     with contextlib.nullcontext() if generator else GLOBAL_GENERATORS:
         return int(torch.randint(2**62, (), generator=generator, device=device))
 
@@ -33,7 +33,7 @@ def draw_seeds(n: int, generator: torch.Generator | None) -> list[int]:
 
 def sample_seeds(key: int, samples: range) -> list[int]:
     """Seeds of the given samples; they do not depend on which others there are."""
-    seeds = torch.randint(2**62, (samples.stop,), generator=torch.Generator().manual_seed(key))
+    seeds = torch.randint(2**62, (samples.stop,), generator=torch.Generator().manual_seed(key), device="cpu")
     return seeds[samples.start :].tolist()
 
 
@@ -136,7 +136,7 @@ class CounterStreams:
         self.backend = backend
         self._count = len(samples)
         # On the device, where kernels read them, and where a captured graph counts steps on.
-        self.key = torch.tensor([key, samples.start], device=device)
+        self.key = torch.tensor([key, samples.start], device=device, dtype=torch.long)
         self.steps = torch.zeros(self.PARTS + 1, 1, dtype=torch.long, device=device)
 
     def __len__(self) -> int:
@@ -145,8 +145,8 @@ class CounterStreams:
     def normal(self, dim: int) -> Tensor:
         """The next `dim` standard normal numbers of every sample, (N, dim)."""
         if self.backend == "triton":
-            zeros = torch.zeros(len(self), dim, device=self.device)
-            only_noise = torch.tensor([0.0, 0.0, 0.0, 1.0], device=self.device).repeat(len(self), 1)
+            zeros = torch.zeros(len(self), dim, device=self.device, dtype=self.dtype)
+            only_noise = torch.tensor([0.0, 0.0, 0.0, 1.0], device=self.device, dtype=self.dtype).repeat(len(self), 1)
             return self.move(zeros, zeros, zeros, only_noise, part=self.PARTS, previous=False, held=None)
         return philox_normal(self.key, self._next(self.PARTS), self.PARTS, len(self), dim)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbone.validation import check_count
+from ..backbone.validation import check_count, check_pictures
 from ..baselines import NCPPrior
 from ..chains.langevin import ChainDiverged
 from ..control import resample
@@ -116,7 +116,8 @@ def draw_noise(prior: LearnedPrior, settings: Settings, n: int) -> Tensor:
 @torch.no_grad()
 def draw_both(prior: LearnedPrior, settings: Settings) -> tuple[Tensor, Tensor]:
     """Pictures (count, C, H, W) of the Gaussian prior, and of ours, at one temperature; labels are for ours."""
-    noise = torch.randn(settings.count, prior.dim, generator=settings.generator).to(prior.device, prior.dtype)
+    noise = torch.randn(settings.count, prior.dim, generator=settings.generator, device="cpu", dtype=torch.float32)
+    noise = noise.to(prior.device, prior.dtype)
     return prior.decode(settings.temperature * noise), prior.decode(draw_noise(prior, settings, settings.count))
 
 
@@ -267,6 +268,7 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
 
     Raises:
         TypeError: no prior of this library.
+        ValueError: the prior of a model of plain tensors.
         ImportError: gradio is missing.
     """
     if not isinstance(prior, LearnedPrior):
@@ -274,6 +276,7 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
             f"demo: expected a trained DiffusionEBMPrior, got {type(prior).__name__}; "
             "load it with DiffusionEBMPrior.from_pretrained"
         )
+    check_pictures(prior.backbone, "demo")
     gr = import_gradio()
     layers = layer_names(prior)
     sets = prior.coupling.sets if prior.coupling else {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.validation import check_count, check_images, check_temperature
+from ..backbone.validation import check_count, check_temperature
 from ..chains.streams import seeded
 from ..evaluation.features import Extractor, custom_extractor, inception_extractor
 from ..evaluation.metrics import SEED, SPLITS, SUBSET_SIZE
@@ -23,8 +23,8 @@ from ..evaluation.table import table
 from ..saving.digest import digest_images, digest_weights, tensor_bytes
 from ..saving.extras import installed
 from ..saving.files import write_json
-from ..training.image_data import IMAGES, load_images
 from .loading import FORM, Commands, add_loader, load_function, load_prior
+from .options import add_images, add_out, out_file, read_given
 
 # What `evaluate` asks of a prior, see `SampledPrior`.
 PRIOR = ("sample", "encode", "decode", "dim", "device", "dtype")
@@ -42,18 +42,20 @@ def add_evaluate(commands: Commands) -> None:
     )
     what = "your trained DiffusionEBMPrior, or another prior with sample, encode and decode"
     add_loader(command, what, saved=True)
-    command.add_argument("--images", required=True, help=f"{IMAGES}, held out; as many samples of each prior are drawn")
-    command.add_argument("--limit", type=int, help="use so many images from the start of the file (all)")
-    reference = command.add_mutually_exclusive_group(required=True)
+    images = add_images(command, {"images": "held-out images; as many samples of each prior are drawn"})
+    reference = images.add_mutually_exclusive_group(required=True)
     reference.add_argument(
-        "--reference", help="the same, of the real images to compare with, as a rule those trained on"
+        "--reference", metavar="IMAGES", help="real images to compare with, as a rule those trained on"
     )
     reference.add_argument(
         "--statistics",
+        metavar="FILE",
         help="instead, their statistics: what --save-statistics wrote, or file.npz with mu and sigma (FD alone)",
     )
     command.add_argument(
-        "--save-statistics", help="write the reference's statistics to this file, for --statistics of the next run"
+        "--save-statistics",
+        metavar="FILE",
+        help="write the reference's statistics to this file, for --statistics of the next run",
     )
     command.add_argument(
         "--features",
@@ -82,7 +84,7 @@ def add_evaluate(commands: Commands) -> None:
         default=250,
         help="images decoded and given to the extractor at a time (%(default)s)",
     )
-    command.add_argument("--out", type=Path, default=Path("evaluate.json"), help="the record (%(default)s)")
+    add_out(command, "evaluate.json", "the figures, and all that they depend on")
     command.set_defaults(run=run_evaluate)
 
 
@@ -98,13 +100,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
     check_count(options.batch_size, "batch_size")
     for temperature in options.temperatures:
         check_temperature(temperature)
-    images = load_images(options.images)[: options.limit]
-    check_images(images)
+    images = read_given(options, "images", prior)
     check_metrics(options.metrics, len(images))
     if options.weights is not None and options.features != "inception":
         raise ValueError(f"weights: they are Inception's; {options.features} loads its own")
     extractor = find_extractor(options.features, options.weights, prior.device)
-    reference = find_reference(options, images, extractor, prior.device)
+    reference = find_reference(options, images, extractor, prior)
     # Decoders that draw pixels from torch's global generators are seeded too.
     with seeded(options.seed, prior.device):
         rows = evaluate(
@@ -118,14 +119,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
             chunk_size=options.batch_size,
             generator=torch.Generator().manual_seed(options.seed),
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out, record(options, prior, images, extractor, reference, rows))
+    out = out_file(options.out, "evaluate.json")
+    write_json(out, record(options, prior, images, extractor, reference, rows))
     print(table(rows, extractor.distance))
     print(
         f"{len(images)} images a row, against {reference.images or 'an unknown number of'} real ones; "
         f"{extractor.name}; seed {options.seed}"
     )
-    print(f"{options.out} written", file=sys.stderr)
+    print(f"{out} written", file=sys.stderr)
 
 
 def find_extractor(name: str, weights: str | None, device: torch.device | str) -> Extractor:
@@ -135,9 +136,7 @@ def find_extractor(name: str, weights: str | None, device: torch.device | str) -
     return custom_extractor(name, load_function(name, "features")(), device)
 
 
-def find_reference(
-    options: argparse.Namespace, images: Tensor, extractor: Extractor, device: torch.device
-) -> Reference:
+def find_reference(options: argparse.Namespace, images: Tensor, extractor: Extractor, prior: Any) -> Reference:
     """The statistics that `--reference` or `--statistics` names, saved if asked."""
     if options.reference is None:
         if options.save_statistics is not None:
@@ -145,10 +144,9 @@ def find_reference(
         reference = load_reference(options.statistics, extractor)
         check_held_out(images, len(images) if reference.digest == digest_images(images) else 0)
         return reference
-    real = load_images(options.reference)
-    check_images(real)
+    real = read_given(options, "reference", prior)
     check_held_out(images, count_shared(images, real))
-    reference = make_reference(real, extractor, device, options.batch_size)
+    reference = make_reference(real, extractor, prior.device, options.batch_size)
     if options.save_statistics is not None:
         Path(options.save_statistics).parent.mkdir(parents=True, exist_ok=True)
         save_reference(reference, options.save_statistics)

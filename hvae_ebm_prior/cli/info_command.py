@@ -23,7 +23,10 @@ def add_info(commands: Commands) -> None:
         description="Describe a saved prior, or this installation.",
     )
     command.add_argument(
-        "saved", nargs="?", help="a folder that save_pretrained wrote, or a repository of the Hub, as owner/name"
+        "saved",
+        metavar="SAVED",
+        nargs="?",
+        help="a folder that save_pretrained or train wrote, or a repository of the Hub, as owner/name",
     )
     command.set_defaults(run=run_info)
 

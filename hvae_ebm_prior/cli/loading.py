@@ -31,8 +31,8 @@ def add_loader(command: argparse.ArgumentParser, what: str, *, seed: bool = True
         seed: whether the command draws random numbers under `--seed`.
         saved: whether it takes a saved prior as `--prior`.
     """
-    command.add_argument("loader", help=f"function that returns {what}, as {FORM}")
-    command.add_argument("checkpoint", nargs="?", help="handed to the function, if given")
+    command.add_argument("loader", metavar="LOADER", help=f"function that returns {what}, as {FORM}")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="handed to the function, if given")
     command.add_argument("--device", default="cpu", help="where to put it, if it is a module (%(default)s)")
     if seed:
         command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")

@@ -33,7 +33,9 @@ MISTAKES = (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDi
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status, 2 with a message on stderr for what the user can mend."""
+    """Run the command; returns its exit status: 2 with a message on stderr for what the user can mend, 130 after
+    Ctrl-C.
+    """
     options = make_parser().parse_args(arguments)
     if "loader" in options:
         leave_busy_cores()
@@ -46,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"hvae-ebm-prior: {error}{users_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        if options.debug:
+            raise
+        print(f"hvae-ebm-prior: interrupted{f'; {error}' if error.args else ''}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -81,4 +88,21 @@ def make_parser() -> argparse.ArgumentParser:
     add_push(commands)
     add_pull(commands)
     add_info(commands)
+    for command in commands.choices.values():
+        command.usage = usage(command)
     return parser
+
+
+def usage(command: argparse.ArgumentParser) -> str:
+    """What a command must be given, in the order in which it is best given: an option that takes several values would
+    take the loader's name, too, where that comes last.
+    """
+    words = [command.prog]
+    for action in sorted(command._actions, key=lambda action: bool(action.option_strings)):
+        name = " ".join([*action.option_strings, str(action.metavar)])
+        words += [f"[{name}]"] if action.nargs == "?" else []
+        words += [name] if action.required and action.nargs != "?" else []
+    for group in command._mutually_exclusive_groups:
+        either = (f"{action.option_strings[0]} {action.metavar}" for action in group._group_actions)
+        words += [f"({' | '.join(either)})"] if group.required else []
+    return " ".join([*words, "[OPTIONS]"])

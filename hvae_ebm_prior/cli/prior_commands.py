@@ -10,20 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..backbone.validation import check_pictures, takes_tensors
 from ..control import interpolate, resample
 from ..density.sampling import Tempering, supported_options
 from ..evaluation.detection import detection
 from ..evaluation.outliers import SCHEMES
 from ..evaluation.pictures import save_curves, save_energies, save_histograms, save_pixels, save_strips
 from ..evaluation.transitions import langevin_transitions, oversaturation, pixel_statistics, relaxation_time
-from ..saving.files import write_json
+from ..saving.files import write_atomically, write_json
 from ..saving.grid import save_grid
-from ..training.image_data import IMAGES, load_images
 from ..training.learned_prior import LearnedPrior
 from .loading import Commands, add_loader, load_prior
+from .options import add_images, add_out, out_file, read_given
 
 COLUMNS = 16
 # What `ood` takes where no scheme is named, besides `typicality` where there are reference images; others need an
@@ -37,7 +39,7 @@ Draw = Callable[[LearnedPrior, argparse.Namespace, torch.Generator], dict[str, A
 def add_sample(commands: Commands) -> None:
     """The command `sample` and its options."""
     command = add_prior_command(commands, "sample", run_sample, "draw images, under labels if asked")
-    add_count(command, 64)
+    add_count(command, 64, "samples")
     add_labels(command)
     command.add_argument(
         "--temperature", type=float, default=1.0, help="factor on the std of the model's Gaussians (%(default)s)"
@@ -54,8 +56,8 @@ def add_edit(commands: Commands) -> None:
     """The command `edit` and its options."""
     text = "hold some layers of images, or samples, and draw the others anew, under labels if asked"
     command = add_prior_command(commands, "edit", run_edit, text)
-    add_images(command)
-    add_count(command, 8)
+    add_images(command, {"images": "real images to edit, in the place of samples"}, required=(), limit=8)
+    add_count(command, 8, "samples to edit, where no images are given")
     command.add_argument(
         "--hold", help="layers to hold, as 0,1; without it, one row for each number of layers from the top"
     )
@@ -66,31 +68,41 @@ def add_interpolate(commands: Commands) -> None:
     """The command `interpolate` and its options."""
     text = "go from one image, or sample, to another in noise space"
     command = add_prior_command(commands, "interpolate", run_interpolate, text)
-    add_images(command)
-    add_count(command, 8)
-    add_steps(command)
+    text = "real images in the place of samples; of these the first goes to the second, the third to the fourth"
+    add_images(command, {"images": text}, required=(), limit=8)
+    add_count(command, 8, "pairs of samples, where no images are given")
+    command.add_argument(
+        "--frames", type=int, default=10, help="images on the way from one to the other, both included (%(default)s)"
+    )
 
 
 def add_transitions(commands: Commands) -> None:
     """The command `transitions` and its options."""
     text = "watch Langevin chains run: images, energies, acceptance, pixels"
     command = add_prior_command(commands, "transitions", run_transitions, text)
-    add_images(command)
-    add_count(command, 8)
-    add_steps(command)
+    add_images(command, {"images": "real images whose pixels are compared"}, required=(), limit=1000)
+    add_count(command, 8, "chains")
+    command.add_argument("--steps", type=int, default=10, help="Langevin steps per level (%(default)s)")
 
 
 def add_ood(commands: Commands) -> None:
     """The command `ood` and its options."""
     text = "score images by how far they are from the data that the prior was trained on"
     command = add_prior_command(commands, "ood", run_ood, text)
-    add_images(command, limit=1000, required=True)
-    command.add_argument("--outliers", required=True, help="the same, of images that are outliers")
+    sources = {
+        "images": "images like those that the prior was trained on",
+        "outliers": "images that are outliers",
+        "reference": "other images like those trained on, which the scheme typicality compares with",
+    }
+    add_images(command, sources, required=("images", "outliers"), limited=sources, limit=1000)
     command.add_argument(
-        "--reference", help="the same, of images of the data to compare with, for the scheme typicality"
-    )
-    command.add_argument(
-        "--scheme", choices=SCHEMES, action="append", help="a score; may be given again (all of the prior's own)"
+        "--scheme",
+        choices=SCHEMES,
+        nargs="+",
+        action="extend",
+        metavar="SCHEME",
+        help=f"one or more scores, of {', '.join(SCHEMES)} "
+        f"({', '.join(PRIOR_SCHEMES)}; with --reference also typicality)",
     )
 
 
@@ -99,37 +111,26 @@ def add_prior_command(commands: Commands, name: str, draw: Draw, text: str) -> a
     description = f"{text[0].upper()}{text[1:]}. Writes a picture, and its figures as JSON."
     command = commands.add_parser(name, help=text, description=description)
     add_loader(command, "your trained DiffusionEBMPrior, or your model with --prior", saved=True)
-    command.add_argument(
-        "--out",
-        type=Path,
-        default=Path(f"{name}.png"),
-        help="the picture, or a folder for it; figures go beside it (%(default)s)",
-    )
+    add_out(command, f"{name}.png", "the picture", "its figures, as JSON, go")
     command.set_defaults(run=partial(run_prior_command, draw))
     return command
 
 
-def add_images(command: argparse.ArgumentParser, *, limit: int = 8, required: bool = False) -> None:
-    """The images to begin with."""
-    command.add_argument("--images", required=required, help=IMAGES)
-    command.add_argument("--limit", type=int, default=limit, help="use so many from the start of a file (%(default)s)")
-
-
-def add_count(command: argparse.ArgumentParser, count: int) -> None:
+def add_count(command: argparse.ArgumentParser, count: int, what: str) -> None:
     """How many samples to draw."""
-    command.add_argument("--count", type=int, default=count, help="number of samples (%(default)s)")
-
-
-def add_steps(command: argparse.ArgumentParser) -> None:
-    """The length of a path, or of chains."""
-    command.add_argument(
-        "--steps", type=int, default=10, help="images per row, or Langevin steps per level (%(default)s)"
-    )
+    command.add_argument("--count", type=int, default=count, help=f"number of {what} (%(default)s)")
 
 
 def add_labels(command: argparse.ArgumentParser) -> None:
     """Labels and their strength."""
-    command.add_argument("--labels", nargs="+", default=[], metavar="SET=CATEGORY", help="as class=3 or class=sneaker")
+    command.add_argument(
+        "--labels",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SET=CATEGORY",
+        help="one or more, as class=3 or class=sneaker",
+    )
     command.add_argument("--guidance", type=float, default=1.0, help="strength of the labels (%(default)s)")
 
 
@@ -141,16 +142,13 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
             "loader: expected a function that returns a trained DiffusionEBMPrior, "
             f"got {type(prior).__name__}; load its weights there"
         )
+    if options.command not in ("sample", "ood"):
+        check_pictures(prior.backbone, options.command)
     generator = torch.Generator().manual_seed(options.seed)
     for name in ("images", "outliers", "reference"):
-        path = getattr(options, name, None)
-        if path is not None:
-            setattr(options, name, load_images(path)[: options.limit])
-    if options.out.is_dir():
-        options.out /= f"{options.command}.png"
-    elif not options.out.suffix:
-        options.out = options.out.with_suffix(".png")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+        if getattr(options, name, None) is not None:
+            setattr(options, name, read_given(options, name, prior))
+    options.out = out_file(options.out, f"{options.command}.png")
     figures = draw(prior, options, generator)
     record = options.out.with_suffix(".json")
     write_json(record, figures)
@@ -158,7 +156,7 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
 
 
 def run_sample(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
-    """A grid of samples."""
+    """A grid of samples; of a model of plain tensors an array (N, ...), as OUT.npy."""
     labels = read_labels(options.labels)
     given = supported_options(
         prior,
@@ -170,14 +168,13 @@ def run_sample(prior: LearnedPrior, options: argparse.Namespace, generator: torc
     start = time.monotonic()
     images = prior.sample(options.count, generator=generator, **given)
     seconds = time.monotonic() - start
+    figures = {"samples": len(images), "labels": labels, "guidance": options.guidance, "seconds": seconds}
+    if takes_tensors(prior.backbone):
+        options.out = options.out.with_suffix(".npy")
+        write_atomically(options.out, lambda scratch: np.save(scratch, images.float().cpu().numpy()))
+        return figures
     save_grid(options.out, images.split(COLUMNS))
-    return {
-        "samples": len(images),
-        "labels": labels,
-        "guidance": options.guidance,
-        "seconds": seconds,
-        "pixels": describe_pixels(images),
-    }
+    return figures | {"pixels": describe_pixels(images)}
 
 
 @torch.no_grad()
@@ -216,11 +213,11 @@ def run_interpolate(prior: LearnedPrior, options: argparse.Namespace, generator:
     if len(u) < 2:
         raise ValueError(f"interpolate: expected at least two images, got {len(u)}")
     start, end = u[: len(u) // 2 * 2].unflatten(0, (-1, 2)).unbind(1)
-    path = interpolate(prior, start, end, options.steps)
+    path = interpolate(prior, start, end, options.frames)
     images = torch.stack([prior.decode(step) for step in path], dim=1)
     save_grid(options.out, list(images))
     moved = (images[:, 1:] - images[:, :-1]).square().flatten(2).mean(2)
-    return {"pairs": len(images), "steps": options.steps, "mean_squared_change_per_step": moved.mean(0).tolist()}
+    return {"pairs": len(images), "frames": options.frames, "mean_squared_change_per_frame": moved.mean(0).tolist()}
 
 
 def run_transitions(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:

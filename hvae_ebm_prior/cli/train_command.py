@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ..backbone.validation import check_count
 from ..chains.streams import seeded
 from ..energies.coupling import Coupling, LabelSet
 from ..evaluation.candidates import build
@@ -17,13 +18,16 @@ from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
 from ..processes import rank
 from ..saving.files import write_json
+from ..saving.grid import pyplot
+from ..training.array_data import split_array
 from ..training.callbacks import LOGS, open_log
 from ..training.checkpoint import find_checkpoints
 from ..training.config import ObjectiveName, TrainingConfig
-from ..training.image_data import DATA, DecodedImages, image_shape, open_images, split_array
+from ..training.image_data import DecodedImages
 from ..training.label_data import LABELS, LabelledImages, open_labels
 from ..training.learned_prior import LearnedPrior
-from .loading import FORM, Commands, load_model
+from .loading import Commands, add_loader, load_model
+from .options import add_card, add_images, open_given, read_card
 
 # Presets that `train` takes; the others are for baselines.
 SUITED = [name for name in PRESETS if name not in ("joint-ebm", "joint-ebm-published", "ncp", "nce-stages")]
@@ -32,7 +36,7 @@ SUITED = [name for name in PRESETS if name not in ("joint-ebm", "joint-ebm-publi
 GIVEN: dict[str, Any] = {
     "loader": None,
     "checkpoint": None,
-    "data": None,
+    "images": None,
     "size": None,
     "limit": None,
     "preset": "default",
@@ -52,42 +56,30 @@ def add_train(commands: Commands) -> None:
         description="Train a prior for your model on images, with checkpoints. The same command, run again, goes on "
         "from the last one.",
     )
-    command.add_argument(
-        "--backbone",
-        required=True,
-        dest="loader",
-        help=f"function that returns your model or an adapter of it, as {FORM}",
-    )
-    command.add_argument("--checkpoint", help="the model's file, handed to that function, if given")
-    command.add_argument("--data", required=True, help=DATA)
-    command.add_argument(
-        "--size",
-        type=int,
-        help="resize images, and crop them about their centre, to squares of this side (as they are)",
-    )
-    command.add_argument("--limit", type=int, help="use so many images from the start (all)")
-    command.add_argument(
-        "--background", default="white", help="color behind transparent pixels, by name or as #rrggbb (%(default)s)"
-    )
-    command.add_argument(
-        "--skip-broken", action="store_true", help="look at all files first, and leave out those that cannot be decoded"
-    )
+    add_loader(command, "your model or an adapter of it")
+    add_images(command, {"images": "what to train on"})
     command.add_argument(
         "--labels",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
-        metavar="NAME=SOURCE",
-        help=f"couple the prior to labels, which are {LABELS}; may be given several times",
+        metavar="SET=SOURCE",
+        help=f"one or more label sets to couple the prior to; a source is {LABELS}",
     )
     command.add_argument(
         "--label-layers",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
-        metavar="NAME=LAYERS",
-        help="latent layers that labels are bound to, such as class=0 for the top or class=0,1 (all)",
+        metavar="SET=LAYERS",
+        help="latent layers that labels are bound to, as class=0 for the top or class=0,1 (all)",
     )
     command.add_argument(
-        "--out", type=Path, required=True, help="folder of the trained prior, and of checkpoints on the way to it"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        required=True,
+        help="a folder to write: the trained prior, and checkpoints on the way to it",
     )
     command.add_argument(
         "--preset",
@@ -96,48 +88,57 @@ def add_train(commands: Commands) -> None:
         help="settings of the prior and its training (%(default)s)",
     )
     command.add_argument(
-        "--iterations", type=int, help="optimiser steps (the preset's; for default by the number of images)"
+        "--iterations", type=int, help="optimiser steps (the preset's; of default by the number of images)"
     )
     command.add_argument("--objective", choices=get_args(ObjectiveName), help="what is minimised (the preset's)")
-    command.add_argument("--batch-size", type=int, help="images per step (the preset's)")
+    command.add_argument("--batch-size", type=int, help="images per iteration (the preset's)")
     command.add_argument("--learning-rate", type=float, help="largest learning rate (the preset's)")
-    command.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
+    command.add_argument(
+        "--checkpoint-every", type=int, default=100, help="iterations between checkpoints (%(default)s)"
+    )
     command.add_argument(
         "--log",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="PLACE",
-        help=f"write numbers and samples to {LOGS}; may be given several times",
+        help=f"write numbers and samples to one or more of {LOGS}",
     )
     command.add_argument(
-        "--samples-every", type=int, default=500, help="steps between samples in the logs, 0 for none (%(default)s)"
+        "--samples-every",
+        type=int,
+        default=500,
+        help="iterations between samples in the logs, 0 for none (%(default)s)",
     )
-    command.add_argument("--device", default="cpu", help="where to put the model, if it is a module (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
+    card = add_card(command)
+    card.add_argument(
+        "--card-samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show so many samples of the prior, and of the model's Gaussian one (%(default)s); needs matplotlib",
+    )
     command.set_defaults(run=run_train)
 
 
 def run_train(options: argparse.Namespace) -> None:
     """Train a prior, or go on with its training, and write it."""
+    if options.card_samples:
+        check_count(options.card_samples, "card-samples")
+        pyplot()  # which may not be there, and that should be known before training
+    out = options.out.expanduser()
     backbone = load_model(options)
     preset = PRESETS[options.preset]
     # The first weights follow from the seed as well.
     with seeded(options.seed, torch.device("cpu")):
         prior = build(preset, backbone)
-    data: Any = open_images(
-        options.data,
-        image_shape(prior),
-        size=options.size,
-        limit=options.limit,
-        background=options.background,
-        skip_broken=options.skip_broken,
-    )
+    data: Any = open_given(options, "images", prior)
     labels = couple_to_labels(prior, options, data)
     if labels and not isinstance(data, Tensor):
         data = LabelledImages(data, labels)
-    logs = [open_log(place, options.samples_every, options.out.name) for place in options.log]
-    folder = options.out / "checkpoints"
-    about = options.out / "train.json"
+    logs = [open_log(place, options.samples_every, out.name) for place in options.log]
+    folder = out / "checkpoints"
+    about = out / "train.json"
     command = {name: in_full(name, getattr(options, name)) for name in GIVEN}
     if begun := find_checkpoints(folder):
         check_command(about, command)
@@ -162,17 +163,14 @@ def run_train(options: argparse.Namespace) -> None:
             generator=torch.Generator().manual_seed(options.seed),
         )
     except KeyboardInterrupt:
-        print(
-            f"interrupted; the same command goes on from the last checkpoint in {folder}, if there is one yet",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
+        last = find_checkpoints(folder)
+        where = f"goes on from {last[0]}" if last else "begins anew, as there is no checkpoint yet"
+        raise KeyboardInterrupt(f"the same command {where}") from None
     if rank() > 0:
         return
-    prior.save_pretrained(options.out)
+    prior.save_pretrained(out, card=read_card(options), samples=options.card_samples, seed=options.seed)
     print(
-        f"{len(history)} steps in {history[-1].seconds:.0f} s; "
-        f"saved in {options.out}, see hvae-ebm-prior info {options.out}",
+        f"{len(history)} iterations in {history[-1].seconds:.0f} s; {out} written, see hvae-ebm-prior info {out}",
         file=sys.stderr,
     )
 
@@ -188,16 +186,17 @@ def couple_to_labels(
         layers = {name: [int(part) for part in value.split(",")] for name, value in given["label_layers"]}
     except ValueError:
         raise ValueError(
-            f"label-layers: expected NAME=LAYERS, such as class=0,1, got {', '.join(options.label_layers)}"
+            f"label-layers: expected SET=LAYERS, such as class=0,1, got {', '.join(options.label_layers)}"
         ) from None
     sources = dict(given["labels"])
     if "" in (*sources, *sources.values()) or len(sources) < len(options.labels):
-        raise ValueError(f"labels: expected NAME=SOURCE with different names, got {', '.join(options.labels)}")
+        raise ValueError(f"labels: expected SET=SOURCE with different sets, got {', '.join(options.labels)}")
     if unknown := layers.keys() - sources.keys():
         raise ValueError(f"label-layers: expected labels out of {', '.join(sources) or 'none'}, got {min(unknown)}")
     indices = data.indices if isinstance(data, DecodedImages) else list(range(len(data)))
     count = len(data.names) if isinstance(data, DecodedImages) else len(data)
-    found = {name: open_labels(source, options.data, count) for name, source in sources.items()}
+    rows = getattr(data, "rows", None)
+    found = {name: open_labels(source, options.images, count, rows) for name, source in sources.items()}
     if not found:
         return {}
     if not isinstance(prior, DiffusionEBMPrior):
@@ -210,7 +209,7 @@ def in_full(name: str, value: Any) -> Any:
     """The value of an option, with paths in full, so that photos, photos/ and ./photos are one."""
     if isinstance(value, list):
         return [f"{key}={in_full(name, source)}" for key, _, source in (each.partition("=") for each in value)]
-    if not isinstance(value, str) or name not in ("loader", "checkpoint", "data", "labels"):
+    if not isinstance(value, str) or name not in ("loader", "checkpoint", "images", "labels"):
         return value
     if name == "loader":
         file, _, function = value.rpartition(":")

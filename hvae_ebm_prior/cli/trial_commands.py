@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backbone.registry import find_adapter
-from ..backbone.validation import check_images
+from ..density.gaussian import GaussianPrior
 from ..evaluation.candidates import ablations, candidates
 from ..evaluation.comparison import (
     GAUSSIAN,
@@ -22,9 +22,9 @@ from ..evaluation.comparison import (
 from ..evaluation.pictures import save_progress
 from ..presets import PRESETS
 from ..saving.files import write_atomically
-from ..training.image_data import IMAGES, load_images
 from .evaluate_command import find_extractor
 from .loading import FORM, Commands, add_loader, load_model
+from .options import add_images, add_out, out_file, read_given
 
 # What each command trains, its help, and the preset that stands for ours.
 TRIALS = {
@@ -47,13 +47,11 @@ def add_trials(commands: Commands) -> None:
         description = f"{text[0].upper()}{text[1:]}. Goes on where it was interrupted."
         command = commands.add_parser(name, help=text, description=description)
         add_loader(command, "your trained model or an adapter of it", seed=False)
-        command.add_argument(
-            "--train", required=True, help=f"{IMAGES}, to train on; they are the reference of the Fréchet distance too"
-        )
-        command.add_argument(
-            "--images", required=True, help="the same, held out; as many samples of each prior are drawn"
-        )
-        command.add_argument("--limit", type=int, help="use so many held-out images from the start of the file (all)")
+        sources = {
+            "train": "images to train on; they are the reference of the Fréchet distance too",
+            "images": "held-out images; as many samples of each prior are drawn",
+        }
+        add_images(command, sources, required=sources)
         command.add_argument(
             "--features",
             nargs="+",
@@ -63,7 +61,7 @@ def add_trials(commands: Commands) -> None:
         command.add_argument(
             "--weights", help="Inception's weights file (that in torch.hub's cache, where it is downloaded if need be)"
         )
-        command.add_argument("--seconds", type=float, help="train each for so long")
+        command.add_argument("--seconds", type=float, help="train each for so many seconds")
         command.add_argument(
             "--gradients", type=int, help="and, or instead, for so many gradients of the networks for a batch"
         )
@@ -71,18 +69,15 @@ def add_trials(commands: Commands) -> None:
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (0 1 2)")
         command.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(available())}")
         command.add_argument("--preset", choices=PRESETS, default=preset, help="settings of ours (%(default)s)")
-        command.add_argument(
-            "--out",
-            type=Path,
-            default=Path(name),
-            help="results go to OUT.json, OUT.md and OUT.png; runs in OUT.json are not repeated",
+        add_out(
+            command, f"{name}.json", "all runs, of which those that are there are not repeated", "tables and a plot go"
         )
         command.set_defaults(run=run_trials)
 
 
 def run_trials(options: argparse.Namespace) -> None:
     """Train and measure what was asked for; print the tables and write them, the results and the plot."""
-    backbone = load_model(options)
+    adapter = find_adapter(load_model(options))
     available = TRIALS[options.command][0](PRESETS[options.preset])
     unknown = [name for name in options.only or () if name not in available]
     if unknown:
@@ -92,30 +87,29 @@ def run_trials(options: argparse.Namespace) -> None:
     budgets = [Budget(**{name: limit}) for name, limit in limits.items() if limit is not None]
     if not budgets:
         raise ValueError("budget: expected at least one of --seconds, --gradients, --iterations")
-    train = load_images(options.train)
-    images = load_images(options.images)[: options.limit]
-    check_images(train)
-    check_images(images)
+    shown = GaussianPrior(adapter)
+    train, images = (read_given(options, name, shown) for name in ("train", "images"))
     extractors = [find_extractor(name, options.weights, options.device) for name in options.features]
     features = {extractor.name: extractor for extractor in extractors}
     metric = FrechetMetric(images, train, features, options.device)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    files = {kind: options.out.with_name(f"{options.out.name}.{kind}") for kind in ("json", "md", "png")}
+    runs_file = out_file(options.out, f"{options.command}.json")
+    tables_file, plot_file = (runs_file.with_suffix(ending) for ending in (".md", ".png"))
     runs = compare(
-        find_adapter(backbone),
+        adapter,
         chosen,
         train,
         metric,
         budgets=budgets,
         seeds=options.seeds,
-        path=files["json"],
+        path=runs_file,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     tables = [comparison_table(runs, chosen, str(budget), options.seeds) for budget in budgets]
     text = "\n\n".join(f"{budget} each:\n\n{table}" for budget, table in zip(budgets, tables, strict=True))
     print(text)
-    write_atomically(files["md"], lambda scratch: scratch.write_text(text + "\n"))
-    draw_progress(files["png"], runs, chosen, budgets[0], options.seeds, extractors[0].name)
+    write_atomically(tables_file, lambda scratch: scratch.write_text(text + "\n"))
+    draw_progress(plot_file, runs, chosen, budgets[0], options.seeds, extractors[0].name)
+    print(f"{runs_file}, {tables_file} and {plot_file} written", file=sys.stderr)
 
 
 def draw_progress(

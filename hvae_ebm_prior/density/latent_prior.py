@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..backbone.lock import check_autograd, lock
+from ..backbone.lock import backbone_modules, check_autograd, check_frozen, lock, watch_modules
 from ..backbone.registry import find_adapter
 from ..backbone.transform import BackboneAdapter, NoiseTransform
 from ..backbone.validation import check_count, check_decoded, check_images, check_noise
 from ..chains.langevin import ChainDiverged
 from ..chains.streams import draw_key, drawing_by, open_streams
-from ..processes import agree, collect, join_rows, share
+from ..processes import agree, collect, join_rows, progress_bar, share
 from .posterior import refine_posterior
 
 # Latent dimensions that one chunk of samples may hold, so that a chain's memory stays bounded; a GPU needs more at a
@@ -53,9 +53,12 @@ class LatentPrior(nn.Module, ABC):
         self._release = weakref.finalize(self, release_all, locks)
         self._release.atexit = False
         try:
-            self._transform = NoiseTransform(adapter)
+            # An adapter may have no model; one whose model is out of sight would leave it in train mode.
+            with watch_modules(not backbone_modules(adapter)) as ran:
+                self._transform = NoiseTransform(adapter)
             # Some models make parameters when they are first run.
             locks.append(lock(adapter))
+            check_frozen(ran)
         except BaseException:
             self.release()
             raise
@@ -152,12 +155,12 @@ class LatentPrior(nn.Module, ABC):
                 finite; or steps are asked for of an adapter without densities
                 (`hvae_ebm_prior.backbone.elbo.DensityAdapter`).
         """
-        check_images(images)
+        check_images(images, self.backbone)
         if mcmc_steps:
             mcmc_steps = check_count(mcmc_steps, "mcmc_steps")
-        images = images.to(self.transform.device, self.transform.dtype)
+        images = self.transform.take(images)
         with drawing_by(generator, images.device):
-            z = self.transform.adapter.infer(images)
+            z = self.transform.infer(images)
         u = self.transform.to_noise(z).to(self.dtype)
         if not bool(torch.isfinite(u).all()):
             raise ValueError("the backbone's posterior draws are not finite; check its weights and that images suit it")
@@ -182,7 +185,7 @@ class LatentPrior(nn.Module, ABC):
         """
         check_noise(u, self.dim, self.device, finite=False)
         images = self.transform.decode(u)
-        check_decoded(images, len(u))
+        check_decoded(images, len(u), self.backbone)
         # Some models make pixels of what is not finite.
         if not all(bool(torch.isfinite(each.detach()).all()) for each in (u, images)):
             raise ChainDiverged(
@@ -241,7 +244,10 @@ class LatentPrior(nn.Module, ABC):
 
         def decode_all() -> None:
             chunks = [slice(first, min(first + size, mine.stop)) for first in mine[::size]]
-            images.extend(self.decode(draw(chunk)).detach() for chunk in chunks)
+            with progress_bar(len(mine), "samples") as bar:
+                for chunk in chunks:
+                    images.append(self.decode(draw(chunk)).detach())
+                    bar.update(chunk.stop - chunk.start)
 
         collect(decode_all)
         return join_rows(torch.cat(images) if images else None)  # type: ignore[return-value]  # n is positive

@@ -56,7 +56,7 @@ def log_prob_by_layer(model: EnergyModel, u: Tensor, steps: int = 20, probes: in
         active = active_dimensions(network, state)
         directions = None
         if len(active) > EXACT:
-            signs = torch.randint(2, (probes, state.u[0].numel()), generator=generator) * 2 - 1
+            signs = torch.randint(2, (probes, state.u[0].numel()), generator=generator, device="cpu") * 2 - 1
             directions = signs.to(state.u)
         layers.append(layer_log_prob(frozen(network), state, start, steps, active, directions))
     return torch.stack(layers, dim=1)

@@ -12,7 +12,11 @@ from .published import PublishedEnergy
 
 
 def make_network(
-    shape: Sequence[int], steps: int, config: EnergyConfig, categories: int | None = None
+    shape: Sequence[int],
+    steps: int,
+    config: EnergyConfig,
+    categories: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> LayerEnergy | ContextEnergy | PublishedEnergy:
     """A default or published network for latents of this shape.
 
@@ -21,15 +25,22 @@ def make_network(
         steps: number of conditional priors T; of no matter with context, where levels are continuous.
         config: its size.
         categories: numbers per sample, for logits of labels; None for an energy.
+        device: where it goes.
 
     Returns:
-        The network.
+        The network, in float32. Its first values are those of a CPU in float32, whatever PyTorch's defaults are.
     """
-    if config.context:
-        return ContextEnergy(shape, config, categories)
-    if config.architecture != "default":
-        return PublishedEnergy(shape, config, categories)
-    return LayerEnergy(shape, steps, config, categories)
+    device, dtype = torch.device(device), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with device if device.type == "meta" else torch.device("cpu"):
+            if config.context:
+                return ContextEnergy(shape, config, categories).to(device)
+            if config.architecture != "default":
+                return PublishedEnergy(shape, config, categories).to(device)
+            return LayerEnergy(shape, steps, config, categories).to(device)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def without_context(energy: EnergyConfig | Sequence[nn.Module], kind: str) -> EnergyConfig | Sequence[nn.Module]:
@@ -60,7 +71,7 @@ def build_energies(
         ValueError: there is not one network per layer, or one returns another shape than (N,).
     """
     if isinstance(energy, EnergyConfig):
-        return nn.ModuleList(make_network(shape, steps, energy) for shape in shapes).to(device)
+        return nn.ModuleList(make_network(shape, steps, energy, device=device) for shape in shapes)
     if not isinstance(energy, list | tuple | nn.ModuleList) or not all(
         isinstance(network, nn.Module) for network in energy
     ):
@@ -72,7 +83,7 @@ def build_energies(
     if len(energy) != len(shapes):
         raise ValueError(f"energy: expected one network per layer, {len(shapes)} in all, got {len(energy)}")
     for i, (network, shape) in enumerate(zip(energy, shapes, strict=True)):
-        parameter = next(network.parameters(), torch.empty((), device=device))
+        parameter = next(network.parameters(), torch.empty((), device=device, dtype=torch.float32))
         z = parameter.new_zeros(2, *shape)
         t = torch.zeros(2, dtype=torch.long, device=parameter.device)
         training = network.training

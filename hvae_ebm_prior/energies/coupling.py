@@ -133,7 +133,7 @@ class Coupling:
         """Whether labels take part at levels `t` (N,): (N,) bool."""
         if self.levels is None:
             return torch.ones_like(t, dtype=torch.bool)
-        return torch.isin(t, torch.tensor(list(self.levels), device=t.device))
+        return torch.isin(t, torch.tensor(list(self.levels), device=t.device, dtype=t.dtype))
 
     def layers(self, name: str, count: int) -> tuple[int, ...]:
         """Indices of the layers that a set is bound to, out of `count`, top to bottom."""
@@ -184,7 +184,7 @@ def build_heads(
                 )
         networks = nn.ModuleDict()
         for i in coupling.layers(name, len(shapes)):
-            networks[str(i)] = network = make_network(shapes[i], steps, config, labels.size).to(device)
+            networks[str(i)] = network = make_network(shapes[i], steps, config, labels.size, device)
             take_statistics(network, energies[i])
         heads[name] = networks
     return heads

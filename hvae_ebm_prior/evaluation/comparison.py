@@ -271,7 +271,7 @@ def run(
     options: dict[str, Any] = {}
     if candidate.training is not None:
         training = replace(candidate.training, iterations=iterations)
-        options = {"training": training, "callback": snapshot, "progress": False}
+        options = {"training": training, "callback": snapshot}
     generator = torch.Generator().manual_seed(seed)
     diverged = False
     start = clock(prior.device)

@@ -44,7 +44,7 @@ def detection(scores: Tensor, outliers: Tensor) -> list[Detection]:
     matrices = scores.ndim == outliers.ndim == 2 and scores.shape[1] == outliers.shape[1]
     if not matrices or not len(scores) or not len(outliers):
         raise ValueError(f"scores: expected (N, L) and (M, L), got {tuple(scores.shape)} and {tuple(outliers.shape)}")
-    truth = torch.cat((torch.zeros(len(scores)), torch.ones(len(outliers)))).numpy()
+    truth = (torch.arange(len(scores) + len(outliers), device="cpu") >= len(scores)).numpy()
     figures = []
     for column in torch.cat((scores, outliers)).cpu().double().unbind(1):
         values = column.numpy()

@@ -47,7 +47,7 @@ def diffusion_scores(
         ChainDiverged: a chain left the finite numbers.
     """
     check_detour(prior, level, noise)
-    check_images(images)
+    check_images(images, prior.backbone)
     draws = check_count(draws, "draws")
 
     def scores_of_a_draw() -> Tensor:

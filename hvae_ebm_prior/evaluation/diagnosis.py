@@ -17,6 +17,7 @@ A layer is judged by itself: a hole in how layers depend on each other does not 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from ..backbone.lock import lock
 from ..backbone.transform import BackboneAdapter, NoiseTransform
 from ..backbone.validation import check_images
 from ..chains.streams import draw_seeds, seeded
+from ..processes import progress_bar
 
 # A dimension is inactive if its mean KL does not exceed this, in nats, by two standard errors.
 INACTIVE = 0.01
@@ -40,7 +42,8 @@ class LayerReport:
     Attributes:
         shape: shape of the latent without batch.
         dimensions: its size.
-        divergence: mean KL divergence of the posterior from the prior, in nats; below the top layer a lower bound.
+        divergence: mean KL divergence of the posterior from the prior, in nats; below the top layer a lower bound;
+            infinite for posteriors without noise.
         second_moment: mean of u^2; 1 under the prior.
         absolute_moment: mean of |u|; 0.798 under the prior.
         inactive: number of dimensions that carry nothing of the image.
@@ -81,7 +84,7 @@ def describe_layers(
     Raises:
         ValueError: fewer than 8 images or 4 draws, or images out of range.
     """
-    check_images(images)
+    check_images(images, adapter)
     if len(images) < 8 or draws < 4:
         raise ValueError(f"expected at least 8 images and 4 draws, got {len(images)} and {draws}")
     release = lock(adapter)
@@ -96,12 +99,16 @@ def describe_layers(
 @torch.no_grad()
 def posterior_noise(transform: NoiseTransform, images: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
     """Posterior noise (draws, N, D) of `images`, a few at a time."""
-    chunks = images.to(transform.device, transform.dtype).split(16)
+    chunks = transform.take(images).split(16)
     noise = []
-    for seed in draw_seeds(draws, generator):
-        with seeded(seed, transform.device):
-            parts = [transform.to_noise(transform.adapter.infer(chunk)) for chunk in chunks]
-        noise.append(torch.cat(parts).float())
+    with progress_bar(draws * len(images), "posteriors") as bar:
+        for seed in draw_seeds(draws, generator):
+            parts = []
+            with seeded(seed, transform.device):
+                for chunk in chunks:
+                    parts.append(transform.to_noise(transform.infer(chunk)))
+                    bar.update(len(chunk))
+            noise.append(torch.cat(parts).float())
     return torch.stack(noise)
 
 
@@ -115,14 +122,15 @@ def describe_layer(noise: Tensor, generator: torch.Generator | None) -> LayerRep
     """The report of one layer from its posterior noise (draws, N, *shape)."""
     u = noise.flatten(2)
     divergence = posterior_divergence(u)
-    active = divergence.mean(0) > INACTIVE + 2 * divergence.std(0) / math.sqrt(len(divergence))
+    inactive = divergence.mean(0) <= INACTIVE + 2 * divergence.std(0) / math.sqrt(len(divergence))
+    active = ~inactive  # also where the divergence is infinite
     return LayerReport(
         shape=tuple(noise.shape[2:]),
         dimensions=u.shape[2],
         divergence=divergence.mean(0).sum().item(),
         second_moment=u.square().mean().item(),
         absolute_moment=u.abs().mean().item(),
-        inactive=int((~active).sum()),
+        inactive=int(inactive.sum()),
         # Inactive dimensions follow the prior; among many of them the classifier would miss the others.
         accuracy=classifier_accuracy(u[..., active], generator) if bool(active.any()) else 0.5,
         error=math.sqrt(0.25 / (2 * u.shape[1])),
@@ -130,7 +138,8 @@ def describe_layer(noise: Tensor, generator: torch.Generator | None) -> LayerRep
 
 
 def posterior_divergence(u: Tensor) -> Tensor:
-    """KL divergence of q(u | x) from N(0, 1), in nats, from k draws of every image; unbiased where q is Gaussian.
+    """KL divergence of q(u | x) from N(0, 1), in nats, from k draws of every image; unbiased where q is Gaussian, and
+    infinite where all draws are equal.
 
     Args:
         u: (k, N, d).
@@ -141,8 +150,9 @@ def posterior_divergence(u: Tensor) -> Tensor:
     # Over k draws the squared mean is too large by v / k, and log v too small by log((k-1)/2) - digamma((k-1)/2).
     k = len(u)
     mean, variance = u.mean(0), u.var(0)
-    half = torch.tensor((k - 1) / 2, device=u.device)
-    log_variance = variance.clamp(min=1e-12).log() + half.log() - torch.digamma(half)
+    half = torch.tensor((k - 1) / 2, device=u.device, dtype=u.dtype)
+    log_variance = variance.log() + half.log() - torch.digamma(half)
+    log_variance = torch.where((u == u[0]).all(0), -torch.inf, log_variance)
     return (mean.square() - variance / k + variance - 1 - log_variance) / 2
 
 
@@ -196,7 +206,9 @@ def train_classifier(
     from standard normal ones.
     """
     scale = math.sqrt(width / (2 * real.shape[1]))
-    network = nn.Sequential(nn.Linear(2 * real.shape[1], width), nn.SiLU(), nn.Linear(width, 1)).to(real.device)
+    kind: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    network = nn.Sequential(nn.Linear(2 * real.shape[1], width, **kind), nn.SiLU(), nn.Linear(width, 1, **kind))
+    network = network.to(real.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
 
     def logits(x: Tensor) -> Tensor:

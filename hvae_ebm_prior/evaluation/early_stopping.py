@@ -32,21 +32,25 @@ class EarlyStopping:
         best: iteration and accuracy of the best one; None before the first.
 
     Raises:
-        TypeError, ValueError: images of a wrong type, shape or range, or counts that are not positive.
+        TypeError, ValueError: counts that are not positive; when it is first called, images of a wrong type, shape or
+            range.
     """
 
     def __init__(self, images: Tensor, *, every: int = 250, patience: int = 4, seed: int = 0) -> None:
-        check_images(images)
         every = check_count(every, "every")
         patience = check_count(patience, "patience")
         self.images, self.every, self.patience, self.seed = images, every, patience, seed
         self.history: list[tuple[int, float]] = []
         self.best: tuple[int, float] | None = None
         self._prior: Any = None
+        self._checked = False
         self._state: dict[str, Tensor] = {}
 
     def __call__(self, prior: Any, record: TrainingRecord) -> None:
         """Test every `every` steps; StopTraining after `patience` tests without a better figure."""
+        if not self._checked:
+            check_images(self.images, prior.backbone)
+            self._checked = True
         if record.iteration % self.every:
             return
         accuracy = held_out_accuracy(prior, self.images, self.seed)
@@ -79,7 +83,7 @@ def held_out_accuracy(prior: LatentPrior, images: Tensor, seed: int = 0) -> floa
     """
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed, prior.device):
-        chunks = images.to(prior.device, prior.transform.dtype).split(prior.samples_per_chunk)
+        chunks = prior.transform.take(images).split(prior.samples_per_chunk)
         data = torch.cat([prior.encode(chunk, generator=generator) for chunk in chunks])
         drawn = prior.sample_noise(len(images), generator=generator)
         return two_sample_accuracy(data.float(), drawn.float(), generator)

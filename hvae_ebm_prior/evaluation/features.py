@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..processes import progress_bar
 from ..saving.digest import digest_file, digest_weights
 from .metrics import fidelity
 
@@ -159,16 +160,18 @@ def extract(features: Features, images: Tensor, device: torch.device, chunk_size
     """
     matrices = []
     logits = []
-    for chunk in images.split(chunk_size):
-        returned = features(chunk.to(device))
-        parts = returned if isinstance(returned, tuple) else (returned,)
-        rows_match = (isinstance(part, Tensor) and part.ndim == 2 and len(part) == len(chunk) for part in parts)
-        if len(parts) > 2 or not all(rows_match):
-            shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-            raise ValueError(
-                f"features: expected a matrix ({len(chunk)}, K), or a pair of it and logits, "
-                f"of {len(chunk)} images, got {shapes}"
-            )
-        matrices.append(parts[0].to("cpu", torch.float32))
-        logits += [part.to("cpu", torch.float32) for part in parts[1:]]
+    with progress_bar(len(images), "features") as bar:
+        for chunk in images.split(chunk_size):
+            returned = features(chunk.to(device))
+            parts = returned if isinstance(returned, tuple) else (returned,)
+            rows_match = (isinstance(part, Tensor) and part.ndim == 2 and len(part) == len(chunk) for part in parts)
+            if len(parts) > 2 or not all(rows_match):
+                shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+                raise ValueError(
+                    f"features: expected a matrix ({len(chunk)}, K), or a pair of it and logits, "
+                    f"of {len(chunk)} images, got {shapes}"
+                )
+            matrices.append(parts[0].to("cpu", torch.float32))
+            logits += [part.to("cpu", torch.float32) for part in parts[1:]]
+            bar.update(len(chunk))
     return torch.cat(matrices), torch.cat(logits) if logits else None

@@ -43,6 +43,7 @@ from ..chains.langevin import ChainDiverged, LangevinConfig, chain_start
 from ..chains.metropolis import Proposal, ValueAndGradient, Visit, metropolis_step, plain_proposal
 from ..chains.streams import Streams, draw_key, draw_seeds, open_streams, seeded
 from ..density.energy_model import EnergyModel, TermsAt
+from ..processes import progress_bar
 
 
 @dataclass(frozen=True)
@@ -183,22 +184,24 @@ def annealed_weights(
     """Log-weights and acceptance of P forward paths of every state, (N, P), or of a reverse path from `u`, (N, 1)."""
     # Without a drift limit, as a drift that was cut short could not be scaled to the next temperature.
     config = LangevinConfig(step_size=annealing.step_size, drift_limit=math.inf, start="gaussian")
-    ladder = torch.linspace(0, 1, annealing.steps + 1, dtype=torch.float64).tolist()
+    ladder = torch.linspace(0, 1, annealing.steps + 1, device="cpu", dtype=torch.float64).tolist()
     if u is not None:
         ladder.reverse()
     paths = annealing.particles if u is None else 1
     total = len(u_next) * paths
     results = []
-    for first in range(0, total, chunk_size):
-        samples = range(first, min(first + chunk_size, total))
-        streams = open_streams(key, samples, u_next.device, u_next.dtype, prior.execution.backend)
-        rows = torch.arange(samples.start, samples.stop, device=u_next.device) // paths
-        states, levels = u_next[rows], t[rows]
-        start = chain_start(states, levels, prior.schedule, config, streams) if u is None else u[rows]
-        proposal = plain_proposal(states, levels, schedule=prior.schedule, config=config)
-        with parametrize.cached():
-            function = partial(values_and_gradient, prior, prior.terms_at(levels), levels)
-            results.append(anneal(function, start, states, proposal, ladder, streams))
+    with progress_bar(total, "annealed paths") as bar:
+        for first in range(0, total, chunk_size):
+            samples = range(first, min(first + chunk_size, total))
+            streams = open_streams(key, samples, u_next.device, u_next.dtype, prior.execution.backend)
+            rows = torch.arange(samples.start, samples.stop, device=u_next.device) // paths
+            states, levels = u_next[rows], t[rows]
+            start = chain_start(states, levels, prior.schedule, config, streams) if u is None else u[rows]
+            proposal = plain_proposal(states, levels, schedule=prior.schedule, config=config)
+            with parametrize.cached():
+                function = partial(values_and_gradient, prior, prior.terms_at(levels), levels)
+                results.append(anneal(function, start, states, proposal, ladder, streams))
+            bar.update(len(samples))
     log_weights, acceptance = (
         torch.cat(parts).unflatten(0, (len(u_next), paths)) for parts in zip(*results, strict=True)
     )
@@ -297,11 +300,10 @@ def log_likelihood_bound(
         ChainDiverged: the energies are not finite.
     """
     check_normalised(prior)
-    check_images(images)
+    check_images(images, prior.backbone)
     density_adapter(prior.backbone)
     schedule = prior.schedule
-    if images.dtype == torch.float64:  # as in `prior.encode`
-        images = images.to(prior.transform.dtype)
+    images = prior.transform.take(images)
     draws = []
     for image, seed in zip(images.split(1), draw_seeds(len(images), generator), strict=True):
         with seeded(seed, images.device):

@@ -126,7 +126,7 @@ def bound_scores(
         posteriors = []
         for image, seed in zip(chunk.images.split(1), chunk.seeds, strict=True):
             with seeded(seed, image.device):
-                posteriors.append(adapter.infer_with_density(image))
+                posteriors.append(list(adapter.infer_with_density(image)))
         z = [torch.cat([posterior[i][0] for posterior in posteriors]) for i in range(layers)]
         log_densities = [torch.cat([posterior[i][1] for posterior in posteriors]) for i in range(layers)]
         lower = chunk.streams.normal(prior.dim)

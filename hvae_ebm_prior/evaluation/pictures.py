@@ -63,7 +63,7 @@ def save_energies(path: str | Path, run: Transitions) -> None:
         for place, t in enumerate(reversed(range(levels))):
             energies = run.energies[t, :, :, i].float().cpu()
             steps = range(place * (length - 1), place * (length - 1) + length)
-            low, high = energies.quantile(torch.tensor([0.25, 0.75]), dim=1).tolist()
+            low, high = energies.quantile(energies.new_tensor([0.25, 0.75]), dim=1).tolist()
             axis.fill_between(steps, low, high, alpha=0.3, color=f"C{i % 10}", linewidth=0)
             axis.plot(steps, energies.mean(1).tolist(), color=f"C{i % 10}")
         axis.set_ylabel(f"layer {i}, nats")
@@ -181,5 +181,6 @@ def save_progress(
         place = {"xy": (1.01, value), "xycoords": ("axes fraction", "data"), "va": "center"}
         axis.annotate(name, **place, fontsize="small", color="0.4")
     axis.set(xlabel="training, seconds", ylabel=ylabel, yscale="log")
-    axis.legend(fontsize="small")
+    if curves:  # where only what needs no training was compared, there are none
+        axis.legend(fontsize="small")
     save_figure(path, figure)

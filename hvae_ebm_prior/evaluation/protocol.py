@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..chains.streams import draw_key, open_streams
-from ..processes import agree, join_rows, share, world
+from ..processes import agree, join_rows, progress_bar, share, world
 from .features import Extracted, Features, extract
 from .metrics import SPLITS, fidelity, inception_score, kernel_distance, precision_recall
 from .metrics import frechet_distance as frechet_distance
@@ -163,7 +163,9 @@ def evaluate(
     def measure(
         title: str, make: Callable[[range], Tensor], size: int = chunk_size, *, together: bool = False
     ) -> FeatureSet:
-        matrix, logits, seconds = timed_features(make, features, len(images), size, prior.device, chunk_size, together)
+        matrix, logits, seconds = timed_features(
+            title, make, features, len(images), size, prior.device, chunk_size, together
+        )
         return FeatureSet(title, matrix, logits, frechet_distance(matrix, reference.moments), seconds)
 
     def row(found: FeatureSet) -> EvaluationRow:
@@ -205,6 +207,7 @@ def fork(generator: torch.Generator | None) -> torch.Generator | None:
 
 @torch.no_grad()
 def timed_features(
+    title: str,
     make: Callable[[range], Tensor],
     features: Features,
     n: int,
@@ -214,6 +217,7 @@ def timed_features(
     together: bool,
 ) -> tuple[Tensor, Tensor | None, float]:
     """Features and logits of `n` images, and the seconds that `make` took for them, `size` at a time; no more are held.
+    `title` is the progress bar's.
 
     Several processes make different images, or, where `make` is one call of all of them (`together`), extract the
     features of different ones. All get all features.
@@ -222,18 +226,21 @@ def timed_features(
     seconds = 0.0
     joined: list[Extracted] = []
     own: list[Extracted] = []
-    for rows in blocks if together else [blocks[i] for i in share(len(blocks))]:
-        start = time.monotonic()
-        images = make(rows)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds += time.monotonic() - start
-        part = share(len(images)) if together else range(len(images))
-        if part:
-            own.append(extract(features, images[part.start : part.stop], device, chunk_size))
-        if together:
-            joined.append(join_features(own))
-            own = []
+    mine = blocks if together else [blocks[i] for i in share(len(blocks))]
+    with progress_bar(sum(map(len, mine)), title) as bar:
+        for rows in mine:
+            start = time.monotonic()
+            images = make(rows)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds += time.monotonic() - start
+            part = share(len(images)) if together else range(len(images))
+            if part:
+                own.append(extract(features, images[part.start : part.stop], device, chunk_size))
+            if together:
+                joined.append(join_features(own))
+                own = []
+            bar.update(len(rows))
     if not together:
         joined.append(join_features(own))
     logits = [part for _, part in joined if part is not None]

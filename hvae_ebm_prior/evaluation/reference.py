@@ -18,7 +18,7 @@ from torch import Tensor
 from ..saving.digest import digest_images
 from ..saving.typed_json import InvalidPrior, from_json
 from ..saving.weights_file import check_header, write_weights
-from ..training.image_data import load_array
+from ..training.array_data import load_array
 from .features import Extractor, Features, extract
 from .metrics import Moments, moments
 

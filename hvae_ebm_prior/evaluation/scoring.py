@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backbone.validation import check_count, check_images
 from ..chains.streams import Streams, draw_key, open_streams, sample_seeds
 from ..density.energy_model import EnergyModel
+from ..processes import progress_bar
 
 
 class Chunk(NamedTuple):
@@ -43,21 +44,23 @@ def averaged(
     Returns:
         Scores (N, ...).
     """
-    check_images(images)
+    check_images(images, prior.backbone)
     draws = check_count(draws, "draws")
     copies = check_count(copies, "draws")
-    images = images.to(prior.device, prior.transform.dtype)
+    images = prior.transform.take(images)
     chunk_size = max(1, prior.samples_per_chunk // copies)
     scores = []
-    for _ in range(draws):
-        seeds_key, streams_key = draw_key(generator), draw_key(generator)
-        parts = []
-        for first in range(0, len(images), chunk_size):
-            rows = range(first, min(first + chunk_size, len(images)))
-            seeds = sample_seeds(seeds_key, rows)
-            streams = open_streams(streams_key, rows, prior.device, prior.dtype, prior.execution.backend)
-            parts.append(score(Chunk(images[rows.start : rows.stop], rows, seeds, streams)))
-        scores.append(torch.cat(parts))
+    with progress_bar(draws * len(images), "scores") as bar:
+        for _ in range(draws):
+            seeds_key, streams_key = draw_key(generator), draw_key(generator)
+            parts = []
+            for first in range(0, len(images), chunk_size):
+                rows = range(first, min(first + chunk_size, len(images)))
+                seeds = sample_seeds(seeds_key, rows)
+                streams = open_streams(streams_key, rows, prior.device, prior.dtype, prior.execution.backend)
+                parts.append(score(Chunk(images[rows.start : rows.stop], rows, seeds, streams)))
+                bar.update(len(rows))
+            scores.append(torch.cat(parts))
     return torch.stack(scores).mean(0)
 
 
@@ -86,7 +89,7 @@ def encode_each(prior: EnergyModel, chunk: Chunk, draws: int = 1) -> Tensor:
     """Posterior noise (draws, N, D) of images one by one, so that it does not depend on the others."""
     noise = []
     for image, seed in zip(chunk.images.split(1), chunk.seeds, strict=True):
-        copies = image.expand(draws, -1, -1, -1)
+        copies = image.expand(draws, *image.shape[1:])
         noise.append(prior.encode(copies, generator=torch.Generator().manual_seed(seed)))
     return torch.stack(noise, dim=1)
 

@@ -20,6 +20,7 @@ So it is with `leimkuhler-matthews`, whose plain step is Euler's.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,7 @@ from ..chains.langevin import langevin_chain
 from ..chains.metropolis import log_acceptance, plain_proposal, propose, visit
 from ..chains.streams import Streams, draw_key, open_streams
 from ..density.energy_model import EnergyModel
+from ..processes import progress_bar
 
 # Pixels nearer than this to 0 or 1 are saturated.
 SATURATED = 0.02
@@ -103,15 +105,19 @@ def langevin_transitions(
     for name, count in (("n", n), ("every", every), ("shown", shown), ("columns", columns)):
         count = check_count(count, name)
     recorded = sorted({*range(0, steps, every), steps})
-    kept = torch.linspace(0, len(recorded) - 1, min(columns, len(recorded))).round().long().tolist()
-    times = torch.tensor(recorded), torch.tensor([recorded[i] for i in kept])
+    kept = torch.linspace(0, len(recorded) - 1, min(columns, len(recorded)), device="cpu", dtype=torch.float32)
+    times = (
+        torch.tensor(recorded, device="cpu", dtype=torch.long),
+        torch.tensor([recorded[i] for i in kept.round().long().tolist()], device="cpu", dtype=torch.long),
+    )
     # The chains' noise is that of sample_noise, so the first key must be.
     keys = draw_key(generator), draw_key(generator)
-    chunk_size = prior.samples_per_chunk
-    chunks = [
-        run_chunk(prior, range(n)[first : first + chunk_size], keys, steps, times, shown)
-        for first in range(0, n, chunk_size)
-    ]
+    starts = range(0, n, prior.samples_per_chunk)
+    with progress_bar(len(starts) * prior.schedule.steps * (steps + 1), "Langevin steps") as bar:
+        chunks = [
+            run_chunk(prior, range(n)[first : first + starts.step], keys, steps, times, shown, bar.update)
+            for first in starts
+        ]
     joined = {"recorded": times[0], "shown": times[1]}
     for name, axis in (("energies", 2), ("acceptance", 2), ("pixels", 2), ("states", 2), ("samples", 0)):
         joined[name] = torch.cat([getattr(chunk, name) for chunk in chunks], dim=axis)
@@ -126,8 +132,9 @@ def run_chunk(
     steps: int,
     times: tuple[Tensor, Tensor],
     shown: int,
+    report: Callable[[], object],
 ) -> Transitions:
-    """The run of some samples of a call."""
+    """The run of some samples of a call; `report` is called after every step."""
     streams, tests = (open_streams(key, samples, prior.device, prior.dtype, prior.execution.backend) for key in keys)
     rows = max(0, min(len(samples), shown - samples.start))
     levels: list[dict[str, Tensor]] = []
@@ -135,7 +142,7 @@ def run_chunk(
     u = streams.normal(prior.dim)
     for level in reversed(range(prior.schedule.steps)):
         t = torch.full((len(samples),), level, dtype=torch.long, device=u.device)
-        u, records = watched_chain(prior, u, t, steps, times, rows, streams, tests)
+        u, records = watched_chain(prior, u, t, steps, times, rows, streams, tests, report)
         levels.insert(0, records)
     stacked = {name: torch.stack([level[name] for level in levels]) for name in levels[0]}
     return Transitions(recorded=times[0], shown=times[1], samples=u, **stacked)
@@ -150,6 +157,7 @@ def watched_chain(
     rows: int,
     streams: Streams,
     tests: Streams,
+    report: Callable[[], object],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The chain of one level.
 
@@ -162,6 +170,7 @@ def watched_chain(
         rows: number of samples to keep states of.
         streams: the chain's noise.
         tests: noise of the Metropolis tests' proposals.
+        report: called after every step.
 
     Returns:
         States (N, D), and the records of `Transitions` at this level.
@@ -199,6 +208,7 @@ def watched_chain(
             records["pixels"].append(pixel_statistics(prior.decode(u)))
         if step in kept:
             records["states"].append(u[:rows].clone())
+        report()
         return gradient
 
     def top_total(u: Tensor, t: Tensor) -> Tensor:
@@ -287,24 +297,24 @@ def relaxation_time(series: Tensor, *, window: float = 5.0) -> Tensor:
     x = series.detach().to("cpu", torch.float64)
     x = x - x.mean(0)
     variance = x.square().mean()
-    lags = torch.arange(1, len(x) // 2 + 1)
+    lags = torch.arange(1, len(x) // 2 + 1, device=x.device)
     if not bool(variance > 0):
-        return torch.tensor(torch.nan)
+        return x.new_tensor(torch.nan, dtype=torch.float32)
     decorrelated = half_square_differences(x)[1 : len(lags) + 1]
     tau = 0.5
     # The part of the variance that is hidden depends on tau itself: a fixed point.
     for _ in range(50):
         hidden = 2 * tau / len(x)
         if hidden > 0.5:
-            return torch.tensor(torch.inf)
+            return x.new_tensor(torch.inf, dtype=torch.float32)
         sums = 0.5 + torch.cumsum(1 - decorrelated * (1 - hidden) / variance, dim=0)
         closed = (lags >= window * sums.clamp(min=0.5)).nonzero()
         if not len(closed):
-            return torch.tensor(torch.inf)
+            return x.new_tensor(torch.inf, dtype=torch.float32)
         before, tau = tau, sums[closed[0, 0]].item()
         if abs(tau - before) < 1e-3 * tau:
             break
-    return torch.tensor(tau)
+    return x.new_tensor(tau, dtype=torch.float32)
 
 
 def half_square_differences(x: Tensor) -> Tensor:
@@ -317,4 +327,4 @@ def half_square_differences(x: Tensor) -> Tensor:
     # Sums of squares of the first K - m states, and of the last ones.
     first = squares.flip(0)
     last = squares[-1] - torch.cat((squares.new_zeros(1), squares[:-1]))
-    return ((first + last) / 2 - products) / torch.arange(k, 0, -1)
+    return ((first + last) / 2 - products) / torch.arange(k, 0, -1, device=x.device)

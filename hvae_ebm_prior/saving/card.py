@@ -16,6 +16,7 @@ LIBRARY = "hvae-ebm-prior"
 TASK = "unconditional-image-generation"
 TAGS = ("hierarchical-vae", "energy-based-model", "diffusion", "prior")
 PAPER = "https://arxiv.org/abs/2405.13910"
+NO_LICENSE = "No licence was given; ask its author before you use it."
 
 
 @dataclass(frozen=True)
@@ -190,13 +191,37 @@ def metrics_section(metrics: Sequence[Metric]) -> str:
 
 def limits_section(card: Card) -> str:
     """What the prior cannot do, and on which terms it may be used."""
-    terms = (
-        f"License: {in_markdown(card.license)}."
-        if card.license
-        else "No licence was given; ask its author before you use it."
-    )
+    terms = f"License: {in_markdown(card.license)}." if card.license else NO_LICENSE
     return (
         "## Limits\n\nIt works with the backbone that it was trained for, and no other: loading it onto another one "
         "fails. It cannot be better than that model's reconstructions, and it reproduces what is in its training "
         f"images, whatever is wrong with them.\n\n{terms}"
     )
+
+
+def amend_card(text: str, card: Card, *, written_for: str, repo_id: str) -> str:
+    """A model card with more of what its author says.
+
+    Args:
+        text: of README.md, as `write_card` wrote it, or as it was edited since.
+        card: title, model, data sets and licence replace those that are there; what is None or empty, and the rest, is
+            left alone.
+        written_for: the `repo_id` that it was written with.
+        repo_id: the repository that it goes to.
+
+    Returns:
+        The text.
+    """
+    found = ModelCard(text)
+    if card.base_model:
+        found.data["base_model"], found.data["base_model_relation"] = card.base_model, "adapter"
+    if card.datasets:
+        found.data["datasets"] = list(card.datasets)
+    body = found.text.replace(f".from_pretrained({quoted(written_for)}", f".from_pretrained({quoted(repo_id)}")
+    if card.license:
+        found.data["license"] = card.license
+        terms = re.compile(rf"^(License: .*|{re.escape(NO_LICENSE)})$", re.MULTILINE)
+        body = terms.sub(lambda _: f"License: {in_markdown(card.license or '')}.", body, count=1)
+    if card.title:
+        body = re.sub(r"^# .*$", lambda _: f"# {in_markdown(card.title or '')}", body, count=1, flags=re.MULTILINE)
+    return f"---\n{found.data.to_yaml()}\n---\n{body}"

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..backbone.transform import BackboneAdapter
@@ -286,13 +285,14 @@ def build_prior(
     kind = saved_kinds()[config.kind]
     schedule = config.settings.get("schedule", DiffusionSchedule.marginal())
     try:
-        with torch.device("meta"):
-            shapes = kind.network_shapes(config.backbone.latent_shapes)
-            networks = energy or [make_network(shape, schedule.steps, config.energy) for shape in shapes]  # type: ignore[arg-type]
+        shapes = kind.network_shapes(config.backbone.latent_shapes)
+        networks = energy or [
+            make_network(shape, schedule.steps, config.energy, device="meta")  # type: ignore[arg-type]
+            for shape in shapes
+        ]
         prior = kind(backbone, energy=list(networks), execution=execution, **config.settings)
         if config.coupling is not None:
-            with torch.device("meta"):
-                prior.couple(config.coupling)  # type: ignore[operator]  # as `read_config` checked
+            prior.couple(config.coupling)  # type: ignore[operator]  # as `read_config` checked
     except (ValueError, TypeError, RuntimeError) as error:
         raise InvalidPrior(f"config.json: {error}") from error
     return prior

@@ -63,7 +63,7 @@ def fingerprint(prior: LatentPrior) -> Fingerprint:
         The fingerprint.
     """
     transform = prior.transform
-    key, step = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    key, step = (torch.zeros(n, device="cpu", dtype=torch.long) for n in (2, 1))
     u = philox_normal(key, step, NOISE, SAMPLES, transform.dim)
     noise = transform.split(u.to(transform.device, transform.dtype))
     layers: list[tuple[float, ...]] = []
@@ -88,8 +88,8 @@ def project(values: Tensor, step: int) -> tuple[float, ...]:
         N projections, rounded, in units of the values' root mean square, or of 1 where that is smaller.
     """
     x = values.detach().double().cpu().flatten(1)
-    zeros = torch.zeros(2, dtype=torch.long)
-    direction = philox_normal(zeros, torch.tensor([step]), DIRECTIONS, 1, x.shape[1])[0].double()
+    zeros, number = torch.zeros(2, device="cpu", dtype=torch.long), torch.tensor([step], device="cpu", dtype=torch.long)
+    direction = philox_normal(zeros, number, DIRECTIONS, 1, x.shape[1])[0].double()
     size = x.square().mean().sqrt().clamp(min=1.0) * x.shape[1] ** 0.5
     return tuple(float(f"{value:.{DIGITS}g}") for value in (x @ direction / size).tolist())
 

@@ -125,7 +125,8 @@ def read_own_weights(folder: Path, prior: EnergyModel, digest: str) -> dict[str,
 def save_samples(path: Path, prior: EnergyModel, count: int, seed: int, columns: int = 8) -> None:
     """A picture of `count` samples of the backbone's Gaussian prior and as many of `prior`."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, prior.dim, generator=generator).to(prior.device, prior.dtype)
+    noise = torch.randn(count, prior.dim, generator=generator, device="cpu", dtype=torch.float32)
+    noise = noise.to(prior.device, prior.dtype)
     with torch.no_grad():
         gaussian = prior.decode(noise)
     above, below = gaussian.split(columns), prior.sample(count, generator=generator).split(columns)

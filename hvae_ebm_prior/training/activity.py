@@ -6,17 +6,27 @@ In a deep VAE most dimensions are inactive: their posterior is the prior for eve
 them.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..energies.context import ContextEnergy
 from ..energies.networks import LayerEnergy
+from ..processes import progress_bar
 from .batches import Batches
 from .posterior_cache import PosteriorCache
 from .trainable import TrainablePrior, networks_by_layer
 
 
-def measure_activity(prior: TrainablePrior, batches: Batches, count: int, generator: torch.Generator | None) -> None:
+def measure_activity(
+    prior: TrainablePrior,
+    batches: Batches,
+    count: int,
+    generator: torch.Generator | None,
+    *,
+    progress: bool | None = None,
+) -> None:
     """Measure the activity of every dimension, and set it in fresh default networks.
 
     Args:
@@ -24,6 +34,7 @@ def measure_activity(prior: TrainablePrior, batches: Batches, count: int, genera
         batches: the images.
         count: how many images to take.
         generator: source of the posterior draws.
+        progress: show a progress bar; None shows one on a terminal only.
 
     Raises:
         ValueError: the images come from a posterior cache of one draw each.
@@ -42,7 +53,8 @@ def measure_activity(prior: TrainablePrior, batches: Batches, count: int, genera
             "of each; build it with draws=2 or more, call measure_activity on images before, or set "
             "TrainingConfig(activity_images=0)"
         )
-    activity, moments, n = measure(prior, batches, count, generator)
+    with progress_bar(count, "activity", shown=progress) as bar:
+        activity, moments, n = measure(prior, batches, count, generator, bar.update)
     layers = prior.split(activity[None])
     for i, network in fresh:
         if isinstance(network, LayerEnergy):
@@ -54,7 +66,11 @@ def measure_activity(prior: TrainablePrior, batches: Batches, count: int, genera
 
 
 def measure(
-    prior: TrainablePrior, batches: Batches, count: int, generator: torch.Generator | None
+    prior: TrainablePrior,
+    batches: Batches,
+    count: int,
+    generator: torch.Generator | None,
+    report: Callable[[int], object],
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], int]:
     """Statistics of `count` images or more.
 
@@ -63,6 +79,7 @@ def measure(
         batches: the images.
         count: how many to take.
         generator: source of the posterior draws.
+        report: called with the number of images of a batch after it.
 
     Returns:
         Correlation (D,) of two posterior draws of an image, in [0, 1], 0 for constants; for every layer the mean and
@@ -70,15 +87,16 @@ def measure(
         the number of images.
     """
     # Running sums over images of a, b, a b, a^2 and b^2, a and b being the two draws.
-    sums = torch.zeros(5, prior.dim, dtype=torch.float64)
+    sums = torch.zeros(5, prior.dim, device="cpu", dtype=torch.float64)
     # Likewise of a layer's contexts and their squares.
-    contexts: list[Tensor] = [torch.zeros(())] * len(prior.latent_shapes)
+    contexts: list[Tensor] = [torch.zeros((), device="cpu", dtype=torch.float32)] * len(prior.latent_shapes)
     n = 0
     while n < count:
         images = next(batches)[0]
         a, b = (batches.noise(prior, images, draw, generator).cpu().double() for draw in range(2))
         sums += torch.stack((a, b, a * b, a * a, b * b)).sum(1)
         n += len(images)
+        report(len(images))
         with torch.no_grad():
             states = prior.transform.states(a.to(prior.device, prior.dtype))
         for i, state in enumerate(states):

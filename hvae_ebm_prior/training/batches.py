@@ -9,7 +9,7 @@ results depend neither on their number nor on interruptions.
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,8 @@ LOOKED_AT = 16
 
 def some(count: int) -> list[int]:
     """Indices of a few images out of `count`, from the first to the last."""
-    return torch.linspace(0, count - 1, min(count, LOOKED_AT)).round().long().tolist()
+    spread = torch.linspace(0, count - 1, min(count, LOOKED_AT), device="cpu", dtype=torch.float32)
+    return spread.round().long().tolist()
 
 
 class Batches:
@@ -53,6 +54,7 @@ class Batches:
         labels: of the images of a tensor.
         workers: processes that read a dataset ahead; 0 for none.
         pin: put a dataset's batches in pinned memory, from which copies to a GPU need not wait for each other.
+        check: raises for images that are none, as `check_images` of an adapter.
 
     Attributes:
         epoch: the pass over the data, from 0.
@@ -71,9 +73,10 @@ class Batches:
         labels: Labels | None = None,
         workers: int = 0,
         pin: bool = False,
+        check: Callable[[Tensor], None] = check_images,
     ) -> None:
         if isinstance(data, Tensor):
-            check_images(data)
+            check(data)
         elif isinstance(data, IterableDataset):
             data = DataLoader(data, batch_size)
         elif isinstance(data, Dataset) and hasattr(data, "__len__"):
@@ -88,6 +91,7 @@ class Batches:
         self.batch_size = batch_size
         self.generator = generator
         self.labels = labels
+        self.check = check
         self.epoch = 0
         self.index = 0
         # Whether batches are picked here by index; of other data they come as they are.
@@ -122,7 +126,7 @@ class Batches:
         self.index += 1
         images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
         if not isinstance(self.data, PosteriorCache):
-            check_images(images)
+            self.check(images)
         return images, rest[0] if rest else None, self.epoch
 
     def noise(self, prior: LatentPrior, images: Tensor, draw: int, generator: torch.Generator | None) -> Tensor:
@@ -190,7 +194,7 @@ class Batches:
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._own_start = [generator.get_state() for generator in self._own]
         if self._indexed:
-            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed), device="cpu")
             # What is left over at the end is no batch, unless it is all there is.
             self._begin_indexed(order.split(self.batch_size)[: max(1, len(order) // self.batch_size)], given)
             return
@@ -213,7 +217,8 @@ class Batches:
         else:
             seeds = sample_seeds(self._seed, range(given, len(chosen)))
             parts = [(part.tolist(), seed) for part, seed in zip(rest, seeds, strict=True)]
-            with self._own_randomness():
+            # A DataLoader draws a seed when it begins, on PyTorch's default device.
+            with self._own_randomness(), torch.device("cpu"):
                 self._rest = iter(DataLoader(SeededBatches(self.data), sampler=parts, **self._loading))
 
     def _read(self) -> Any:

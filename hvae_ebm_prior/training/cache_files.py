@@ -163,7 +163,7 @@ def open_shard(folder: Path, index: CacheIndex, i: int, dim: int, verify: bool) 
     if (
         found != {name: (dtype, size) for name, size in sizes.items()}
         or not labels <= tensors.keys()
-        or any(len(tensors[name]) != n for name in labels)
+        or any(tensors[name].shape[:1] != (n,) for name in labels)
     ):
         raise InvalidCache(f"{path}: expected {sizes} of {dtype} and labels {sorted(index.labels)}, got {found}")
     return tensors

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone.validation import check_count
+from ..backbone.validation import check_count, takes_tensors
 from ..chains.langevin import ChainDiverged
 from ..chains.streams import seeded
 from ..density.latent_prior import LatentPrior
@@ -58,9 +58,11 @@ def sample_grid(prior: LatentPrior, count: int, seed: int) -> Tensor | None:
         seed: of their noise.
 
     Returns:
-        Pixels (C, H, W) in [0, 1] on the CPU, with 1 or 3 channels (of other images the first is shown); None, with a
-        warning, where chains diverged.
+        Pixels (C, H, W) in [0, 1] on the CPU, with 1 or 3 channels (of other images the first is shown); None of a
+        model of plain tensors, and, with a warning, where chains diverged.
     """
+    if takes_tensors(prior.backbone):
+        return None
     was_training = prior.training
     try:
         prior.eval()

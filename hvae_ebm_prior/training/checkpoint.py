@@ -244,7 +244,7 @@ def state_of_run(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ]
         for record in run.history
     ]
-    tensors["history"] = torch.tensor(rows, dtype=torch.float64)
+    tensors["history"] = torch.tensor(rows, device="cpu", dtype=torch.float64)
     numbers = {
         "first": run.warmup_from,
         "lr_scale": run.lr_scale,
@@ -341,6 +341,10 @@ def find_damage(run: Run, step: int, tensors: Mapping[str, Tensor], numbers: Map
         if type(number) is not type(own) or math.isnan(number) or (isinstance(own, int) and number < 0):
             wanted = "a number" if isinstance(own, float) else "an integer from 0"
             return f"{name}: expected {wanted}, got {number!r}"
+    if not 0 < numbers["lr_scale"] <= 1 or numbers["seed"] >= 2**64:
+        return (
+            f"expected an lr_scale up to 1 and a seed of 64 bits, got {numbers['lr_scale']!r} and {numbers['seed']!r}"
+        )
     states = {f"random.{name}": generator.device for name, generator in generators(run).items()}
     states |= {name: torch.device("cpu") for name in tensors if name.startswith("data.")}
     for name, device in states.items():

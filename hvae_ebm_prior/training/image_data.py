@@ -1,4 +1,4 @@
-"""Images to train on: files of a folder or a data set of the Hugging Face Hub, decoded when needed, or NumPy arrays."""
+"""Images: files of a folder or a data set of the Hugging Face Hub, decoded when needed, or NumPy arrays."""
 
 import os
 import warnings
@@ -14,15 +14,26 @@ from torch.utils.data import Dataset
 
 from ..backbone.validation import check_images
 from ..density.latent_prior import LatentPrior
+from ..processes import progress_bar
 from ..saving.extras import missing
+from .array_data import is_array, load_images
 
-DATA = (
-    "a folder of PNG, JPEG or WebP files, hf:NAME[:SPLIT[:COLUMN]] of the Hugging Face Hub, "
-    "or file.npy or file.npz:name of images"
+IMAGES = (
+    "a folder of PNG, JPEG or WebP files, hf:NAME[:SPLIT[:COLUMN]] of the Hugging Face Hub, or file.npy or "
+    "file.npz:name of uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
 )
-IMAGES = "file.npy or file.npz:name of images, uint8 or floats in [0, 1], (N, C, H, W) or (N, H, W[, C])"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 MODES = {1: "L", 3: "RGB"}
+# Turns of Pillow's by the orientation in EXIF data, its tag 0x112.
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 # How many broken images a warning names.
 SHOWN = 10
 
@@ -49,7 +60,7 @@ def open_images(
         shape: shape (C, H, W) that they must have. Those of folders and the Hub become grey or RGB as C says, and are
             turned as their EXIF data say.
         size: side of the square that those of folders and the Hub are resized and, about their centre, cropped to; None
-            leaves them as they are.
+            leaves them as they are, as those of arrays always are.
         limit: use so many from the start; None for all.
         background: color behind transparent pixels of folders and the Hub, by name or as #rrggbb; a warning says where
             there are some.
@@ -68,31 +79,40 @@ def open_images(
         raise ValueError(f"limit: expected a positive number of images, got {limit}")
     if size is not None and (size, size) != shape[1:]:
         raise ValueError(f"size: expected {shape[1]}, as the backbone draws {shape[2]}x{shape[1]} pixels, got {size}")
+    rows = None
     if Path(source).expanduser().is_dir():
         images = folder_images(Path(source).expanduser(), limit)
     elif source.startswith("hf:"):
-        images = hub_images(source, limit)
+        import_pillow()
+        rows, column = hub_rows(source)
+        images = hub_images(source, rows, column, limit)
     elif not is_array(source):
-        raise ValueError(f"data: expected {DATA}; there is no folder {source}")
-    elif size is not None:
-        raise ValueError(f"size: images of {source} are taken as they are; resize them before they are saved")
+        raise ValueError(f"images: expected {IMAGES}; there is no folder {source}")
     else:
         array = load_images(source)[:limit]
-        check_images(array)
+        try:
+            check_images(array)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         if array.shape[1:] != shape:
             raise ValueError(
                 f"{source}: expected images {shape} (channels, height, width), as the backbone draws, "
-                f"got {tuple(array.shape[1:])}"
+                f"got {tuple(array.shape[1:])}; those of arrays are taken as they are, and folders' with --size resized"
             )
         return array
     names, read = images
-    return DecodedImages(names, read, Decoding(shape, size, background), skip_broken=skip_broken)
+    return DecodedImages(names, read, Decoding(shape, size, background), rows=rows, skip_broken=skip_broken)
 
 
 @torch.no_grad()
+def data_shape(prior: LatentPrior) -> tuple[int, ...]:
+    """Shape of what a prior's backbone draws, without batch."""
+    return tuple(prior.decode(torch.zeros(1, prior.dim, device=prior.device, dtype=prior.dtype)).shape[1:])
+
+
 def image_shape(prior: LatentPrior) -> tuple[int, int, int]:
     """Shape (C, H, W) of the images that a prior's backbone draws."""
-    channels, height, width = prior.decode(torch.zeros(1, prior.dim, device=prior.device, dtype=prior.dtype)).shape[1:]
+    channels, height, width = data_shape(prior)
     return channels, height, width
 
 
@@ -115,7 +135,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.shape[0] not in MODES:
             raise ValueError(
-                f"data: expected a backbone of grey or RGB images, this one's have {self.shape[0]} channels; "
+                f"images: expected a backbone of grey or RGB images, this one's have {self.shape[0]} channels; "
                 "give an array of NumPy's"
             )
 
@@ -130,7 +150,10 @@ class Decoding:
             )
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"{name}: expected 8 bits per channel, got an image of mode {picture.mode}; convert it")
-        picture = self.opaque(name, ImageOps.exif_transpose(picture)).convert(MODES[self.shape[0]])
+        try:
+            picture = self.opaque(name, upright(picture)).convert(MODES[self.shape[0]])
+        except ValueError as error:
+            raise ValueError(f"{name}: an image of mode {picture.mode} cannot be read ({error}); convert it") from error
         if self.size is not None:
             picture = ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS)
         if (picture.height, picture.width) != self.shape[1:]:
@@ -160,6 +183,17 @@ class Decoding:
         return Image.alpha_composite(Image.new("RGBA", picture.size, self.background), picture)
 
 
+def upright(picture: Any) -> Any:
+    """The picture as viewers show it: turned as its EXIF data say, and as it is stored where these cannot be read."""
+    from PIL import Image
+
+    try:
+        turn = TURNS.get(picture.getexif().get(0x112))
+    except Exception:  # whatever Pillow makes of damaged ones
+        return picture
+    return picture.transpose(Image.Transpose[turn]) if turn else picture
+
+
 class DecodedImages(Dataset[Tensor]):
     """A dataset of images (C, H, W) in [0, 1] that are decoded when they are asked for.
 
@@ -167,6 +201,7 @@ class DecodedImages(Dataset[Tensor]):
         names: of all images, for errors.
         read: the Pillow image of an index.
         decoding: how it becomes a tensor.
+        rows: the data set of the Hub that they are of; None for files.
         skip_broken: leave out those that cannot be decoded.
 
     Attributes:
@@ -178,9 +213,16 @@ class DecodedImages(Dataset[Tensor]):
     """
 
     def __init__(
-        self, names: Sequence[str], read: Callable[[int], Any], decoding: Decoding, *, skip_broken: bool = False
+        self,
+        names: Sequence[str],
+        read: Callable[[int], Any],
+        decoding: Decoding,
+        *,
+        rows: Any = None,
+        skip_broken: bool = False,
     ) -> None:
         self.names = names
+        self.rows = rows
         self.read = read
         self.decoding = decoding
         self.indices = list(range(len(names)))
@@ -204,24 +246,29 @@ class DecodedImages(Dataset[Tensor]):
                 f"{name}: cannot be read as an image ({error or type(error).__name__}); repair it or take it away, or "
                 "leave such images out with --skip-broken"
             ) from error
-        return self.decoding(name, picture)
+        try:
+            return self.decoding(name, picture)
+        except MemoryError as error:
+            raise BrokenImageError(f"{name}: {picture.width}x{picture.height} pixels do not fit into memory") from error
 
     def whole_images(self) -> list[int]:
         """Indices of the images that can be decoded."""
         whole, broken = [], []
-        for index, name in enumerate(self.names):
-            try:
-                self.decode(index)
-            except BrokenImageError:
-                broken.append(name)
-            else:
-                whole.append(index)
+        with progress_bar(len(self.names), "checking images") as bar:
+            for index, name in enumerate(self.names):
+                try:
+                    self.decode(index)
+                except BrokenImageError:
+                    broken.append(name)
+                else:
+                    whole.append(index)
+                bar.update()
         if not whole:
-            raise BrokenImageError(f"data: none of the {len(broken)} images can be decoded, {broken[0]} the first")
+            raise BrokenImageError(f"images: none of the {len(broken)} images can be decoded, {broken[0]} the first")
         if broken:
             more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
             warnings.warn(
-                f"data: {len(broken)} of {len(self.names)} images cannot be decoded and are left out: "
+                f"images: {len(broken)} of {len(self.names)} images cannot be decoded and are left out: "
                 f"{', '.join(broken[:SHOWN])}{more}",
                 RuntimeWarning,
                 stacklevel=3,
@@ -260,17 +307,15 @@ def image_files(folder: Path) -> list[Path]:
             ]
         seen.add(real)
     if not paths:
-        raise ValueError(f"data: {folder} holds no images; expected files {', '.join(sorted(SUFFIXES))}")
+        raise ValueError(f"images: {folder} holds no images; expected files {', '.join(sorted(SUFFIXES))}")
     return sorted(paths)
 
 
-def hub_images(source: str, limit: int | None) -> tuple[list[str], Callable[[int], Any]]:
-    """Names of the images of a data set of the Hub, and a function that reads one; see `open_images`."""
-    import_pillow()
-    rows, column = hub_rows(source)
+def hub_images(source: str, rows: Any, column: str, limit: int | None) -> tuple[list[str], Callable[[int], Any]]:
+    """Names of the images in a column of a data set of the Hub, and a function that reads one; see `open_images`."""
     count = len(rows) if limit is None else min(limit, len(rows))
     if count == 0:
-        raise ValueError(f"data: {source} is empty")
+        raise ValueError(f"images: {source} is empty")
     return [f"{source}, image {index}" for index in range(count)], lambda index: rows[index][column]
 
 
@@ -282,12 +327,12 @@ def hub_rows(source: str) -> tuple[Any, str]:
         raise missing("data sets of the Hub need the package datasets", "data") from error
     parts = source.split(":")[1:]
     if not parts[0] or len(parts) > 3:
-        raise ValueError(f"data: expected hf:NAME[:SPLIT[:COLUMN]], got {source}")
+        raise ValueError(f"images: expected hf:NAME[:SPLIT[:COLUMN]], got {source}")
     name, split, column = [*parts, "", ""][:3]
     rows = load_dataset(name, split=split or "train")
     columns = [column] if column else [each for each, kind in rows.features.items() if type(kind).__name__ == "Image"]
     if not columns or columns[0] not in rows.features:
-        raise ValueError(f"data: {source} has no column {column or 'of images'}, but {', '.join(rows.features)}")
+        raise ValueError(f"images: {source} has no column {column or 'of images'}, but {', '.join(rows.features)}")
     return rows, columns[0]
 
 
@@ -298,80 +343,3 @@ def import_pillow() -> Any:
     except ImportError as error:
         raise missing("images of folders and the Hub need Pillow", "data") from error
     return Image
-
-
-def load_images(path: str) -> Tensor:
-    """Images from a .npy file, or from an array of a .npz file.
-
-    Args:
-        path: `file.npy` or `file.npz:name`; uint8 or floating-point pixels (N, C, H, W), (N, H, W, C) or (N, H, W).
-
-    Returns:
-        Images (N, C, H, W) in [0, 1].
-
-    Raises:
-        ValueError: the file is broken, or the array no batch of images.
-        OSError: the file cannot be read.
-
-    Warns:
-        RuntimeWarning: bytes that are 0 and 1 alone, as of a mask, which are nearly black as images.
-    """
-    array = load_array(path)
-    if array.ndim not in (3, 4) or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
-        raise ValueError(
-            f"{path}: expected uint8 or floating-point images (N, C, H, W) or (N, H, W[, C]), "
-            f"got {array.dtype} {array.shape}"
-        )
-    if array.dtype == np.uint8 and array.size and array.max() == 1:
-        warnings.warn(
-            f"{path}: bytes that are 0 and 1 alone in {len(array)} images, which as pixels up to 255 are nearly black; "
-            "multiply them by 255, or save floats",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    if array.ndim == 3:
-        array = array[:, None]
-    elif array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):
-        array = array.transpose(0, 3, 1, 2)
-    images = torch.from_numpy(np.ascontiguousarray(array))
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-def split_array(source: str) -> tuple[str, str]:
-    """The file and the array's name, "" for none, of `file.npy` or `file.npz[:name]`; a colon elsewhere is the file's,
-    as in C:/images.npy.
-    """
-    file, archive, name = source.rpartition(".npz:")
-    return (f"{file}.npz", name) if archive else (source, "")
-
-
-def is_array(source: str) -> bool:
-    """Whether a source is of the form `file.npy` or `file.npz[:name]`."""
-    return split_array(source)[0].endswith((".npy", ".npz"))
-
-
-def load_array(path: str) -> np.ndarray:
-    """The array of `file.npy` or `file.npz:name`; ValueError where the file is broken or the archive has none of that
-    name, OSError where it cannot be read.
-    """
-    file, name = split_array(path)
-    try:
-        # Opened here, as NumPy leaves broken archives open.
-        with Path(file).expanduser().open("rb") as opened:
-            array = np.load(opened, allow_pickle=False)
-            if isinstance(array, np.ndarray):
-                return array
-            if name in array.files:
-                return array[name]
-    except Exception as error:  # NumPy and zipfile raise whatever a damaged file makes of them
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        kind = (
-            "too large, or its header is damaged"
-            if isinstance(error, MemoryError)
-            else "cut, damaged or something else"
-        )
-        raise ValueError(
-            f"{file}: expected a file that numpy.save or numpy.savez wrote, and this one is {kind}"
-        ) from error
-    raise ValueError(f"{path}: expected file.npz:name with a name out of {', '.join(array.files)}")

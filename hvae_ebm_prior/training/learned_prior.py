@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..backbone.transform import BackboneAdapter
+from ..backbone.validation import takes_tensors
 from ..chains.execution import ExecutionConfig
 from ..chains.streams import draw_key
 from ..density.sampling import SamplingRequest, make_request, sample_levels
@@ -234,14 +235,15 @@ class LearnedPrior(TrainablePrior):
             metrics: figures of quality, for the card.
             card: title, data sets, licence and the like, for the card.
             samples: how many samples of the Gaussian prior and of this one the card shows, as `samples.png`; 0 for
-                none. Needs matplotlib.
+                none, as there always are of a model of plain tensors. Needs matplotlib.
             seed: of the samples.
 
         Raises:
             TypeError: a class, or networks, that cannot be described in `config.json`.
             OSError: the folder cannot be written.
         """
-        save(self, save_directory, trained=self.trained, metrics=metrics, card=card, samples=samples, seed=seed)
+        shown = 0 if takes_tensors(self.backbone) else samples
+        save(self, save_directory, trained=self.trained, metrics=metrics, card=card, samples=shown, seed=seed)
 
     def push_to_hub(
         self,
@@ -287,7 +289,7 @@ class LearnedPrior(TrainablePrior):
                 trained=self.trained,
                 metrics=metrics,
                 card=card,
-                samples=samples,
+                samples=0 if takes_tensors(self.backbone) else samples,
                 seed=seed,
                 repo_id=repo_id,
             )

@@ -12,21 +12,21 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..backbone.validation import check_count
+from ..backbone.validation import check_count, check_images
 from ..chains.autograd import with_autograd
 from ..chains.langevin import ChainDiverged
 from ..energies.coupling import Labels, check_labels
-from ..processes import agree, agree_on_generator, alone, broadcast, collect, rank
+from ..processes import agree, agree_on_generator, alone, broadcast, collect, progress_bar, rank
 from ..saving.config import TrainingSummary
 from ..saving.typed_json import to_json
 from .activity import measure_activity
@@ -34,6 +34,7 @@ from .batches import Batches
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .guard import Guard
+from .interruption import signals_wait
 from .optimizer import make_optimizer
 from .posterior_cache import PosteriorCache
 from .record import Callback, StopTraining, TrainingRecord
@@ -134,11 +135,13 @@ def train(
         raise ValueError("the energy networks have no parameters, so there is nothing to learn")
     if isinstance(data, PosteriorCache):
         data.check(prior)
+    check = partial(check_images, adapter=prior.backbone)
     generator = agree_on_generator(generator)
     folder = collect(checkpoints.open)[rank()]
     resumed = agree(folder is not None and bool(find_checkpoints(folder)))
     if not resumed:
-        measure_activity(prior, Batches(data, config.batch_size, generator), config.activity_images, generator)
+        batches = Batches(data, config.batch_size, generator, check=check)
+        measure_activity(prior, batches, config.activity_images, generator, progress=progress)
     broadcast(prior.state_dict().values())
     with contextlib.ExitStack() as at_the_end:
         trainee = copy.deepcopy(prior).train()
@@ -148,7 +151,13 @@ def train(
             trainee=trainee,
             config=config,
             batches=Batches(
-                data, config.batch_size, generator, labels, config.workers, pin=prior.device.type == "cuda"
+                data,
+                config.batch_size,
+                generator,
+                labels,
+                config.workers,
+                pin=prior.device.type == "cuda",
+                check=check,
             ),
             guard=Guard(prior, trainee, config),
             optimizer=make_optimizer(trainee, config),
@@ -167,12 +176,18 @@ def train(
 
 
 def take_steps(run: Run, callbacks: Sequence[Callback], progress: bool | None, folder: Path | None, every: int) -> None:
-    """Steps until the run has all of them; a checkpoint goes to `folder` every so many steps and at the end."""
+    """Steps until the run has all of them; a checkpoint goes to `folder` every so many steps and at the end, also where
+    that is Ctrl-C or SIGTERM, which wait for it.
+    """
     config, history = run.config, run.history
     began = time.monotonic() - (history[-1].seconds if history else 0.0)
-    hidden = rank() > 0 or (None if progress is None else not progress)
-    with tqdm(total=config.iterations, initial=len(history), desc="prior", disable=hidden) as bar:
-        while len(history) < config.iterations:
+    ended = len(history) >= config.iterations
+    wait: AbstractContextManager[list[int]] = contextlib.nullcontext([]) if folder is None else signals_wait()
+    with (
+        wait as signals,
+        progress_bar(config.iterations, "prior", done=len(history), shown=progress, leave=True) as bar,
+    ):
+        while not ended:
             try:
                 record = training_step(run, began)
             except (ChainDiverged, Unhealthy) as error:
@@ -181,7 +196,9 @@ def take_steps(run: Run, callbacks: Sequence[Callback], progress: bool | None, f
             history.append(record)
             bar.set_postfix_str(progress_text(record), refresh=False)
             bar.update()
-            due = folder is not None and (len(history) % every == 0 or len(history) == config.iterations)
+            # All processes end after the same step.
+            ended = len(history) == config.iterations or (folder is not None and any(collect(lambda: bool(signals))))
+            due = folder is not None and (ended or len(history) % every == 0)
             if callbacks or due:
                 try:
                     collect(partial(finish_step, run, callbacks, folder if due else None))

@@ -90,7 +90,7 @@ def peak_activations(prior: TrainablePrior, n: int) -> int:
         weights = [*trainee.state_dict().values(), *backbone_tensors(prior)]
         saved = SavedBytes({tensor.untyped_storage().data_ptr() for tensor in weights})
         generator = torch.Generator().manual_seed(0)
-        u = torch.randn(n, prior.dim, generator=generator, dtype=prior.dtype).to(prior.device)
+        u = torch.randn(n, prior.dim, generator=generator, device="cpu", dtype=prior.dtype).to(prior.device)
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
             trainee.batch_loss(u, None, generator, objective=heaviest_objective(prior)).total.sum().backward()
         return saved.peak

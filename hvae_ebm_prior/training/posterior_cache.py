@@ -20,19 +20,19 @@ at all, then the index. Shards are mapped into memory: a batch reads its own row
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..backbone.validation import check_count, check_images
 from ..chains.streams import GLOBAL_GENERATORS, draw_key, sample_seeds, seeded
 from ..density.latent_prior import LatentPrior
+from ..processes import progress_bar
 from ..saving.digest import digest_file, digest_images
 from ..saving.files import write_json
 from ..saving.fingerprint import fingerprint
@@ -61,7 +61,7 @@ DEVIATIONS = 6
 class GaussianPosterior(Protocol):
     """An adapter whose posterior of u is a Gaussian in closed form."""
 
-    def posterior(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]] | None:
+    def posterior(self, images: Tensor) -> Iterable[tuple[Tensor, Tensor]] | None:
         """The Gaussian q(u|x).
 
         Args:
@@ -130,7 +130,7 @@ class PosteriorCache(Dataset[Tensor]):
             return self._read(rows, "draws", draw % self.index.draws)
         noise = torch.Generator().manual_seed(draw_key(generator))
         mean, std = (self._read(rows, name) for name in ("mean", "std"))
-        return mean + std * torch.randn(mean.shape, generator=noise, dtype=mean.dtype)
+        return mean + std * torch.randn(mean.shape, generator=noise, device="cpu", dtype=mean.dtype)
 
     def labels(self, rows: Tensor) -> Tensor | dict[str, Tensor] | None:
         """Labels of the images of numbers `rows` (N,), as the data had them: one tensor, tensors by name, or none."""
@@ -188,7 +188,7 @@ class PosteriorCache(Dataset[Tensor]):
             InvalidCache: a damaged cache is there.
             BackboneMismatch: a cache of another backbone is there.
         """
-        images = check_data(data, labels)
+        images = check_data(data, labels, prior.backbone)
         batch_size = check_count(batch_size, "batch_size")
         shard_size = check_count(shard_size, "shard_size")
         check_count(1 if draws is None else draws, "draws")
@@ -198,6 +198,7 @@ class PosteriorCache(Dataset[Tensor]):
         if saved is not None:
             key = int(saved.key, 16)
         first, first_labels = next(read_data(data, labels, range(min(batch_size, images)), batch_size, key, 0))
+        check_images(first, prior.backbone)
         if draws is None:
             draws = 0 if has_gaussian_posterior(prior, first, key) else DRAWS
         dtype = dtype or prior.dtype
@@ -217,8 +218,7 @@ class PosteriorCache(Dataset[Tensor]):
             index = replace(index, shards=saved.shards)
         folder.mkdir(parents=True, exist_ok=True)
         done = sum(shard.rows for shard in index.shards)
-        hidden = None if progress is None else not progress
-        with tqdm(total=images, initial=done, desc="posteriors", disable=hidden) as bar:
+        with progress_bar(images, "posteriors", done=done, shown=progress, leave=True) as bar:
             for i in range(len(index.shards), index.shard_count):
                 parts = []
                 batches = read_data(data, labels, index.span(i), batch_size, key, i)
@@ -232,12 +232,13 @@ class PosteriorCache(Dataset[Tensor]):
         return cls(folder, verify=saved is not None)
 
 
-def check_data(data: Tensor | Dataset[Any], labels: Tensor | Mapping[str, Tensor] | None) -> int:
+def check_data(data: Tensor | Dataset[Any], labels: Tensor | Mapping[str, Tensor] | None, adapter: object) -> int:
     """Check data for a cache.
 
     Args:
         data: images (N, C, H, W), or a dataset of them.
         labels: of the images of a tensor.
+        adapter: of the backbone.
 
     Returns:
         The number of images N.
@@ -246,7 +247,7 @@ def check_data(data: Tensor | Dataset[Any], labels: Tensor | Mapping[str, Tensor
         TypeError, ValueError: data without an order or a length, no images, or labels that do not go with them.
     """
     if isinstance(data, Tensor):
-        check_images(data)
+        check_images(data, adapter)
     elif (
         not isinstance(data, Dataset)
         or isinstance(data, IterableDataset | PosteriorCache)
@@ -300,7 +301,8 @@ def read_data(
         for rows in (slice(a, min(a + batch_size, span.stop)) for a in span[::batch_size]):
             yield data[rows], {name: values[rows] for name, values in by_name(labels).items()}
         return
-    with seeded(sample_seeds(key, range(2 * shard + 1, 2 * shard + 2))[0], torch.device("cpu")):
+    cpu = torch.device("cpu")
+    with seeded(sample_seeds(key, range(2 * shard + 1, 2 * shard + 2))[0], cpu), cpu:
         batches = iter(DataLoader(Subset(data, span), batch_size))
         state = torch.get_rng_state()
     while True:
@@ -311,7 +313,6 @@ def read_data(
         if batch is None:
             return
         images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
-        check_images(images)
         yield images, by_name(rest[0]) if rest else {}
 
 
@@ -336,6 +337,7 @@ def encode_shard(
     # Even numbers seed the encoder, odd ones the dataset (`read_data`).
     noise = torch.Generator().manual_seed(sample_seeds(int(index.key, 16), range(2 * shard, 2 * shard + 1))[0])
     for images, labels in batches:
+        check_images(images, prior.backbone)
         kept = {label_key(name): values for name, values in labels.items()}
         if index.draws:
             u = [prior.encode(images.to(prior.device), generator=noise).cpu().to(dtype) for _ in range(index.draws)]
@@ -352,9 +354,10 @@ def gaussian_noise(prior: LatentPrior, images: Tensor) -> tuple[Tensor, Tensor] 
     """Mean and std (N, D) of the posterior noise of images, or None where the adapter does not give them."""
     if not isinstance(prior.backbone, GaussianPosterior):
         return None
-    layers = prior.backbone.posterior(images.to(prior.device))
-    if layers is None:
+    posterior = prior.backbone.posterior(prior.transform.take(images))
+    if posterior is None:
         return None
+    layers = list(posterior)
     mean = prior.join([mean for mean, _ in layers])
     std = prior.join([std for _, std in layers])
     if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std > 0).all()):

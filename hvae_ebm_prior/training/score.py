@@ -293,7 +293,7 @@ def spread_angles(key: int, samples: range, draws: int, sequence: int) -> Tensor
     one another over draws and sequences; a sample's do not depend on which others there are.
     """
     generator = torch.Generator().manual_seed(sample_seeds(key, range(sequence, sequence + 1))[0])
-    start = torch.rand(draws, generator=generator, dtype=torch.float64)
-    numbers = torch.arange(samples.start, samples.stop, dtype=torch.float64)[:, None]
+    start = torch.rand(draws, generator=generator, device="cpu", dtype=torch.float64)
+    numbers = torch.arange(samples.start, samples.stop, device="cpu", dtype=torch.float64)[:, None]
     fraction = (start + GOLDEN * numbers).remainder(1)
     return SMALLEST_ANGLE + (LARGEST_ANGLE - SMALLEST_ANGLE) * fraction

@@ -1,14 +1,22 @@
 import gc
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from backbones import IdentityBackbone, RandomBackbone
-from helpers import seed
+from helpers import TINY, seed
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
-from hvae_ebm_prior import DiffusionEBMPrior
+from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig
+from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig
 from hvae_ebm_prior.backbone.transform import NoiseTransform
+from hvae_ebm_prior.control import edit
+from hvae_ebm_prior.evaluation import describe_layers
+from hvae_ebm_prior.evaluation.adapter_check import check_adapter, find_faults
+from hvae_ebm_prior.ood import bound_scores, diffusion_scores
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 5)),
@@ -251,3 +259,86 @@ def test_a_prior_may_be_collected_inside_a_functorch_transform():
 
     torch.func.grad(release)(torch.ones(2))
     assert all(parameter.requires_grad for parameter in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("kind", [tuple, iter, lambda drawn: (z for z in drawn)])
+def test_posterior_draws_may_come_in_any_form(kind):
+    """Of `infer` and of `infer_with_density`: the same noise, losses and bounds as of a list."""
+
+    class Ours(HVAEAdapter):
+        def infer(self, images):
+            return kind(super().infer(images))
+
+        def infer_with_density(self, images):
+            return kind(super().infer_with_density(images))
+
+    torch.manual_seed(0)
+    model = HVAE(HVAEConfig(image_size=4, latent_channels=(2, 1), widths=(4, 4)))
+    images = torch.rand(8, 1, 4, 4, generator=seed(0))
+    training = TrainingConfig(iterations=1, batch_size=4, activity_images=0)
+    results = []
+    for adapter in (HVAEAdapter(model), Ours(model)):
+        torch.manual_seed(1)
+        prior = DiffusionEBMPrior(adapter, energy=TINY)
+        records = prior.fit(images, training=training, generator=seed(2), progress=False)
+        scores = bound_scores(prior, images[:2], generator=seed(3))
+        faults = list(find_faults(adapter, images, generator=seed(4)))
+        results.append((prior.encode(images, generator=seed(5)), records[0].loss, scores, faults))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert torch.equal(results[0][2], results[1][2])
+    assert results[0][3] == results[1][3]
+
+
+@pytest.mark.parametrize("drawn", [None, torch.zeros(2, 2), {"z": torch.zeros(2, 2)}])
+def test_other_forms_are_refused(drawn):
+    adapter = IdentityBackbone((2,))
+    adapter.infer = lambda images: drawn
+    with pytest.raises(TypeError, match="latents: expected a list or tuple of one tensor per layer, got"):
+        DiffusionEBMPrior(adapter).encode(torch.rand(2, 1, 1, 2))
+
+
+# Of a model that takes (1, 4, 4).
+WRONG_SIZES = [(3, 4, 4), (1, 8, 8), (1, 4, 2), (4, 4, 1)]
+
+
+@pytest.mark.parametrize("shape", WRONG_SIZES)
+def test_images_of_another_size_are_refused_wherever_they_enter(shape):
+    """Also where the model would take them: this one has an encoder for any size and number of channels."""
+
+    class AnyImages(HVAEAdapter):
+        def infer(self, images):
+            return super().infer(F.adaptive_avg_pool2d(images.mean(1, keepdim=True), 4))
+
+    torch.manual_seed(0)
+    prior = DiffusionEBMPrior(AnyImages(HVAE(HVAEConfig(image_size=4, latent_channels=(2, 1), widths=(4, 4)))))
+    images = torch.rand(8, *shape, generator=seed(0))
+    training = TrainingConfig(iterations=1, batch_size=4, activity_images=0)
+    uses = [
+        lambda: prior.encode(images),
+        lambda: prior.loss(images),
+        lambda: prior.fit(images, training=training, progress=False),
+        lambda: prior.fit(TensorDataset(images), training=training, progress=False),
+        lambda: prior.log_likelihood(images),
+        lambda: edit(prior, images, (0,)),
+        lambda: bound_scores(prior, images),
+        lambda: diffusion_scores(prior, images),
+        lambda: describe_layers(prior.backbone, images),
+        lambda: check_adapter(prior.backbone, images),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=re.escape(f"this model takes images (1, 4, 4), got {shape}")):
+            use()
+
+
+def test_the_image_size_is_found_without_random_numbers():
+    """Of a backbone that draws its images, from the global generator."""
+
+    class Noisy(IdentityBackbone):
+        def decode(self, features):
+            return super().decode(features + torch.randn_like(features))
+
+    transform = NoiseTransform(Noisy((2,)))
+    state = torch.get_rng_state()
+    assert transform.image_shape == (1, 1, 2)
+    assert torch.equal(torch.get_rng_state(), state)

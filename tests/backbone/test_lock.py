@@ -55,6 +55,14 @@ def circle(model):
     return first
 
 
+class Forgetful(nn.Module):
+    """Keeps something that is no part of it, as far as PyTorch knows."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+
 WAYS = {
     "attribute": lambda model: model,
     "list of dicts": lambda model: [{"a": (model,)}],
@@ -64,6 +72,8 @@ WAYS = {
     "partial": lambda model: partial(print, model),
     "function": closure,
     "circle": circle,
+    "list in a module": lambda model: Forgetful([model]),
+    "method in a module": lambda model: Forgetful(Method(model).run),
 }
 
 
@@ -85,3 +95,30 @@ def test_parameters_that_are_made_later_are_frozen_too():
     prior.release()
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.training
+
+
+OUT_OF_SIGHT = {}
+
+
+class Hidden(IdentityBackbone):
+    """Its model is a variable of this file."""
+
+    def top_down(self, batch_size):
+        z = yield torch.zeros(batch_size, 2), torch.ones(batch_size, 2)
+        return OUT_OF_SIGHT["model"](z)
+
+    def decode(self, features):
+        return features.sigmoid()[:, None, None]
+
+
+def test_a_model_out_of_sight_is_refused_unless_it_is_frozen():
+    """An adapter without any model, of which there are some, is none of these."""
+    OUT_OF_SIGHT["model"] = model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    with pytest.raises(ValueError, match="not frozen, as they were not found: Sequential, Linear, Dropout; keep the"):
+        GaussianPrior(Hidden((2,)))
+    assert model.training
+    model.eval()
+    with pytest.raises(ValueError, match="not found: Linear; keep the model as an attribute"):
+        GaussianPrior(Hidden((2,)))
+    model.requires_grad_(False)
+    assert GaussianPrior(Hidden((2,))).sample(1).shape == (1, 1, 1, 2)

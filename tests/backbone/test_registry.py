@@ -1,9 +1,12 @@
 import importlib.metadata
+import re
+from types import SimpleNamespace
 
 import pytest
 from backbones import IdentityBackbone, RandomBackbone
 from stand_ins import VDVAE, AutoEncoder, DeepVAE
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, LadderAdapter, NVAEAdapter, VDVAEAdapter
@@ -64,3 +67,59 @@ def test_packages_announce_their_adapters_as_entry_points(monkeypatch):
     monkeypatch.delattr(ThirdPartyAdapter, "needs")
     with pytest.raises(TypeError, match=r"the adapter third .* must have `needs`"):
         find_adapter(nn.Linear(1, 1))
+
+
+class AdapterModule(nn.Module, RandomBackbone):
+    """An adapter that is a module."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        held = RandomBackbone([(2,)])
+        self.model, self.start, self.shapes, self.tail_ran = held.model, held.start, held.shapes, 0
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, lambda model: nn.DataParallel(AveragedModel(model))])
+def test_wrapped_adapters_are_unwrapped(wrap):
+    wrapped = wrap(AdapterModule())
+    assert type(find_adapter(wrapped)) is AdapterModule
+    assert DiffusionEBMPrior(wrapped).sample(1).shape == (1, 1, 2, 2)
+    assert type(find_adapter(wrap(VDVAE()))) is VDVAEAdapter
+
+
+class Trainer(nn.Module):
+    """Holds models, none of which is itself."""
+
+    def __init__(self, **held):
+        super().__init__()
+        self.top_down, self.infer, self.decode = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+        for name, value in held.items():
+            setattr(self, name, value)
+
+
+def test_parts_of_the_names_of_methods_make_no_adapter():
+    with pytest.raises(TypeError, match="no adapter fits Trainer; tried"):
+        find_adapter(Trainer())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: Trainer(net=nn.Linear(1, 1), ema_model=VDVAE()),
+            "no adapter fits Trainer; its attribute ema_model is a VDVAE: pass model.ema_model; tried",
+        ),
+        (lambda: Trainer(parts=nn.ModuleList([nn.Linear(1, 1), HVAE()])), "a HVAE: pass model.parts[1];"),
+        (lambda: Trainer(adapter=RandomBackbone([(2,)])), "is a RandomBackbone: pass model.adapter;"),
+        (lambda: nn.DataParallel(Trainer(vae=VDVAE())), "attribute module.vae is a VDVAE: pass model.module.vae;"),
+        (lambda: {"step": 3, "ema": VDVAE()}, "its entry ['ema'] is a VDVAE: pass model['ema']"),
+        (
+            lambda: SimpleNamespace(model=VDVAE()),
+            "SimpleNamespace is not a backbone adapter: it has no method top_down, infer, decode; .* is a VDVAE: pass "
+            "model.model",
+        ),
+    ],
+)
+def test_a_refusal_says_what_would_fit(model, message):
+    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
+    with pytest.raises(TypeError, match=pattern):
+        find_adapter(model())

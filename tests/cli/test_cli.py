@@ -9,7 +9,7 @@ from helpers import check_strip, find_color, read_strips, seed
 
 from hvae_ebm_prior.cli.loading import load_function
 from hvae_ebm_prior.cli.main import main
-from hvae_ebm_prior.training.image_data import load_images
+from hvae_ebm_prior.training.array_data import load_images
 
 LOADER = """
 import torch
@@ -142,7 +142,7 @@ def test_info_names_versions_and_backends(capsys, monkeypatch):
             {"images": 8, "labels": {"class": 0}},
         ),
         (["edit", "--count", "3"], ["edit"], {"images": 3}),
-        (["interpolate", "--count", "3", "--steps", "4"], ["interpolate"], {"pairs": 3, "steps": 4}),
+        (["interpolate", "--count", "3", "--frames", "4"], ["interpolate"], {"pairs": 3, "frames": 4}),
         (["interpolate", "--images", "images.npy", "--limit", "5"], ["interpolate"], {"pairs": 2}),
         (
             ["transitions", "--count", "3", "--steps", "9"],
@@ -249,7 +249,7 @@ def test_commands_of_a_prior_say_what_is_wrong(files, monkeypatch, capsys, comma
     [
         ["sample", "--count", "3", "--temperature", "0.8"],
         ["edit", "--images", "images.npy", "--limit", "2"],
-        ["interpolate", "--count", "2", "--steps", "3"],
+        ["interpolate", "--count", "2", "--frames", "3"],
         ["transitions", "--count", "2", "--steps", "2"],
         ["ood", "--images", "images.npy", "--outliers", "images.npy"],
     ],

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from hvae_ebm_prior import __version__
+from hvae_ebm_prior import DiffusionEBMPrior, __version__
 from hvae_ebm_prior.cli.main import main
+from hvae_ebm_prior.cli.options import out_file
 
 LOADER = """
 from __future__ import annotations
@@ -42,13 +44,44 @@ def files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("out", "written"), [("sam/", "sam/sample.png"), ("new", "new.png"), ("a/b.png", "a/b.png"), ("c.pdf", "c.pdf")]
+    ("out", "written"),
+    [
+        *(("sam", "sam/sample.png"), ("sam/", "sam/sample.png"), ("made/", "made/sample.png")),
+        *(("new", "new.png"), ("v1.5", "v1.5.png"), ("a/b.png", "a/b.png"), ("c.pdf", "c.pdf")),
+    ],
 )
 def test_what_was_written_is_said(out, written, files, capsys):
     (files / "sam").mkdir()
     assert main(["sample", "mine.py:load", "--count", "2", "--out", out]) == 0
-    assert f"{written} and {written.rsplit('.', 1)[0]}.json written" in capsys.readouterr().err
+    record = f"{written.rsplit('.', 1)[0]}.json"
+    assert f"{written} and {record} written" in capsys.readouterr().err
     assert (files / written).is_file()
+    assert (files / record).is_file()
+
+
+def test_other_commands_write_where_they_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert out_file("~/runs/", "compare.json") == tmp_path / "runs" / "compare.json"
+    for out, file in (
+        ("new", "new.json"),
+        ("made/", "made/compare.json"),
+        ("a.png", "a.png.json"),
+        ("b.json", "b.json"),
+    ):
+        assert out_file(out, "compare.json") == Path(file)
+        assert Path(file).parent.is_dir()
+
+
+def test_ctrl_c_is_one_line(files, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DiffusionEBMPrior, "sample", interrupted)
+    assert main(["sample", "mine.py:load"]) == 130
+    assert capsys.readouterr().err == "hvae-ebm-prior: interrupted\n"
+    with pytest.raises(KeyboardInterrupt):
+        main(["--debug", "sample", "mine.py:load"])
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_refusals(torch_fidelity, files, capsys, arguments, features, message):
     from hvae_ebm_prior.cli.loading import load_function
     from hvae_ebm_prior.evaluation.features import custom_extractor
     from hvae_ebm_prior.evaluation.reference import make_reference, save_reference
-    from hvae_ebm_prior.training.image_data import load_images
+    from hvae_ebm_prior.training.array_data import load_images
 
     extractor = custom_extractor("mine.py:features", load_function("mine.py:features")())
     save_reference(make_reference(load_images("images.npz:test"), extractor, torch.device("cpu")), "test.safetensors")

@@ -1,6 +1,7 @@
 """`hvae-ebm-prior train`: where images come from, what it writes, and that the same command goes on."""
 
 import json
+import signal
 import sys
 import types
 from dataclasses import replace
@@ -8,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, TINY, same, seed
+from helpers import SMALL, TINY, read_strips, same, seed
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig
@@ -52,21 +54,9 @@ def folder(files):
 PRESETS_ARE = pytest.mark.parametrize("preset", ["default", "joint-recovery"])
 
 
-def command(data, *more, out="run"):
-    return [
-        "train",
-        "--backbone",
-        "mine.py:load",
-        "--data",
-        data,
-        "--out",
-        out,
-        "--iterations",
-        "6",
-        "--batch-size",
-        "4",
-        *more,
-    ]
+def command(images, *more, out="run", checkpoint=()):
+    files = ["--images", images, "--out", out]
+    return ["train", "mine.py:load", *checkpoint, *files, "--iterations", "6", "--batch-size", "4", *more]
 
 
 def weights(out):
@@ -90,7 +80,7 @@ def test_a_prior_is_trained_from_an_array_as_fit_does_it(preset, files, capsys):
     arguments = {"iterations": 6, "batch_size": 4, "learning_rate": 0.002, "training": preset.training}
     prior.fit(images, generator=seed(3), progress=False, **arguments)
     assert same(weights(files / "run"), prior.state_dict())
-    assert "6 steps" in capsys.readouterr().err
+    assert "6 iterations" in capsys.readouterr().err
     loaded = DiffusionEBMPrior.from_pretrained(files / "run", backbone=backbone_then_energies)
     assert (loaded.schedule, loaded.langevin) == (preset.schedule, preset.langevin)
     assert loaded.has_context == preset.energy.context
@@ -100,7 +90,15 @@ def test_a_prior_is_trained_from_an_array_as_fit_does_it(preset, files, capsys):
 
 @PRESETS_ARE
 def test_what_was_trained_can_be_sampled_and_described(preset, files, capsys):
-    assert main(command("images.npz:train", "--iterations", "2", "--preset", preset)) == 0
+    about = ["--title", "Digits", "--license", "mit", "--dataset", "mnist", "usps", "--base-model", "me/vae"]
+    options = ["--iterations", "2", "--preset", preset, *about, "--card-samples", "3"]
+    assert main(command("images.npz:train", *options)) == 0
+    card = ModelCard.load(files / "run" / "README.md")
+    assert (card.data.license, card.data.datasets, card.data.base_model) == ("mit", ["mnist", "usps"], "me/vae")
+    assert "# Digits" in card.text
+    assert "License: mit." in card.text
+    assert "(samples.png)" in card.text
+    assert len(read_strips(files / "run" / "samples.png")) == 2
     assert main(["sample", "mine.py:load", "--prior", "run", "--count", "2", "--out", "samples.png"]) == 0
     assert (files / "samples.png").exists()
     assert main(["info", "run"]) == 0
@@ -116,8 +114,7 @@ def test_by_default_there_are_as_many_steps_as_the_images_bear(files, monkeypatc
     monkeypatch.setitem(PRESETS, "default", replace(PRESETS["default"], training=TrainingConfig()))
     some = {len(PIXELS): TrainingConfig(iterations=3, batch_size=4, activity_images=0)}
     monkeypatch.setattr(TrainingConfig, "for_images", some.get)
-    options = ["--backbone", "mine.py:load", "--data", "images.npz:train", "--out", "run"]
-    assert main(["train", *options]) == 0
+    assert main(["train", "mine.py:load", "--images", "images.npz:train", "--out", "run"]) == 0
     assert json.loads((files / "run" / "config.json").read_text())["training"]["iterations"] == 3
 
 
@@ -167,17 +164,45 @@ def test_the_same_command_goes_on(preset, files, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", interrupted)
-        with pytest.raises(SystemExit, match="130"):
-            main(command_of("--checkpoint-every", "2"))
+        assert main(command_of("--checkpoint-every", "2")) == 130
     assert steps == [2, 4]
     assert not (files / "run" / "model.safetensors").exists()
-    assert "the same command goes on from the last checkpoint in run" in capsys.readouterr().err
+    ends = "hvae-ebm-prior: interrupted; the same command goes on from run/checkpoints/step_00000004.json\n"
+    assert capsys.readouterr().err.endswith(ends)
     assert main(command_of("--checkpoint-every", "2")) == 0
     assert "going on from run" in capsys.readouterr().err
     assert same(weights(files / "run"), weights(files / "whole"))
     # Done already: once more changes nothing.
     assert main(command_of()) == 0
     assert same(weights(files / "run"), weights(files / "whole"))
+
+
+def test_an_early_ctrl_c_loses_no_step(files, monkeypatch, capsys):
+    """Long before a checkpoint is due, in the middle of the second step; and before the first."""
+    assert main(command("images.npz:train", out="whole")) == 0
+    step, steps = loop.training_step, []
+
+    def interrupted(run, began):
+        steps.append(len(run.history))
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(run, began)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "training_step", interrupted)
+        assert main(command("images.npz:train")) == 130
+    ends = "interrupted; the same command goes on from run/checkpoints/step_00000002.json\n"
+    assert capsys.readouterr().err.endswith(ends)
+    assert main(command("images.npz:train")) == 0
+    assert same(weights(files / "run"), weights(files / "whole"))
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure_activity", stopped)
+        assert main(command("images.npz:train", out="other")) == 130
+    assert capsys.readouterr().err.endswith("the same command begins anew, as there is no checkpoint yet\n")
 
 
 def test_logs_are_written_where_the_command_says(files, monkeypatch, capsys):
@@ -206,7 +231,7 @@ def test_the_models_file_is_handed_on(files):
             parameter.mul_(1.1)
     model.save(files / "model.safetensors")
     assert main(command("images.npz:train", "--iterations", "2", out="plain")) == 0
-    assert main(command("images.npz:train", "--iterations", "2", "--checkpoint", "model.safetensors")) == 0
+    assert main(command("images.npz:train", "--iterations", "2", checkpoint=["model.safetensors"])) == 0
     assert not same(weights(files / "run"), weights(files / "plain"))
 
 
@@ -218,15 +243,15 @@ def test_the_models_file_is_handed_on(files):
         (
             ["images.npz:wide"],
             r"images.npz:wide: expected images (1, 8, 8) (channels, height, width), as the backbone draws, "
-            "got (1, 8, 9)",
+            "got (1, 8, 9); those of arrays are taken as they are",
         ),
-        (["images.npz:train", "--size", "8"], "are taken as they are"),
         (["images.npz:train", "--size", "9"], "size: expected 8, as the backbone draws 8x8 pixels, got 9"),
         (["images.npz:train", "--limit", "0"], "limit: expected a positive number of images, got 0"),
         (["images.npz:train", "--batch-size", "0"], "batch_size must be a positive integer, got 0"),
         (["images.npz:train", "--checkpoint-every", "0"], "checkpoint_every: expected a positive integer, got 0"),
         (["images.npz:train", "--learning-rate", "1e9", "--iterations", "60"], "training diverged"),
         (["images.npz:train", "--log", "runs"], "log: expected tensorboard:FOLDER or trackio:PROJECT, got 'runs'"),
+        (["images.npz:train", "--card-samples", "-1"], "card-samples: expected a positive integer, got -1"),
         (["hf:"], "expected hf:NAME[:SPLIT[:COLUMN]], got hf:"),
     ],
 )

@@ -45,8 +45,8 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def train(data, *more, out="run"):
-    return main(["train", "--backbone", "mine.py:load", "--data", data, "--out", out, *more])
+def train(images, *more, out="run"):
+    return main(["train", "mine.py:load", "--images", images, "--out", out, *more])
 
 
 def test_folders_and_arrays_give_the_same_labels(files):
@@ -62,36 +62,59 @@ def test_folders_and_arrays_give_the_same_labels(files):
 
 
 def test_several_sets_and_unknown_labels(files):
-    assert train("data.npz:images", "--labels", "a=data.npz:kinds", "--labels", "b=data.npz:half") == 0
+    assert train("data.npz:images", "--labels", "a=data.npz:kinds", "b=data.npz:half") == 0
     heads = {name.split(".")[1] for name in load_file("run/model.safetensors") if name.startswith("heads.")}
     assert heads == {"a", "b"}
 
 
-def test_columns_of_the_hub(files, monkeypatch):
-    class Rows(dict):
-        pass
+class Rows:
+    """Stands in for a data set of the package datasets: a row by its number, a column by its name."""
 
-    rows = Rows(kind=[0, 1, 1], word=["red", "blue", "red"], image=[None] * 3)
-    kinds = types.SimpleNamespace(names=["cup", "hat"])
-    rows.features = {"kind": kinds, "word": object(), "image": type("Image", (), {})()}
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, split: rows))
-    names, labels = open_labels("column:kind", "hf:someone/things", 2)
+    def __init__(self, pictures):
+        self.columns = {"kind": KINDS.tolist(), "word": ["red", "blue"] * 6, "image": pictures}
+        kinds = types.SimpleNamespace(names=["cup", "hat"])
+        self.features = {"kind": kinds, "word": object(), "image": type("Image", (), {})()}
+
+    def __len__(self):
+        return len(KINDS)
+
+    def __getitem__(self, key):
+        return self.columns[key] if isinstance(key, str) else {name: each[key] for name, each in self.columns.items()}
+
+
+def test_columns_of_the_hub():
+    names, labels = open_labels("column:kind", "hf:someone/things", 7, Rows([]))
     assert names == ("cup", "hat")
-    assert torch.equal(labels, torch.tensor([0, 1]))
-    names, labels = open_labels("column:word", "hf:someone/things", 3)
+    assert torch.equal(labels, torch.from_numpy(KINDS[:7]))
+    names, labels = open_labels("column:word", "hf:someone/things", 3, Rows([]))
     assert names == ("blue", "red")
     assert torch.equal(labels, torch.tensor([1, 0, 1]))
     with pytest.raises(ValueError, match="has no column size, but kind, word, image"):
-        open_labels("column:size", "hf:someone/things", 3)
+        open_labels("column:size", "hf:someone/things", 3, Rows([]))
+
+
+def test_a_data_set_of_the_hub_is_opened_once_for_its_images_and_labels(files, monkeypatch):
+    opened = []
+
+    def load_dataset(name, split):
+        opened.append((name, split))
+        return Rows([pillow.fromarray(pixels) for pixels in PIXELS])
+
+    pillow = pytest.importorskip("PIL.Image")
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert train("hf:someone/things", "--labels", "kind=column:kind") == 0
+    assert opened == [("someone/things", "train")]
+    assert train("pictures", "--labels", "kind=folders", out="other") == 0
+    assert same(load_file("run/model.safetensors"), load_file("other/model.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labels", "folders"], "expected NAME=SOURCE"),
-        (["--labels", "a=folders", "--labels", "a=data.npz:kinds"], "with different names"),
-        (["--labels", "kind=words.txt"], "expected folders (of --data"),
-        (["--labels", "kind=column:kind"], "columns are those of an hf: data set, and --data is pictures"),
+        (["--labels", "folders"], "expected SET=SOURCE"),
+        (["--labels", "a=folders", "--labels", "a=data.npz:kinds"], "with different sets"),
+        (["--labels", "kind=words.txt"], "expected folders (of --images"),
+        (["--labels", "kind=column:kind"], "columns are those of an hf: data set, and --images is pictures"),
         (["--labels", "kind=data.npz:wrong"], "expected whole numbers (N,), got float64 (12,)"),
         (["--labels", "kind=data.npz:none"], "a name out of images, kinds"),
         (["--labels", "kind=folders", "--label-layers", "size=0"], "expected labels out of kind, got size"),
@@ -99,7 +122,7 @@ def test_columns_of_the_hub(files, monkeypatch):
             ["--labels", "kind=folders", "--label-layers", "kind=7"],
             "expected layer indices 0 (top) to 1 (bottom), got 7",
         ),
-        (["--labels", "kind=folders", "--label-layers", "kind=top"], "label-layers: expected NAME=LAYERS"),
+        (["--labels", "kind=folders", "--label-layers", "kind=top"], "label-layers: expected SET=LAYERS"),
     ],
 )
 def test_mistakes_are_explained(arguments, message, files, capsys):

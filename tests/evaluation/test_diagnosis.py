@@ -82,3 +82,18 @@ def test_a_backbone_without_a_hole_and_one_with():
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="at least 8 images and 4 draws, got 3 and 8"):
         describe_layers(IdentityBackbone((2,)), torch.rand(3, 1, 1, 2))
+
+
+@pytest.mark.usefixtures("counters")
+def test_posteriors_without_noise_are_infinitely_far_from_the_prior():
+    """Not 13.8 nats for each dimension; where but some dimensions are, those alone count as what they are."""
+    noise = torch.randn(8, 40, 3, generator=seed(0))
+    still = noise.clone()
+    still[..., 1] = still[:1, :, 1]
+    divergence = posterior_divergence(still)
+    assert bool(torch.isinf(divergence[:, 1]).all())
+    assert torch.equal(divergence[:, ::2], posterior_divergence(noise)[:, ::2])
+    report = describe_layer(still, seed(1))
+    assert report.divergence == math.inf
+    assert report.inactive == 2
+    assert " inf " in layer_table([report])

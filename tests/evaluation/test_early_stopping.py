@@ -50,5 +50,6 @@ def test_training_ends_when_it_no_longer_helps_and_the_best_state_is_kept():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="every"):
         EarlyStopping(torch.rand(4, 1, 2, 2), every=0)
-    with pytest.raises(ValueError, match="images"):
-        EarlyStopping(torch.rand(4, 2))
+    prior = DiffusionEBMPrior(IdentityBackbone((3,)), schedule=SCHEDULE, energy=EnergyConfig(vector_width=16))
+    with pytest.raises(ValueError, match="images: expected a non-empty batch"):
+        prior.fit(images_of(noise(8)), iterations=1, callback=EarlyStopping(torch.rand(4, 2)))

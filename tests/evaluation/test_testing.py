@@ -1,10 +1,13 @@
 """The conformance kit: a good adapter passes, and each broken promise is named."""
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import seed
 from torch import nn
 
+from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.evaluation.adapter_check import check_adapter, find_faults
 
 
@@ -99,6 +102,92 @@ class Unused(Good):
         return z
 
 
+class HiddenParameter(Good):
+    """It has a parameter that is part of no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def decode(self, features):
+        return super().decode(self.scale * features)
+
+
+class Means(Good):
+    def infer(self, images):
+        total = 8 * images - 4
+        return [total, 0 * total]
+
+
+class Rounded(Good):
+    """Quantises its lower layer, as compressing models do in eval mode."""
+
+    def infer(self, images):
+        first, second = super().infer(images)
+        return [first, second.round()]
+
+
+class HalfMeans(Good):
+    def infer(self, images):
+        first, second = super().infer(images)
+        return [torch.cat((first[..., :3], (8 * images - 4)[..., 3:]), dim=3), second]
+
+
+class Unseeded(Good):
+    def infer(self, images):
+        rng = np.random.default_rng()
+        return [z + 0.1 * torch.from_numpy(rng.normal(size=z.shape)).float() for z in super().infer(images)]
+
+
+class NotFinite(Good):
+    def infer(self, images):
+        return [z / 0 for z in super().infer(images)]
+
+
+class InPlace(Good):
+    def top_down(self, batch_size):
+        zeros = torch.zeros(batch_size, 1, 4, 4)
+        first = yield zeros, torch.ones_like(zeros)
+        second = yield self.model["head"](first.mul_(2)), 0.5 * torch.ones_like(zeros)
+        return self.model["norm"](first + second / 10)
+
+
+class InPlaceStd(Good):
+    def top_down(self, batch_size):
+        zeros = torch.zeros(batch_size, 1, 4, 4)
+        first = yield zeros, torch.ones_like(zeros)
+        std = 0.5 * torch.ones_like(zeros)
+        second = yield self.model["head"](first), std
+        std *= 2
+        return self.model["norm"](first + second / 10)
+
+
+class Dropout(Good):
+    def top_down(self, batch_size):
+        features = yield from super().top_down(batch_size)
+        return F.dropout(features)
+
+
+class DropoutInEncoder(Good):
+    def infer(self, images):
+        return super().infer(F.dropout2d(images, 0.1))
+
+
+class Numpy(Good):
+    def decode(self, features):
+        return super().decode(features + float(np.random.default_rng().normal()))
+
+
+class OtherSize(Good):
+    def decode(self, features):
+        return super().decode(features).reshape(-1, 1, 2, 8)
+
+
+class Keyed(Good):
+    def infer(self, images):
+        return {}["nothing"]
+
+
 class WrongRange(Good):
     def decode(self, features):
         return features + 0.5
@@ -138,25 +227,40 @@ def test_a_good_adapter_passes_and_is_described(images, capsys):
         (Reversed, "reverse the list"),
         (WrongShape, "infer with 1 image"),
         (Stochastic, "draws from the global generator"),
-        (StochasticMean, "the inverse of T is off"),
+        (StochasticMean, "draws from the global generator .* by torch.randn_like"),
         (Batched, "depends on the others in its batch"),
-        (Hidden, "autograd also reaches"),
+        (Hidden, "modules that are not frozen, as they were not found: Conv2d, BatchNorm2d; keep the model"),
+        (HiddenParameter, r"autograd also reaches 1 other tensor\(s\)"),
         (Detached, "autograd does not reach u"),
         (Unused, "layer 1: the image does not depend on its noise"),
-        (WrongRange, r"expected images in \[0, 1\]"),
-        (WrongSize, r"expected images \(1, 1, 4, 4\) as they were given, got \(1, 1, 4, 3\)"),
+        (WrongRange, r"must return images in \[0, 1\], got 1.*rescale them in its decode"),
+        (WrongSize, r"this model takes images \(1, 4, 3\), got \(1, 4, 4\)"),
+        (Means, "two seeds gave equal latents in all layers: .* does it return means, or quantise in eval mode"),
+        (Rounded, "two seeds gave equal latents in layer 1: "),
+        (HalfMeans, "two seeds gave equal latents in 4 of 16 dimensions of layer 0: "),
+        (Unseeded, "the same seed gave two draws"),
+        (NotFinite, "infer: its latents are not finite"),
+        (Dropout, "dropout is on: torch.nn.functional.dropout drops also in eval mode"),
+        (DropoutInEncoder, "dropout is on: torch.nn.functional.dropout2d"),
+        (Numpy, "the same noise gave two different images"),
+        (OtherSize, r"this model takes images \(1, 2, 8\), got \(1, 4, 4\)"),
+        (Keyed, "KeyError: 'nothing'"),
         (Untrained, "reconstructions are no closer"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_broken_promises_are_named(adapter, message, images):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"breaks 1 promise\(s\):\n- .*" + message):
         check_adapter(adapter(), images, generator=seed(1))
 
 
 def test_what_is_too_wrong_to_go_on_raises(images):
     with pytest.raises(ValueError, match="yield the standard deviation, not its logarithm"):
         check_adapter(LogStd(), images)
+    for adapter, what in ((InPlace(), "layer 0: it changes the latent that it was"), (InPlaceStd(), "layer 1: .* std")):
+        for use in (lambda adapter=adapter: check_adapter(adapter, images), lambda a=adapter: DiffusionEBMPrior(a)):
+            with pytest.raises(ValueError, match=f"top_down, {what} .*in place; write z = z"):
+                use()
     with pytest.raises(TypeError, match="has no method top_down"):
         check_adapter(object(), images)
     with pytest.raises(ValueError, match="at least 8, got 2"):

@@ -28,7 +28,8 @@ from test_saving import FIXTURE, SHAPES
 from two_processes import free_port
 
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig, LangevinConfig
-from hvae_ebm_prior.cli.main import main
+from hvae_ebm_prior.cli.hub_commands import complete_card
+from hvae_ebm_prior.cli.main import main, make_parser
 from hvae_ebm_prior.saving.card import Card
 from hvae_ebm_prior.saving.config import Metric
 
@@ -293,3 +294,46 @@ def test_a_server_of_others_serves_it(olah, hub, monkeypatch):
     torch.testing.assert_close(prior.energy(expected["u"], 1), expected["energy"])
     with pytest.raises(HfHubHTTPError):
         DiffusionEBMPrior.from_pretrained("me/prior", backbone=RandomBackbone(SHAPES), revision="v9")
+
+
+def test_what_is_said_for_the_card_is_pushed_and_what_was_said_stays(hub, tmp_path):
+    """Also in a card that was edited by hand; the code in it loads from where it is."""
+    folder = tmp_path / "saved"
+    card = Card(datasets=["digits"], description="A prior of digits.")
+    make_prior().save_pretrained(folder, card=card, metrics=[Metric("FD", 3.5, "classifier", "digits")])
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("## Limits", "## By hand\n\nMore.\n\n## Limits"))
+
+    def push(*options):
+        assert main(["push", str(folder), "me/prior", *options]) == 0
+        read = ModelCard(
+            hub.repositories["me/prior"].commits[hub.repositories["me/prior"].heads["main"]]["README.md"].decode()
+        )
+        read.validate()
+        return read
+
+    first = push("--license", "mit", "--base-model", "me/vae")
+    assert (first.data.license, first.data.base_model, first.data.datasets) == ("mit", "me/vae", ["digits"])
+    assert "License: mit." in first.text
+    assert "No licence" not in first.text
+    assert 'DiffusionEBMPrior.from_pretrained("me/prior", ' in first.text
+    second = push("--license", "apache-2.0", "--title", "Digits", "--dataset", "mnist", "usps")
+    assert (second.data.license, second.data.base_model, second.data.datasets) == (
+        "apache-2.0",
+        "me/vae",
+        ["mnist", "usps"],
+    )
+    assert "License: apache-2.0." in second.text
+    assert [line for line in second.text.splitlines() if line.startswith("# ")] == ["# Digits"]
+    assert [(each.metric_value, each.dataset_name) for each in second.data.eval_results] == [(3.5, "digits")]
+    for kept in ("A prior of digits.", "## By hand\n\nMore."):
+        assert kept in second.text
+    assert str(push()) == str(second)
+    path.unlink()
+    assert push("--license", "mit").data.license == "mit"
+    path.unlink()
+    (tmp_path / "secret").write_text("mine")
+    path.symlink_to(tmp_path / "secret")
+    complete_card(folder, make_parser().parse_args(["push", str(folder), "me/prior", "--license", "mit"]))
+    assert path.is_symlink()
+    assert (tmp_path / "secret").read_text() == "mine"

@@ -12,7 +12,8 @@ import pytest
 import torch
 from helpers import seed
 
-from hvae_ebm_prior.training.image_data import BrokenImageError, load_images, open_images, split_array
+from hvae_ebm_prior.training.array_data import load_images, split_array
+from hvae_ebm_prior.training.image_data import BrokenImageError, open_images
 
 pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 SHAPE = (3, 16, 16)

@@ -488,6 +488,8 @@ DAMAGE = {
     "learning rate not a number": lambda path: change_json(
         path, lambda about: about["state"].update(lr_scale=float("nan"))
     ),
+    "a learning rate below zero": lambda path: change_json(path, lambda about: about["state"].update(lr_scale=-1.0)),
+    "a seed that is too large": lambda path: change_json(path, lambda about: about["state"].update(seed=10**30)),
     "no digest": lambda path: change_json(path, lambda about: about.update(sha256=None)),
     "no safetensors": lambda path: (
         path.with_suffix(".safetensors").write_bytes(b"x" * 3000),

@@ -108,7 +108,7 @@ def langevin_update(
             if previous:
                 raise ValueError("previous: with `noise` given, add the noise of the step before to it")
             return given_update(u, u_next, gradient, coefficients, noise, held)
-        number = step if isinstance(step, Tensor) else torch.tensor([step], device=u.device)
+        number = step if isinstance(step, Tensor) else torch.tensor([step], device=u.device, dtype=torch.long)
         return _drawn_update(
             rows(u),
             rows(u_next),
