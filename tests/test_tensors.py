@@ -19,6 +19,7 @@ from hvae_ebm_prior.control import edit
 from hvae_ebm_prior.evaluation.diagnosis import describe_layers
 from hvae_ebm_prior.ood import SCHEMES, typicality_scores
 from hvae_ebm_prior.posterior_cache import PosteriorCache
+from hvae_ebm_prior.presets import PRESETS, Preset
 from hvae_ebm_prior.testing import check_adapter
 from hvae_ebm_prior.training.callbacks import sample_grid
 
@@ -277,6 +278,9 @@ from test_tensors import Tensors
 
 def load():
     return Tensors((3, 2), noise=0.1)
+
+def features():
+    return lambda x: x.flatten(1) / 100
 """
 
 
@@ -304,6 +308,26 @@ def test_commands_that_take_them(files, capsys):
     scoring = ["--images", "data.npz:sound", "--outliers", "outliers.npy", "--scheme", "density"]
     assert main(["ood", "mine.py:load", "--prior", "prior", *scoring]) == 0
     assert json.loads((files / "ood.json").read_text())["density"][0]["auroc"] == 1.0
+
+
+def test_train_and_evaluate_take_them(files, monkeypatch, capsys):
+    default = PRESETS["default"]
+    monkeypatch.setitem(PRESETS, "default", Preset(default.schedule, default.langevin, TINY, QUICK))
+    train = ["train", "mine.py:load", "--images", "data.npz:sound", "--limit", "32", "--out", "run"]
+    assert main(train) == 0
+    prior = DiffusionEBMPrior.from_pretrained("run", backbone=Tensors((3, 2)))
+    assert prior.trained.iterations == 4
+    assert "going on from" not in capsys.readouterr().err
+    assert main(train) == 0
+    assert "going on from" in capsys.readouterr().err
+    measure = ["--images", "data.npz:sound", "--reference", "outliers.npy", "--features", "mine.py:features"]
+    assert main(["evaluate", "mine.py:load", "--prior", "run", *measure, "--metrics", "--temperatures"]) == 0
+    rows = json.loads((files / "evaluate.json").read_text())["rows"]
+    assert {row["name"] for row in rows} == {"real", "reconstruction", "Gaussian", "prior"}
+    # The outliers' noise is N(5.8, .5^2), that of the images N(.8, .5^2): six means that differ by 5.
+    assert rows[0]["distance"] == pytest.approx(6 * 25, rel=0.1)
+    assert main(["train", "mine.py:load", "--images", "data.npz:sound", "--size", "8", "--out", "other"]) == 2
+    assert "size: this model takes plain tensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["edit", "interpolate", "transitions", "demo"])
