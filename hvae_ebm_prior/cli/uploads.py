@@ -43,7 +43,7 @@ def fit_image(prior: LatentPrior, pixels: Any) -> Tensor:
     ValueError for one that is too long and narrow.
     """
     channels, height, width = image_shape(prior)
-    image = torch.as_tensor(pixels).float().permute(2, 0, 1)[None, :3] / 255
+    image = torch.as_tensor(pixels, device="cpu").float().permute(2, 0, 1)[None, :3] / 255
     factor = max(height / image.shape[2], width / image.shape[3])
     size = max(height, round(factor * image.shape[2])), max(width, round(factor * image.shape[3]))
     if size[0] * size[1] > MAX_PIXELS:
