@@ -52,7 +52,7 @@ class Card:
         for name, text in names.items():
             if not isinstance(text, str | None):
                 raise TypeError(f"card: {name}: expected a text, got {type(text).__name__}")
-            several_lines = "\n\t" if name in ("description", "load_backbone") else ""
+            several_lines = "\r\n\t" if name in ("description", "load_backbone") else ""
             if set(hidden_characters(text or "")) - set(several_lines):
                 raise ValueError(f"card: {name}: expected a text without control characters, got {text!r:.80}")
 
