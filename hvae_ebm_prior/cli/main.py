@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 2 with a message on stderr for what the user can mend, 130 after
     Ctrl-C.
     """
-    options = make_parser().parse_args(arguments)
+    options, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         # What the loader returns may import modules beside its file at any time.
         with importable(options.loader) if "loader" in options else nullcontext():
@@ -87,6 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_info(commands)
     for command in commands.choices.values():
         command.usage = usage(command)
+        command.allow_abbrev = False  # --data would be taken for --dataset
+        command.set_defaults(parser=command)
     return parser
 
 
