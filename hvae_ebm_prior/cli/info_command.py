@@ -42,6 +42,7 @@ def describe_saved(repo_or_dir: str) -> str:
     with folder_or_repository(repo_or_dir):
         folder = fetch(repo_or_dir, files=[CONFIG])
     weights = folder / WEIGHTS
+    size: int | None
     if Path(repo_or_dir).expanduser().is_dir() or weights.is_file():
         config, size = load_config(folder), weights.stat().st_size
     else:
