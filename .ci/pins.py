@@ -32,7 +32,7 @@ NUMBERS = {
     "pillow",
     "matplotlib",
 }
-TOOLS = {"pytest", "hypothesis", "ruff", "mypy", "pydoclint", "sphinx", "furo", "myst-parser"}
+TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pydoclint", "sphinx", "furo", "myst-parser"}
 # The first patch release of each Python, and every system that PyTorch has files for.
 PYTHONS = ("3.11.0", "3.12.0", "3.13.0", "3.14.0")
 SYSTEMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin", "x86_64-pc-windows-msvc")

@@ -33,8 +33,8 @@ LOG = ENVIRONMENT / "pip.log"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Gigabytes on disk: the rest of an extra, and PyTorch.
 SIZES = {"examples": 0.4, "dev": 1.5, "cpu": 0.7, "cuda": 4.2}
-# It asks for torchvision, which it does not need for what is used of it here, and which would bring another PyTorch.
-WITHOUT_DEPENDENCIES = {"examples": [], "dev": ["torch-fidelity>=0.4,<0.5"]}
+# These ask for torchvision, which is not needed for what is used of them here, and which would bring another PyTorch.
+WITHOUT_DEPENDENCIES = {"examples": [], "dev": ["torch-fidelity>=0.4,<0.5", "azula>=0.11,<0.12"]}
 # Version, build and folder of the PyTorch that a Python has; fails if it has none.
 FIND_TORCH = """
 import importlib.metadata, importlib.util, json, pathlib, runpy

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvae_ebm_prior import NOT, Coupling, DiffusionEBMPrior, Label, LabelSet, LangevinConfig
+from hvae_ebm_prior.cli.threads import leave_busy_cores
 from hvae_ebm_prior.control import resample
 from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.saving.grid import save_grid
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "output")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    leave_busy_cores()
     g, n = torch.Generator().manual_seed(args.seed), args.columns
 
     prior = load_prior(args.weights, args.seed)

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hvae_ebm_prior import Coupling, LabelSet
+from hvae_ebm_prior.cli.threads import leave_busy_cores
 from hvae_ebm_prior.control import sample_in_turn
 from hvae_ebm_prior.evaluation import in_chunks
 from hvae_ebm_prior.presets import PRESETS
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "output")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    leave_busy_cores()
     g = torch.Generator().manual_seed(args.seed)
 
     images, classes = load_subset("train")

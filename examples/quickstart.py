@@ -35,6 +35,7 @@ from torch import Tensor
 
 from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
+from hvae_ebm_prior.cli.threads import leave_busy_cores
 from hvae_ebm_prior.evaluation import evaluate, table
 from hvae_ebm_prior.training.config import ObjectiveName
 
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "output")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    leave_busy_cores()
 
     test_images = load_subset("test")[0][: args.images]
     trained = DiffusionEBMPrior.from_pretrained(HERE / "data" / "prior", backbone=load_backbone())

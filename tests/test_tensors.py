@@ -8,6 +8,7 @@ import pytest
 import torch
 from backbones import ExactGaussian, IdentityBackbone
 from helpers import TINY, same, seed, state
+from huggingface_hub import ModelCard
 from torch.utils.data import DataLoader, TensorDataset
 
 from hvae_ebm_prior import Coupling, DiffusionEBMPrior, DiffusionSchedule, LabelSet, TrainingConfig
@@ -259,6 +260,10 @@ def test_saved_priors_have_no_picture(tmp_path):
     prior.fit(data_of(noise(32), (3, 2)), training=QUICK, generator=seed(0), progress=False)
     prior.save_pretrained(tmp_path, samples=4)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag is None
+    assert "data = prior.sample(16)  # (16, ...)" in card.text
+    assert ".png" not in card.text
     again = DiffusionEBMPrior.from_pretrained(tmp_path, backbone=Tensors((3, 2)))
     assert torch.equal(again.sample(4, generator=seed(1)), prior.sample(4, generator=seed(1)))
     assert sample_grid(prior, 4, 0) is None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from ..backbone.text import visible
 from ..chains.langevin import ChainDiverged
 from ..saving.extras import installed
 from ..training.guard import TrainingDiverged
@@ -18,6 +19,7 @@ from .hub_commands import add_pull, add_push
 from .info_command import add_info
 from .loading import importable
 from .prior_commands import add_edit, add_interpolate, add_ood, add_sample, add_transitions
+from .threads import leave_busy_cores
 from .train_command import add_train
 from .trial_commands import add_trials
 
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = make_parser().parse_known_args(arguments)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if "loader" in options:
+        leave_busy_cores()
     try:
         # What the loader returns may import modules beside its file at any time.
         with importable(options.loader) if "loader" in options else nullcontext():
@@ -45,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MISTAKES as error:
         if options.debug:
             raise
-        print(f"hvae-ebm-prior: {error}{users_line(error)}", file=sys.stderr)
+        # Names of files and texts from elsewhere may hold what a terminal obeys.
+        message = "\n".join(map(visible, str(error).splitlines()))
+        print(f"hvae-ebm-prior: {message}{users_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         if options.debug:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..backbone.transform import BackboneAdapter
 from ..baselines import (
+    FlowMatchingPrior,
     GaussianMixturePrior,
     GaussianPrior,
     JointEBMPrior,
@@ -17,6 +18,7 @@ from ..baselines import (
     MultiStagePrior,
     NCPPrior,
 )
+from ..baselines.flow_matching import FLOW_TRAINING
 from ..chains.schedule import DiffusionSchedule
 from ..presets import PRESETS, Preset
 from ..prior import DiffusionEBMPrior
@@ -55,6 +57,7 @@ def candidates(preset: Preset = PRESETS["default"]) -> dict[str, Candidate]:
         "ncp-langevin": Candidate(partial(NCPPrior, sampler="langevin"), ncp),
         "nce-stages": Candidate(MultiStagePrior, PRESETS["nce-stages"].training),
         "z-diffusion": Candidate(partial(build, plain, kind=LatentDiffusionPrior), plain.training),
+        "flow-matching": Candidate(FlowMatchingPrior, FLOW_TRAINING),
         "mixture": Candidate(GaussianMixturePrior),
         **{f"gaussian-{t:g}": Candidate(partial(GaussianPrior, temperature=t)) for t in (0.9, 0.8, 0.7, 0.6)},
     }

@@ -20,7 +20,14 @@ from hvae_ebm_prior import (
     LangevinConfig,
     TrainingConfig,
 )
-from hvae_ebm_prior.baselines import GaussianMixturePrior, GaussianPrior, JointEBMPrior, LatentDiffusionPrior, NCPPrior
+from hvae_ebm_prior.baselines import (
+    FlowMatchingPrior,
+    GaussianMixturePrior,
+    GaussianPrior,
+    JointEBMPrior,
+    LatentDiffusionPrior,
+    NCPPrior,
+)
 from hvae_ebm_prior.baselines.ncp import pick
 from hvae_ebm_prior.chains.autograd import walk_gradient
 from hvae_ebm_prior.chains.langevin import gaussian_part, langevin_coefficients
@@ -51,6 +58,7 @@ MAKERS = {
     "published": lambda backbone: JointEBMPrior(backbone, energy=SMALL, langevin=SHORT, target="published"),
     "sir": lambda backbone: NCPPrior(backbone, energy=SMALL, proposals=30),
     "ncp langevin": lambda backbone: NCPPrior(backbone, energy=SMALL, sampler="langevin", langevin=SHORT),
+    "flow": lambda backbone: FlowMatchingPrior(backbone, width=16, vector_width=16, steps=2),
     "z": lambda backbone: LatentDiffusionPrior(backbone, energy=SMALL, langevin=SHORT),
 }
 
@@ -67,7 +75,7 @@ def test_one_interface(name):
     prior, twin = make(RandomBackbone(SHAPES)), make(RandomBackbone(SHAPES))
     settings = (
         {"training": TrainingConfig(iterations=3, batch_size=16, activity_images=16)}
-        if hasattr(prior, "batch_loss")
+        if hasattr(prior, "gradients_per_step")
         else {}
     )
     history = prior.fit(images, **settings, generator=seed(1))
