@@ -8,6 +8,7 @@ import pytest
 import torch
 from backbones import ExactGaussian, IdentityBackbone
 from helpers import TINY, same, seed, state
+from huggingface_hub import ModelCard
 from torch.utils.data import DataLoader, TensorDataset
 
 from hvae_ebm_prior import Coupling, DiffusionEBMPrior, DiffusionSchedule, LabelSet, TrainingConfig
@@ -19,6 +20,7 @@ from hvae_ebm_prior.control import edit
 from hvae_ebm_prior.evaluation.diagnosis import describe_layers
 from hvae_ebm_prior.ood import SCHEMES, typicality_scores
 from hvae_ebm_prior.posterior_cache import PosteriorCache
+from hvae_ebm_prior.presets import PRESETS, Preset
 from hvae_ebm_prior.testing import check_adapter
 from hvae_ebm_prior.training.callbacks import sample_grid
 
@@ -258,6 +260,10 @@ def test_saved_priors_have_no_picture(tmp_path):
     prior.fit(data_of(noise(32), (3, 2)), training=QUICK, generator=seed(0), progress=False)
     prior.save_pretrained(tmp_path, samples=4)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag is None
+    assert "data = prior.sample(16)  # (16, ...)" in card.text
+    assert ".png" not in card.text
     again = DiffusionEBMPrior.from_pretrained(tmp_path, backbone=Tensors((3, 2)))
     assert torch.equal(again.sample(4, generator=seed(1)), prior.sample(4, generator=seed(1)))
     assert sample_grid(prior, 4, 0) is None
@@ -277,6 +283,9 @@ from test_tensors import Tensors
 
 def load():
     return Tensors((3, 2), noise=0.1)
+
+def features():
+    return lambda x: x.flatten(1) / 100
 """
 
 
@@ -304,6 +313,26 @@ def test_commands_that_take_them(files, capsys):
     scoring = ["--images", "data.npz:sound", "--outliers", "outliers.npy", "--scheme", "density"]
     assert main(["ood", "mine.py:load", "--prior", "prior", *scoring]) == 0
     assert json.loads((files / "ood.json").read_text())["density"][0]["auroc"] == 1.0
+
+
+def test_train_and_evaluate_take_them(files, monkeypatch, capsys):
+    default = PRESETS["default"]
+    monkeypatch.setitem(PRESETS, "default", Preset(default.schedule, default.langevin, TINY, QUICK))
+    train = ["train", "mine.py:load", "--images", "data.npz:sound", "--limit", "32", "--out", "run"]
+    assert main(train) == 0
+    prior = DiffusionEBMPrior.from_pretrained("run", backbone=Tensors((3, 2)))
+    assert prior.trained.iterations == 4
+    assert "going on from" not in capsys.readouterr().err
+    assert main(train) == 0
+    assert "going on from" in capsys.readouterr().err
+    measure = ["--images", "data.npz:sound", "--reference", "outliers.npy", "--features", "mine.py:features"]
+    assert main(["evaluate", "mine.py:load", "--prior", "run", *measure, "--metrics", "--temperatures"]) == 0
+    rows = json.loads((files / "evaluate.json").read_text())["rows"]
+    assert {row["name"] for row in rows} == {"real", "reconstruction", "Gaussian", "prior"}
+    # The outliers' noise is N(5.8, .5^2), that of the images N(.8, .5^2): six means that differ by 5.
+    assert rows[0]["distance"] == pytest.approx(6 * 25, rel=0.1)
+    assert main(["train", "mine.py:load", "--images", "data.npz:sound", "--size", "8", "--out", "other"]) == 2
+    assert "size: this model takes plain tensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["edit", "interpolate", "transitions", "demo"])

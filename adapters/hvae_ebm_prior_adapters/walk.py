@@ -20,7 +20,7 @@ Walk = Generator[State, Tensor, Any]
 def priors(
     walk: Walk[State], gaussian: Callable[[State], tuple[Tensor, Tensor]]
 ) -> Generator[tuple[Tensor, Tensor], Tensor, Any]:
-    """The coroutine of an adapter's `top_down`, of a model's own walk.
+    """The coroutine of an adapter's `top_down`, which yields the mean and std of every layer, of a model's own walk.
 
     Args:
         walk: the model's top-down pass, as a generator: it yields what a layer is conditioned on, whatever that is, is
@@ -29,9 +29,6 @@ def priors(
 
     Returns:
         What the walk returns.
-
-    Yields:
-        Mean and std of every layer.
     """
     try:
         state = next(walk)

@@ -53,7 +53,11 @@ def find_adapter(model: Any) -> BackboneAdapter:
 
 
 def is_adapter(value: Any) -> bool:
-    """Whether a value has an adapter's three methods; a model with a part of the name of one has them not."""
+    """Whether a value has an adapter's three methods; a model with a part of the name of one has them not, nor has a
+    class.
+    """
+    if isinstance(value, type):
+        return False
     methods = [getattr(value, name, None) for name in METHODS]
     return all(callable(method) for method in methods) and not isinstance(methods[0], nn.Module)
 
@@ -71,6 +75,8 @@ def refusal(model: Any, inner: Any) -> str:
         path, part = found
         kind = "entry" if path.startswith("[") else "attribute"
         hint = f"; its {kind} {path.removeprefix('.')} is a {type(part).__name__}: pass model{path}"
+    if isinstance(inner, type):
+        return f"expected a model or an adapter, got the class {inner.__name__}: pass an object of it"
     if not isinstance(inner, nn.Module):
         missing = [name for name in METHODS if not callable(getattr(inner, name, None))]
         return (

@@ -148,8 +148,9 @@ def find_reference(options: argparse.Namespace, images: Tensor, extractor: Extra
     check_held_out(images, count_shared(images, real))
     reference = make_reference(real, extractor, prior.device, options.batch_size)
     if options.save_statistics is not None:
-        Path(options.save_statistics).parent.mkdir(parents=True, exist_ok=True)
-        save_reference(reference, options.save_statistics)
+        path = Path(options.save_statistics).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_reference(reference, path)
     return reference
 
 

@@ -3,13 +3,14 @@
 import argparse
 import math
 import os
+from pathlib import Path
 
 import torch
 
 from ..chains.kernels import VARIABLE, choose_backend
 from ..saving.config import PriorConfig, settings_in_words
 from ..saving.extras import installed
-from ..saving.folder import CONFIG, WEIGHTS, read_settings
+from ..saving.folder import CONFIG, WEIGHTS, load_config, read_settings
 from ..saving.hub import fetch, file_sizes
 from .loading import Commands, folder_or_repository
 
@@ -40,9 +41,13 @@ def describe_saved(repo_or_dir: str) -> str:
     """What a saved prior in a folder or repository says of itself, in lines; of a repository, without its weights."""
     with folder_or_repository(repo_or_dir):
         folder = fetch(repo_or_dir, files=[CONFIG])
-    lines, weights = summary(read_settings(folder)), folder / WEIGHTS
-    size = weights.stat().st_size if weights.is_file() else file_sizes(repo_or_dir, [WEIGHTS]).get(WEIGHTS)
-    return "\n".join([*lines, f"{'weights':14}{'not there' if size is None else f'{size / 1e6:.1f} MB'}"])
+    weights = folder / WEIGHTS
+    size: int | None
+    if Path(repo_or_dir).expanduser().is_dir() or weights.is_file():
+        config, size = load_config(folder), weights.stat().st_size
+    else:
+        config, size = read_settings(folder), file_sizes(repo_or_dir, [WEIGHTS]).get(WEIGHTS)
+    return "\n".join([*summary(config), f"{'weights':14}{'not there' if size is None else f'{size / 1e6:.1f} MB'}"])
 
 
 def summary(config: PriorConfig) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from ..backbone.text import visible
 from ..chains.langevin import ChainDiverged
 from ..saving.extras import installed
 from ..training.guard import TrainingDiverged
@@ -36,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 2 with a message on stderr for what the user can mend, 130 after
     Ctrl-C.
     """
-    options = make_parser().parse_args(arguments)
+    options, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if "loader" in options:
         leave_busy_cores()
     try:
@@ -46,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MISTAKES as error:
         if options.debug:
             raise
-        print(f"hvae-ebm-prior: {error}{users_line(error)}", file=sys.stderr)
+        # Names of files and texts from elsewhere may hold what a terminal obeys.
+        message = "\n".join(map(visible, str(error).splitlines()))
+        print(f"hvae-ebm-prior: {message}{users_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         if options.debug:
@@ -90,6 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_info(commands)
     for command in commands.choices.values():
         command.usage = usage(command)
+        command.allow_abbrev = False  # --data would be taken for --dataset
+        command.set_defaults(parser=command)
     return parser
 
 

@@ -184,8 +184,8 @@ def shapes(probe: Probe) -> Iterator[str]:
         transform.log_abs_det(noise)
         probe.infer(images[:n])
         check_decoded(transform.decode(noise), n, transform.adapter)
-    decoded = transform.decode(probe.u.new_ones(4, transform.dim))
-    check_decoded(decoded, 4, transform.adapter)
+    decoded = transform.decode(probe.u)
+    check_decoded(decoded, len(probe.u), transform.adapter)
     if not bool(torch.isfinite(decoded).all()):
         yield "decode: the images are not finite"
 
@@ -242,7 +242,7 @@ def posterior_noise(probe: Probe) -> Iterator[str]:
         where = "all layers" if all(bool(part.all()) for part in still) else ", ".join(parts)
         yield (
             f"infer: two seeds gave equal latents in {where}: it must draw z ~ q(z|x), mean + std * noise; does it "
-            "return means, or quantise in eval mode, or is the noise zero?"
+            "return means, or quantise in eval mode, or is its noise zero or of a seed of its own?"
         )
 
 
@@ -256,7 +256,7 @@ def inversion(probe: Probe) -> Iterator[str]:
         if not error <= probe.tolerance:
             yield (
                 f"top_down: the inverse of T is off by {error:.1g} of the largest entry on {what}: do means or stds "
-                "depend on more than the latents above them, or on other samples?"
+                "depend on more than the latents above them, or is a latent changed in place, by .data or NumPy?"
             )
             return
 

@@ -52,13 +52,18 @@ class Card:
         for name, text in names.items():
             if not isinstance(text, str | None):
                 raise TypeError(f"card: {name}: expected a text, got {type(text).__name__}")
-            several_lines = "\n\t" if name in ("description", "load_backbone") else ""
+            several_lines = "\r\n\t" if name in ("description", "load_backbone") else ""
             if set(hidden_characters(text or "")) - set(several_lines):
                 raise ValueError(f"card: {name}: expected a text without control characters, got {text!r:.80}")
 
 
 def write_card(
-    config: PriorConfig, card: Card, *, repo_id: str = "path/or/repository", samples: str | None = None
+    config: PriorConfig,
+    card: Card,
+    *,
+    repo_id: str = "path/or/repository",
+    samples: str | None = None,
+    tensors: bool = False,
 ) -> str:
     """The text of README.md.
 
@@ -67,6 +72,7 @@ def write_card(
         card: what its author adds.
         repo_id: where it can be loaded from.
         samples: name of the file of the sample grid, if there is one.
+        tensors: whether the model's data are plain tensors, not images.
 
     Returns:
         The card: YAML metadata between lines of dashes, then Markdown.
@@ -78,7 +84,7 @@ def write_card(
     dataset = (card.datasets or ["unknown"])[0]
     results = [
         EvalResult(
-            task_type=TASK,
+            task_type="other" if tensors else TASK,
             dataset_type=dataset,
             dataset_name=each.dataset or dataset,
             metric_type=each.name.lower().replace(" ", "-"),
@@ -89,7 +95,7 @@ def write_card(
     ]
     data = ModelCardData(
         library_name=LIBRARY,
-        pipeline_tag=TASK,
+        pipeline_tag=None if tensors else TASK,
         tags=list(TAGS),
         base_model=card.base_model,
         base_model_relation="adapter" if card.base_model else None,
@@ -104,7 +110,7 @@ def write_card(
         card.description,
         introduction(config),
         f"![Samples from the model's Gaussian prior, above, and from this one, below]({samples})" if samples else "",
-        use_section(config, card, repo_id),
+        use_section(config, card, repo_id, tensors),
         settings_section(config),
         metrics_section(config.metrics),
         limits_section(card),
@@ -143,20 +149,21 @@ def introduction(config: PriorConfig) -> str:
     )
 
 
-def use_section(config: PriorConfig, card: Card, repo_id: str) -> str:
+def use_section(config: PriorConfig, card: Card, repo_id: str, tensors: bool) -> str:
     """How to install the library, and code that loads the prior and draws samples."""
     module = "hvae_ebm_prior.baselines" if config.kind in ("NCPPrior", "JointEBMPrior") else "hvae_ebm_prior"
     networks = ", energy=networks" if config.energy is None else ""
+    what, shape = ("data", "(16, ...)") if tensors else ("images", "(16, C, H, W) in [0, 1]")
     lines = [
         f"from {module} import {config.kind}",
         "",
         card.load_backbone,
         f"prior = {config.kind}.from_pretrained({quoted(repo_id)}, backbone=backbone{networks})",
-        "images = prior.sample(16)  # (16, C, H, W) in [0, 1]",
+        f"{what} = prior.sample(16)  # {shape}",
     ]
     if config.coupling:
         name = next(iter(config.coupling.sets))
-        lines.append(f"images = prior.sample(16, labels={{{quoted(name)}: 0}})")
+        lines.append(f"{what} = prior.sample(16, labels={{{quoted(name)}: 0}})")
     return "\n".join(
         ["## Use", "", f"Install `{LIBRARY}`{where()}:", "", f"    {install_command()}", "", "```python", *lines, "```"]
     )

@@ -68,7 +68,10 @@ class Metric:
     def __post_init__(self) -> None:
         # NumPy's numbers and tensors of one too.
         if not isinstance(self.value, str):
-            object.__setattr__(self, "value", float(self.value))
+            try:
+                object.__setattr__(self, "value", float(self.value))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"metric {self.name!r:.80}: expected a number, got {self.value!r:.80}") from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.transform import BackboneAdapter
+from ..backbone.validation import takes_tensors
 from ..chains.execution import ExecutionConfig
 from ..density.energy_model import EnergyModel
 from ..density.gaussian import GaussianPrior
@@ -73,7 +74,14 @@ def save(
     config = make_config(prior, fingerprint(prior), installed(LIBRARY) or "unknown", trained, metrics)
     # Whoever loads it must be able to read what is written, with a digest of the weights in it.
     read_config(parse_json(json_bytes(to_json(replace(config, weights=64 * "0"))), CONFIG))
-    text = write_card(config, card or Card(), repo_id=repo_id or folder.name, samples=SAMPLES if samples else None)
+    tensors = takes_tensors(prior.backbone)
+    text = write_card(
+        config,
+        card or Card(),
+        repo_id=repo_id or folder.name,
+        samples=SAMPLES if samples and not tensors else None,
+        tensors=tensors,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with scratch_file(folder / WEIGHTS, partial(save_weights, prior.state_dict(), {"format": "pt"})) as weights:
         read_tensors(weights, prior)

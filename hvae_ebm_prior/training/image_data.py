@@ -87,7 +87,7 @@ def open_images(
         rows, column = hub_rows(source)
         images = hub_images(source, rows, column, limit)
     elif not is_array(source):
-        raise ValueError(f"images: expected {IMAGES}; there is no folder {source}")
+        raise ValueError(f"images: there is no folder {source}; expected {IMAGES}")
     else:
         array = load_images(source)[:limit]
         try:

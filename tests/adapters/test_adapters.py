@@ -23,6 +23,7 @@ from hvae_ebm_prior.adapters import (
 )
 from hvae_ebm_prior.backbone.elbo import backbone_bound
 from hvae_ebm_prior.backbone.transform import NoiseTransform, drive
+from hvae_ebm_prior.evaluation import describe_layers
 from hvae_ebm_prior.evaluation.adapter_check import find_faults
 
 NVAES = {
@@ -229,6 +230,43 @@ def test_a_prior_is_trained_and_sampled_on_every_family(family, context):
     assert samples.min() >= 0
     assert samples.max() <= 1
     prior.release()
+
+
+@pytest.mark.parametrize("name", ["nvae, one scale, flows", "nvae, vanilla", "vdvae", "biva"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_precision(name, dtype):
+    """A prior is trained, sampled and asked for likelihoods, and the check finds nothing but what it finds in float32;
+    double stays double, and what is in half precision comes as float32, near what float32 gives.
+    """
+    model, kind, shape = build(name)
+    images, adapter = torch.rand(8, *shape, generator=seed(0)), kind(model)
+    plain = NoiseTransform(adapter)
+    u = torch.randn(4, plain.dim, generator=seed(1))
+    with torch.no_grad():
+        expected = plain.log_abs_det(u)
+    model.to(dtype)
+    prior = DiffusionEBMPrior(model, energy=EnergyConfig(width=8, vector_width=8), langevin=LangevinConfig(steps=2))
+    training = TrainingConfig(iterations=1, batch_size=2, activity_images=0)
+    prior.fit(images, training=training, generator=seed(0), progress=False)
+    samples = prior.sample(2, generator=seed(0))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert samples.dtype == prior.transform.dtype == wide
+    assert bool(torch.isfinite(samples).all())
+    with torch.no_grad():
+        error = (prior.transform.log_abs_det(u.to(wide)) - expected).abs() / prior.dim
+        assert error.max() < (1e-5 if dtype == torch.float64 else 1e-2)
+        assert bool(torch.isfinite(backbone_bound(prior.transform, images[:2].round())[1]).all())
+    faults = [fault for fault in find_faults(adapter, images, generator=seed(0)) if "reconstructions are" not in fault]
+    assert [fault for fault in faults if "likelier, by" not in fault] == []
+    prior.release()
+
+
+def test_the_table_of_a_model_in_half_precision():
+    model, adapter, shape = build("nvae, vanilla")
+    images = torch.rand(8, *shape, generator=seed(0))
+    (plain,) = describe_layers(adapter(model), images, draws=4, generator=seed(1))
+    (half,) = describe_layers(adapter(model.half()), images, draws=4, generator=seed(1))
+    assert half.divergence == pytest.approx(plain.divergence, rel=0.02)
 
 
 def test_checkpointing_changes_memory_only(family):

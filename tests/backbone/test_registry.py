@@ -112,6 +112,8 @@ def test_parts_of_the_names_of_methods_make_no_adapter():
         (lambda: Trainer(adapter=RandomBackbone([(2,)])), "is a RandomBackbone: pass model.adapter;"),
         (lambda: nn.DataParallel(Trainer(vae=VDVAE())), "attribute module.vae is a VDVAE: pass model.module.vae;"),
         (lambda: {"step": 3, "ema": VDVAE()}, "its entry ['ema'] is a VDVAE: pass model['ema']"),
+        (lambda: VDVAE, "expected a model or an adapter, got the class VDVAE: pass an object of it"),
+        (lambda: HVAEAdapter, "got the class HVAEAdapter: pass an object of it"),
         (
             lambda: SimpleNamespace(model=VDVAE()),
             "SimpleNamespace is not a backbone adapter: it has no method top_down, infer, decode; .* is a VDVAE: pass "

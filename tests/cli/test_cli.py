@@ -35,6 +35,26 @@ def load_ncp():
 """
 
 
+BROKEN = """
+import torch
+
+class Means:
+    def top_down(self, batch_size):
+        zeros = torch.zeros(batch_size, 1, 8, 8)
+        z = yield zeros, zeros + 0.5
+        return z
+
+    def infer(self, images):
+        return [torch.logit(images, eps=1e-3)]
+
+    def decode(self, features):
+        return torch.sigmoid(features)
+
+def load():
+    return Means()
+"""
+
+
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "mine.py").write_text(LOADER)
@@ -48,6 +68,34 @@ def test_diagnose_prints_the_table(files, capsys):
     assert "2x2x2" in printed
     assert "1x4x4" in printed
     assert "rior hole" in printed
+
+
+def test_diagnose_says_what_is_wrong_before_the_table(files, capsys):
+    """Once, also where the table cannot be made; samples of the model itself show what nothing else does."""
+    (files / "broken.py").write_text(BROKEN)
+    load, images = f"{files / 'broken.py'}:load", str(files / "images.npy")
+    assert main(["diagnose", load, "--images", images]) == 0
+    printed = capsys.readouterr().out
+    assert "Means breaks 1 promise(s):\n- infer: two seeds gave equal latents in all layers" in printed
+    assert printed.count("two seeds") == 1
+    assert printed.index("two seeds") < printed.index("layer  shape") < printed.index(" inf ")
+    own, wrong = str(files / "own.npy"), str(files / "wrong.npy")
+    samples = np.random.default_rng(0).normal(size=(2, 200, 1, 8, 8)) * np.array([0.5, 0.4])[:, None, None, None, None]
+    np.save(own, (255 / (1 + np.exp(-samples[0]))).astype(np.uint8))
+    np.save(wrong, (255 / (1 + np.exp(-samples[1]))).astype(np.uint8))
+    assert main(["diagnose", load, "--images", images, "--samples", own]) == 0
+    assert "breaks 1 promise(s)" in capsys.readouterr().out
+    assert main(["diagnose", load, "--images", images, "--samples", wrong]) == 0
+    assert "breaks 2 promise(s)" in (printed := capsys.readouterr().out)
+    assert "- samples: 200 images of the layers differ from the model's own" in printed
+
+
+def test_diagnose_of_images_of_another_size(files, capsys):
+    np.save(files / "large.npy", np.zeros((20, 16, 16), dtype=np.uint8))
+    assert main(["diagnose", f"{files / 'mine.py'}:load", "--images", str(files / "large.npy")]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("this model takes images (1, 8, 8), got (1, 16, 16)") == 1
 
 
 def test_diagnose_hands_on_the_checkpoint(files, capsys):

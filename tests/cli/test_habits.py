@@ -73,6 +73,16 @@ def test_other_commands_write_where_they_are_told(tmp_path, monkeypatch):
         assert Path(file).parent.is_dir()
 
 
+@pytest.mark.parametrize("options", [["--data", "x"], ["--backbone", "y"], ["second.pt"]])
+def test_what_a_command_does_not_know_is_refused_with_its_usage(options, capsys):
+    """Also the beginning of an option's name, as --data is of --dataset."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "mine.py:load", "first.pt", "--images", "x", "--out", "y", *options])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: hvae-ebm-prior train LOADER [CHECKPOINT] --images IMAGES --out FOLDER [OPTIONS]"
+    assert error == f"hvae-ebm-prior train: error: unrecognized arguments: {' '.join(options)}"
+
+
 def test_ctrl_c_is_one_line(files, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -124,7 +124,7 @@ def test_what_is_wrong_with_images_is_said_in_one_line(files, capsys):
     np.save("wide.npy", np.zeros((20, 2, 3), np.uint8))
     for source, message in (
         ("wide.npy", "wide.npy: expected images (1, 2, 2) (channels, height, width), as the backbone draws, got (1, 2"),
-        ("nowhere", "images: expected a folder of PNG, JPEG or WebP files, hf:NAME"),
+        ("nowhere", "images: there is no folder nowhere; expected a folder of PNG, JPEG or WebP files, hf:NAME"),
     ):
         for name in ("diagnose", "edit", "ood", "evaluate", "compare"):
             assert main([source if word == "A" else word for word in COMMANDS[name]]) == 2

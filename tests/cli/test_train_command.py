@@ -238,7 +238,7 @@ def test_the_models_file_is_handed_on(files):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "expected a folder of PNG, JPEG or WebP files, hf:NAME"),
+        (["nowhere"], "there is no folder nowhere; expected a folder of PNG, JPEG or WebP files, hf:NAME"),
         (["images.npz:test"], "a name out of train, wide"),
         (
             ["images.npz:wide"],

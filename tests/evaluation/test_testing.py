@@ -162,6 +162,29 @@ class InPlaceStd(Good):
         return self.model["norm"](first + second / 10)
 
 
+class InPlaceData(Good):
+    """In a way that PyTorch does not count."""
+
+    def top_down(self, batch_size):
+        zeros = torch.zeros(batch_size, 1, 4, 4)
+        first = yield zeros, torch.ones_like(zeros)
+        first.data.mul_(2)
+        second = yield self.model["head"](first), 0.5 * torch.ones_like(zeros)
+        return self.model["norm"](first + second / 10)
+
+
+class OwnSeed(Good):
+    def infer(self, images):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return super().infer(images)
+
+
+class SometimesNaN(Good):
+    def decode(self, features):
+        return super().decode(features) / (features.abs() < 2)
+
+
 class Dropout(Good):
     def top_down(self, batch_size):
         features = yield from super().top_down(batch_size)
@@ -233,13 +256,16 @@ def test_a_good_adapter_passes_and_is_described(images, capsys):
         (HiddenParameter, r"autograd also reaches 1 other tensor\(s\)"),
         (Detached, "autograd does not reach u"),
         (Unused, "layer 1: the image does not depend on its noise"),
-        (WrongRange, r"must return images in \[0, 1\], got 1.*rescale them in its decode"),
+        (WrongRange, r"must return images in \[0, 1\], got .*rescale them in its decode"),
         (WrongSize, r"this model takes images \(1, 4, 3\), got \(1, 4, 4\)"),
         (Means, "two seeds gave equal latents in all layers: .* does it return means, or quantise in eval mode"),
         (Rounded, "two seeds gave equal latents in layer 1: "),
         (HalfMeans, "two seeds gave equal latents in 4 of 16 dimensions of layer 0: "),
         (Unseeded, "the same seed gave two draws"),
         (NotFinite, "infer: its latents are not finite"),
+        (InPlaceData, "the inverse of T is off by .* changed in place, by .data or NumPy"),
+        (OwnSeed, "two seeds gave equal latents in all layers.* or of a seed of its own"),
+        (SometimesNaN, "decode: the images are not finite"),
         (Dropout, "dropout is on: torch.nn.functional.dropout drops also in eval mode"),
         (DropoutInEncoder, "dropout is on: torch.nn.functional.dropout2d"),
         (Numpy, "the same noise gave two different images"),

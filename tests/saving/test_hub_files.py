@@ -147,6 +147,14 @@ def test_info_takes_the_settings_alone(pushed, hub, capsys):  # noqa: F811
     assert downloads(hub) == ["config.json"]
 
 
+def test_info_of_a_folder_asks_no_hub(hub, tmp_path, capsys):  # noqa: F811
+    make_prior().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["info", str(tmp_path)]) == 2
+    assert "there is no model.safetensors" in capsys.readouterr().err
+    assert not hub.requests
+
+
 def test_settings_are_read_before_weights_are_downloaded(pushed, hub, tmp_path, capsys):  # noqa: F811
     change(pushed[1], config__json=json.dumps({"schema": 99}).encode())
     for command in (["info", "me/prior"], ["pull", "me/prior", str(tmp_path / "here")]):

@@ -121,7 +121,7 @@ def test_what_is_no_card_is_refused(values, error, message):
 
 
 def test_descriptions_have_lines():
-    assert Card(description="a\n\nb\tc").description == "a\n\nb\tc"
+    assert Card(description="a\r\n\nb\tc").description == "a\r\n\nb\tc"
 
 
 @pytest.mark.parametrize("value", [np.float32(3.5), np.float64(3.5), np.array(3.5), torch.tensor(3.5), np.int64(7) / 2])
@@ -129,6 +129,12 @@ def test_figures_of_any_kind_are_numbers(value, tmp_path):
     make_prior().save_pretrained(tmp_path, metrics=[Metric("FD", value)])
     assert load_config(tmp_path).metrics == (Metric("FD", 3.5),)
     assert ModelCard((tmp_path / "README.md").read_text()).data.eval_results[0].metric_value == 3.5
+
+
+@pytest.mark.parametrize("value", [None, torch.ones(2), [1.0]])
+def test_what_is_no_figure_is_refused(value):
+    with pytest.raises(TypeError, match="metric 'FD': expected a number, got"):
+        Metric("FD", value)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, 1e30])
