@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from hypothesis import HealthCheck, settings
 from hvae_ebm_prior.evaluation.metrics import fidelity
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+# What a shell runs in the background ignores Ctrl-C, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "quick",
