@@ -5,8 +5,8 @@
 couples a prior to four kinds, from Fashion-MNIST's labels, bound to the top layer, and to plain or patterned, from the
 pixels, bound to the layers below; trains it (some fifteen minutes of one core), draws samples under a kind, holds their
 top layer, and draws the rest under a texture. It prints how often the texture is what was asked for and the kind is
-what it was, by the example's classifier, which is no part of the prior, and writes in_turn.png, in_turn.json and
-in_turn.safetensors to examples/output.
+what it was, by the example's classifier, which is no part of the prior; and how much of the texture the top layer
+decides by itself. It writes in_turn.png, in_turn.json and in_turn.safetensors to examples/output.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from fashion_mnist import load_subset
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hvae_ebm_prior import Coupling, LabelSet
+from hvae_ebm_prior import Coupling, DiffusionEBMPrior, LabelSet
 from hvae_ebm_prior.cli.threads import leave_busy_cores
 from hvae_ebm_prior.control import sample_in_turn
 from hvae_ebm_prior.evaluation import in_chunks
@@ -64,6 +64,16 @@ def textures_of(images: Tensor, kinds: Tensor, thresholds: Tensor) -> Tensor:
     """Plain 0 or patterned 1, (N,), by the median of the images' own kind, (len(KINDS),); -1 for no kind."""
     found = (roughness(images) > thresholds[kinds.clamp(min=0)]).long()
     return torch.where(kinds < 0, -1, found)
+
+
+def decided_above(prior: DiffusionEBMPrior, images: Tensor, seed: int) -> float:
+    """Correlation of the roughness of two samples that have the top layer of one image in common."""
+    top = prior.split(prior.encode(images, generator=torch.Generator().manual_seed(seed)))[0]
+    draws = [
+        roughness(prior.sample(len(images), fixed={0: top}, generator=torch.Generator().manual_seed(seed + number)))
+        for number in (1, 2)
+    ]
+    return torch.corrcoef(torch.stack(draws))[0, 1].item()
 
 
 def main() -> None:
@@ -111,12 +121,14 @@ def main() -> None:
                 "have the texture": (textures_of(second, asked, thresholds) == number).float().mean().item(),
             }
     save_grid(args.out / "in_turn.png", list(rows.values()), list(rows))
-    (args.out / "in_turn.json").write_text(json.dumps({"samples": args.samples, "figures": figures}, indent=1) + "\n")
+    shared = decided_above(prior, load_subset("test")[0][: args.samples], args.seed)
+    results = {"samples": args.samples, "guidance": args.guidance, "figures": figures, "decided above": shared}
+    (args.out / "in_turn.json").write_text(json.dumps(results, indent=1) + "\n")
     columns = list(next(iter(figures.values())))
     print(f"| in turn | {' | '.join(columns)} |\n|---|---|---|---|")
     for name, found in figures.items():
         print(f"| {name} | {' | '.join(f'{value:.2f}' for value in found.values())} |")
-    print(f"\npictures in {args.out}")
+    print(f"\ncorrelation of the roughness of two samples with one top layer: {shared:.2f}; pictures in {args.out}")
 
 
 if __name__ == "__main__":
