@@ -95,7 +95,8 @@ def test_diagnose_of_images_of_another_size(files, capsys):
     assert main(["diagnose", f"{files / 'mine.py'}:load", "--images", str(files / "large.npy")]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.count("this model takes images (1, 8, 8), got (1, 16, 16)") == 1
+    expected = "large.npy: expected images (1, 8, 8) (channels, height, width), as the backbone draws, got (1, 16, 16)"
+    assert shown.err.count(expected) == 1
 
 
 def test_diagnose_hands_on_the_checkpoint(files, capsys):
