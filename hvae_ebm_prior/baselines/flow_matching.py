@@ -257,7 +257,7 @@ def flow_matching_loss(denoiser: Any, u: Tensor, generator: torch.Generator | No
         generator: source of the levels and of eps.
 
     Returns:
-        The loss of every sample, summed over dimensions: below 0 where something was learned.
+        The loss of every sample, summed over dimensions, which is below 0 where something was learned.
     """
     source = torch.Generator(u.device).manual_seed(draw_key(generator))
     t = torch.rand(len(u), device=u.device, dtype=u.dtype, generator=source)
