@@ -15,22 +15,23 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..backbone.transform import BackboneAdapter
-from ..backbone.validation import check_count
+from ..backbone.validation import check_count, check_images
 from ..chains.autograd import with_autograd
 from ..chains.streams import draw_key, open_streams
 from ..density.energy_model import Shapes
 from ..density.latent_prior import LatentPrior
 from ..energies.context import FOLDED, AngleFeatures, Block, zero
 from ..energies.networks import NARROWEST, READOUT_SIZE
+from ..processes import progress_bar
 from ..training.batches import Batches
 from ..training.config import TrainingConfig
 from ..training.optimizer import learning_rate, make_optimizer, update_average
@@ -206,46 +207,55 @@ class FlowMatchingPrior(LatentPrior):
         trainee = deepcopy(self.network).train()
         optimizer = make_optimizer(trainee, training)
         denoiser = make_denoiser(trainee)
-        batches = Batches(data, training.batch_size, generator)
+        batches = Batches(data, training.batch_size, generator, check=partial(check_images, adapter=self.backbone))
         history: list[TrainingRecord] = []
         began = time.monotonic()
-        for step in tqdm(range(training.iterations), desc="flow", disable=None if progress is None else not progress):
-            images, _, epoch = next(batches)
-            u = batches.noise(self, images, epoch, generator).repeat_interleave(training.noise_draws, 0)
-            loss = flow_matching_loss(denoiser, u, generator).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(trainee.parameters(), training.clip_norm)
-            rate = learning_rate(training, step, epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            update_average(self.network, trainee, min(training.ema_decay, (1 + step) / (10 + step)))
-            seconds = time.monotonic() - began
-            history.append(TrainingRecord(step + 1, loss.item(), (), norm.item(), rate, seconds))
-            try:
-                if callback is not None:
-                    callback(self, history[-1])
-            except StopTraining:
-                break
+        with progress_bar(training.iterations, "flow", shown=progress, leave=True) as bar:
+            for step in range(training.iterations):
+                images, _, epoch = next(batches)
+                u = batches.noise(self, images, epoch, generator).repeat_interleave(training.noise_draws, 0)
+                loss = flow_matching_loss(denoiser, u, generator).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(trainee.parameters(), training.clip_norm)
+                rate = learning_rate(training, step, epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                update_average(self.network, trainee, min(training.ema_decay, (1 + step) / (10 + step)))
+                seconds = time.monotonic() - began
+                history.append(TrainingRecord(step + 1, loss.item(), (), norm.item(), rate, seconds))
+                bar.update()
+                try:
+                    if callback is not None:
+                        callback(self, history[-1])
+                except StopTraining:
+                    break
         return history
 
     @torch.no_grad()
     def _draw(self, key: int, samples: range) -> Tensor:
-        from azula.sample import vABSampler  # type: ignore[import-untyped]
-
         noise = open_streams(key, samples, self.device, self.dtype).normal(self.dim)
-        return vABSampler(make_denoiser(self.network), steps=self.steps, silent=True)(noise)
+        return import_azula().sample.vABSampler(make_denoiser(self.network), steps=self.steps, silent=True)(noise)
 
 
 def make_denoiser(network: nn.Module) -> Any:
     """E[u | u_t] by a network, preconditioned as by Karras et al. (2022), on the straight path from data to noise."""
+    azula = import_azula()
+    return azula.denoise.KarrasDenoiser(network, azula.noise.RectifiedSchedule())
+
+
+def import_azula() -> Any:
+    """azula, with the modules that are used of it."""
     try:
-        from azula.denoise import KarrasDenoiser  # type: ignore[import-untyped]
-        from azula.noise import RectifiedSchedule  # type: ignore[import-untyped]
+        import azula.denoise  # type: ignore[import-untyped]
+        import azula.noise  # type: ignore[import-untyped]
+        import azula.sample  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ImportError("flow matching needs azula: pip install --no-deps azula") from error
-    return KarrasDenoiser(network, RectifiedSchedule())
+        raise ImportError(
+            f"flow matching needs azula and tqdm: pip install --no-deps azula tqdm ({error}); see docs/install.md"
+        ) from error
+    return azula
 
 
 def flow_matching_loss(denoiser: Any, u: Tensor, generator: torch.Generator | None) -> Tensor:
