@@ -17,7 +17,8 @@ from typing import Any, cast
 from torch import nn
 
 from .lock import LEAVES
-from .transform import METHODS, BackboneAdapter
+from .transform import BackboneAdapter
+from .validation import METHODS, lacking_methods
 
 GROUP = "hvae_ebm_prior.adapters"
 # Parts of a model that are looked at for one that would fit, at most.
@@ -78,11 +79,7 @@ def refusal(model: Any, inner: Any) -> str:
     if isinstance(inner, type):
         return f"expected a model or an adapter, got the class {inner.__name__}: pass an object of it"
     if not isinstance(inner, nn.Module):
-        missing = [name for name in METHODS if not callable(getattr(inner, name, None))]
-        return (
-            f"{type(inner).__name__} is not a backbone adapter: it has no method {', '.join(missing)}; wrap the model "
-            f"in one of hvae_ebm_prior.adapters, or write an adapter with top_down, infer and decode{hint}"
-        )
+        return lacking_methods(inner) + hint
     tried = [f"{name} (has no {', no '.join(missing_of(inner, adapter)[:3])})" for name, adapter in families.items()]
     return (
         f"no adapter fits {type(inner).__name__}{hint}; tried "

@@ -18,10 +18,8 @@ import einops
 import torch
 from torch import Tensor
 
-from .validation import takes_tensors
+from .validation import lacking_methods, takes_tensors
 
-# What an adapter has.
-METHODS = ("top_down", "infer", "decode")
 # Draws layer i's latent from its index, mean and std.
 DrawLatent = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -84,12 +82,8 @@ class NoiseTransform:
     """
 
     def __init__(self, adapter: BackboneAdapter) -> None:
-        missing = [name for name in METHODS if not callable(getattr(adapter, name, None))]
-        if missing:
-            raise TypeError(
-                f"{type(adapter).__name__} is not a backbone adapter: it has no method {', '.join(missing)}; wrap the "
-                "model in one of hvae_ebm_prior.adapters, or write an adapter with top_down, infer and decode"
-            )
+        if lacking := lacking_methods(adapter):
+            raise TypeError(lacking)
         self.adapter = adapter
         shapes: list[torch.Size] = []
 

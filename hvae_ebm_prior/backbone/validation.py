@@ -34,6 +34,21 @@ def check_pictures(adapter: object, what: str) -> None:
         )
 
 
+# What an adapter has.
+METHODS = ("top_down", "infer", "decode")
+
+
+def lacking_methods(value: object) -> str:
+    """Why a value is no adapter, and what to do, where it lacks methods of one; empty where it has them all."""
+    missing = [name for name in METHODS if not callable(getattr(value, name, None))]
+    if not missing:
+        return ""
+    return (
+        f"{type(value).__name__} is not a backbone adapter: it has no method {', '.join(missing)}; wrap the model in "
+        "one of hvae_ebm_prior.adapters, or write an adapter with top_down, infer and decode"
+    )
+
+
 def check_images(images: Tensor, adapter: object = None) -> None:
     """Raise TypeError or ValueError unless `images` are what an adapter takes: floating-point (N, C, H, W), N >= 1,
     finite and in [0, 1]; of one that takes plain tensors, floating-point (N, ...), N >= 1, and finite.

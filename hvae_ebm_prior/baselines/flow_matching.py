@@ -29,6 +29,7 @@ from ..chains.autograd import with_autograd
 from ..chains.streams import draw_key, open_streams
 from ..density.energy_model import Shapes
 from ..density.latent_prior import LatentPrior
+from ..energies.build import usual_defaults
 from ..energies.context import FOLDED, AngleFeatures, Block, zero
 from ..energies.networks import NARROWEST, READOUT_SIZE
 from ..processes import progress_bar
@@ -172,7 +173,9 @@ class FlowMatchingPrior(LatentPrior):
         sizes = {"width": width, "vector_width": vector_width, "blocks": blocks, "steps": steps}
         width, vector_width, blocks, steps = (check_count(size, name) for name, size in sizes.items())
         super().__init__(backbone)
-        self.network = LatentUNet(self.latent_shapes, width, vector_width, blocks).to(self.transform.device).eval()
+        with usual_defaults(self.transform.device):
+            network = LatentUNet(self.latent_shapes, width, vector_width, blocks)
+        self.network = network.to(self.transform.device).eval()
         self.steps = steps
 
     @with_autograd
@@ -236,7 +239,10 @@ class FlowMatchingPrior(LatentPrior):
     @torch.no_grad()
     def _draw(self, key: int, samples: range) -> Tensor:
         noise = open_streams(key, samples, self.device, self.dtype).normal(self.dim)
-        return import_azula().sample.vABSampler(make_denoiser(self.network), steps=self.steps, silent=True)(noise)
+        solver = import_azula().sample.vABSampler(
+            make_denoiser(self.network), steps=self.steps, silent=True, dtype=self.dtype, device=self.device
+        )
+        return solver(noise)
 
 
 def make_denoiser(network: nn.Module) -> Any:

@@ -33,9 +33,16 @@ def leave_busy_cores() -> None:
 
 
 def count_busy() -> int:
-    """How many other processes run, all the time for a moment."""
-    counts = []
-    for _ in range(LOOKS):
-        counts.append(int(RUNNING.read_text().split()[3].split("/")[0]) - 1)
+    """How many other processes run, all the time for a moment; where none does at a look, that is known at once."""
+    found = running_now()
+    for _ in range(LOOKS - 1):
+        if found == 0:
+            break
         time.sleep(PAUSE)
-    return min(counts)
+        found = min(found, running_now())
+    return found
+
+
+def running_now() -> int:
+    """How many other processes run at this look."""
+    return int(RUNNING.read_text().split()[3].split("/")[0]) - 1

@@ -1,6 +1,7 @@
 """The networks of a prior: default ones by their settings, or the user's own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -30,15 +31,25 @@ def make_network(
     Returns:
         The network, in float32. Its first values are those of a CPU in float32, whatever PyTorch's defaults are.
     """
-    device, dtype = torch.device(device), torch.get_default_dtype()
+    device = torch.device(device)
+    with usual_defaults(device):
+        if config.context:
+            return ContextEnergy(shape, config, categories).to(device)
+        if config.architecture != "default":
+            return PublishedEnergy(shape, config, categories).to(device)
+        return LayerEnergy(shape, steps, config, categories).to(device)
+
+
+@contextmanager
+def usual_defaults(device: torch.device) -> Iterator[None]:
+    """Inside, new tensors are of float32 and on the CPU, or without values for the device "meta", whatever PyTorch's
+    defaults are.
+    """
+    dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with device if device.type == "meta" else torch.device("cpu"):
-            if config.context:
-                return ContextEnergy(shape, config, categories).to(device)
-            if config.architecture != "default":
-                return PublishedEnergy(shape, config, categories).to(device)
-            return LayerEnergy(shape, steps, config, categories).to(device)
+            yield
     finally:
         torch.set_default_dtype(dtype)
 

@@ -83,7 +83,7 @@ def held_out_accuracy(prior: LatentPrior, images: Tensor, seed: int = 0) -> floa
     """
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed, prior.device):
-        chunks = prior.transform.take(images).split(prior.samples_per_chunk)
+        chunks = images.split(prior.samples_per_chunk)
         data = torch.cat([prior.encode(chunk, generator=generator) for chunk in chunks])
         drawn = prior.sample_noise(len(images), generator=generator)
         return two_sample_accuracy(data.float(), drawn.float(), generator)

@@ -87,6 +87,25 @@ def test_a_correlated_gaussian_is_recovered():
     torch.testing.assert_close(draws.T.cov(), factor @ factor.T, atol=0.08, rtol=0)
 
 
+def test_defaults_of_pytorch_do_not_matter():
+    backbone = RandomBackbone(SHAPES[:2])
+
+    def draw():
+        torch.manual_seed(0)
+        prior = FlowMatchingPrior(backbone, width=16, vector_width=16, steps=2)
+        prior.fit(IMAGES, training=replace(FLOW_TRAINING, iterations=2), generator=seed(0))
+        return prior.sample_noise(3, generator=seed(1))
+
+    expected, dtype = draw(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = draw()
+    finally:
+        torch.set_default_dtype(dtype)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_a_callback_may_end_training():
     def stop(prior, record):
         if record.iteration == 2:
