@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ def run(work: Callable[..., Any], *arguments: Any, processes: int = 2) -> list[A
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads of a pool do not survive a fork
-    port, children = free_port(), []
+    children: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(processes):
                 child = os.fork()
                 if child == 0:
-                    begin(work, rank, processes, port, Path(folder), arguments)
+                    begin(work, rank, processes, Path(folder), arguments)
                 children.append(child)
             for child in children:
                 os.waitpid(child, 0)
@@ -44,21 +45,26 @@ def run(work: Callable[..., Any], *arguments: Any, processes: int = 2) -> list[A
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-def begin(
-    work: Callable[..., Any], rank: int, processes: int, port: int, folder: Path, arguments: tuple[Any, ...]
-) -> None:
+def begin(work: Callable[..., Any], rank: int, processes: int, folder: Path, arguments: tuple[Any, ...]) -> None:
     try:
         os.environ |= {
             "RANK": str(rank),
             "WORLD_SIZE": str(processes),
+            # Which must be there; nobody connects to it.
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": "0",
         }
         os.environ["LOCAL_RANK"] = str(rank)
         import hvae_ebm_prior.processes as library
 
-        make = dist.init_process_group
-        library.dist.init_process_group = lambda backend: make(backend, timeout=timedelta(seconds=60))
+        # They meet in a file: a free port may be another test's by the time that it is used.
+        library.dist.init_process_group = partial(
+            dist.init_process_group,
+            init_method=(folder / "group").as_uri(),
+            rank=rank,
+            world_size=processes,
+            timeout=timedelta(seconds=60),
+        )
         try:
             found = work(rank, *arguments)
         except Exception as error:
