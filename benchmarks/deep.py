@@ -37,7 +37,7 @@ from hvae_ebm_prior.baselines import GaussianPrior
 from hvae_ebm_prior.evaluation import in_chunks
 from hvae_ebm_prior.evaluation.features import extract
 from hvae_ebm_prior.evaluation.metrics import frechet_distance, moments
-from hvae_ebm_prior.training.image_data import load_images
+from hvae_ebm_prior.training.array_data import load_images
 from hvae_ebm_prior.training.optimizer import update_average
 
 HERE = Path(__file__).parent

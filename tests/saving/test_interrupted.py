@@ -158,10 +158,13 @@ def test_kill_9_leaves_no_mixed_folder(count, tmp_path):
     priors[0].save_pretrained(path)
     duration = time.monotonic() - begun
     found = []
-    for wait in (torch.rand(count, generator=seed(0)) * 4 * duration).tolist():
+    # On a busy machine few processes come as far as the second prior before they are killed.
+    for wait in (torch.rand(20 * count, generator=seed(0)) * 4 * duration).tolist():
         child = save_in_child(path, priors)
         time.sleep(wait)
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         found.append(number_of(path))
-    assert set(found) == {1, 2}
+        if len(found) >= count and set(found) == {1, 2}:
+            return
+    pytest.fail(f"{len(found)} killed processes left {set(found)}")
