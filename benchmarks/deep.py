@@ -3,9 +3,9 @@
     VDVAE_REPO=.../vdvae .venv/bin/python benchmarks/deep.py vdvae --train fashion60k.npz:train_images
     NVAE_REPO=.../NVAE .venv/bin/python benchmarks/deep.py nvae --train fashion60k.npz:train_images
 
-trains one on the images of a file (all 60,000 are in Debian's package dataset-fashion-mnist) for --minutes, and prints
-the Fréchet distances of its reconstructions and of its own samples. Weights go to --out, every few minutes too, and an
-interrupted run goes on from them with what is left of its time.
+trains one on the images of a file (all 60,000 are in Debian's package dataset-fashion-mnist) for so many --minutes of
+processor time, and prints the Fréchet distances of its reconstructions and of its own samples. Weights go to --out,
+every few minutes too, and an interrupted run goes on from them with what is left of its time.
 
 The models are for colour: grey images of 28x28 are padded to 32x32 and go in three times, and what comes out is
 averaged and cut. Where a command asks for a loader, give `benchmarks/deep.py:vdvae` or `:nvae`, and the weights.
@@ -169,7 +169,7 @@ def train(args: Namespace, images: Tensor) -> nn.Module:
     generator = torch.Generator().manual_seed(args.seed + step)
     torch.manual_seed(args.seed + step)
     budget = 60 * args.minutes
-    last = saved = time.monotonic()
+    last, saved = time.process_time(), time.monotonic()
     while spent < budget:
         progress = spent / budget
         for group in optimizer.param_groups:
@@ -183,12 +183,12 @@ def train(args: Namespace, images: Tensor) -> nn.Module:
             optimizer.step()
             update_average(average, model, min(0.999, (1 + step) / (10 + step)))
         step += 1
-        now = time.monotonic()
+        now = time.process_time()
         spent, last = spent + now - last, now
         if step % 100 == 0:
             print(f"step {step}, {spent:.0f} s: {loss.item():.4f} nats a dimension, gradient {norm:.2f}", flush=True)
-        if now - saved > 300 or spent >= budget:
-            saved = now
+        if time.monotonic() - saved > 300 or spent >= budget:
+            saved = time.monotonic()
             parts = {"model": model, "average": average, "optimizer": optimizer}
             kept = {name: part.state_dict() for name, part in parts.items()} | {"step": step, "spent": spent}
             scratch = state.with_suffix(".part")

@@ -5,7 +5,8 @@
 
 One network gives the velocities of all layers: a U-Net whose scales are the latents' own, made of the blocks of our
 energies. The noise of a layer enters on the way down and its velocity leaves on the way up, at the layer's own
-resolution; vectors and the smallest maps meet the others where these are coarsest.
+resolution; vectors and the smallest maps meet the others where these are coarsest. Dimensions are weighted by their
+activity, so that those which images do not determine stay Gaussian and are no noise to the others.
 
 Path, preconditioning and solver are azula's. An output of zero, as before training, is exact for N(0, I).
 """
@@ -33,6 +34,7 @@ from ..energies.build import usual_defaults
 from ..energies.context import FOLDED, AngleFeatures, Block, zero
 from ..energies.networks import NARROWEST, READOUT_SIZE
 from ..processes import progress_bar
+from ..training.activity import measure, tell_apart
 from ..training.batches import Batches
 from ..training.config import TrainingConfig
 from ..training.optimizer import learning_rate, make_optimizer, update_average
@@ -50,11 +52,18 @@ class LatentUNet(nn.Module):
         width: channels at the coarsest scale; half as many at each finer one.
         vector_width: features of what reads the coarsest maps and the vectors together.
         blocks: residual blocks of these.
+
+    Attributes:
+        activity: factor on inputs and outputs (D,). Ones at first.
     """
+
+    activity: Tensor
 
     def __init__(self, shapes: Shapes, width: int, vector_width: int, blocks: int) -> None:
         super().__init__()
         self.shapes = shapes
+        self.sizes = [math.prod(shape) for shape in shapes]
+        self.register_buffer("activity", torch.ones(sum(self.sizes)))
         sizes = [map_size(shape) for shape in shapes]
         self.scales = sorted({size for size in sizes if size}, reverse=True)
         while self.scales and max(self.scales[-1]) > READOUT_SIZE:
@@ -94,8 +103,7 @@ class LatentUNet(nn.Module):
             (N, D).
         """
         condition = self.angles(log_ratio.exp().atan().expand(len(x))[:, None].expand(-1, 2))
-        sizes = [math.prod(shape) for shape in self.shapes]
-        parts = [part.unflatten(1, shape) for part, shape in zip(x.split(sizes, dim=1), self.shapes, strict=True)]
+        parts = self.read(x)
         h = x.new_zeros(len(x), 0)
         kept: list[Tensor] = []
         for k, (scale, layers) in enumerate(zip(self.scales, self.maps, strict=True)):
@@ -121,7 +129,17 @@ class LatentUNet(nn.Module):
                 channels = [math.prod(self.shapes[i]) // math.prod(self.scales[k]) for i in layers]
                 velocities = self.heads[str(k)](F.silu(h)).split(channels, dim=1)
                 found |= {i: unfold(part, self.shapes[i]) for i, part in zip(layers, velocities, strict=True)}
-        return torch.cat([found[i].flatten(1) for i in range(len(self.shapes))], dim=1)
+        return self.activity * torch.cat([found[i].flatten(1) for i in range(len(self.shapes))], dim=1)
+
+    def read(self, x: Tensor) -> list[Tensor]:
+        """Every layer's noise (N, *shape) of that of all (N, D), times its activity, and then as if all of a layer's
+        were active alike.
+        """
+        scales = [part.square().mean().clamp(min=1e-4).rsqrt() for part in self.activity.split(self.sizes)]
+        parts = (self.activity * x).split(self.sizes, dim=1)
+        return [
+            (scale * part).unflatten(1, shape) for scale, part, shape in zip(scales, parts, self.shapes, strict=True)
+        ]
 
 
 def map_size(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -193,8 +211,9 @@ class FlowMatchingPrior(LatentPrior):
 
         Args:
             data: images (N, C, H, W) in [0, 1], a dataset of them, a posterior cache, or a loader of batches.
-            training: number and size of batches, draws of noise and level for every image (`noise_draws`), and all of
-                Adam, its learning rate, clipping and averaging; other settings are of energies.
+            training: number and size of batches, draws of noise and level for every image (`noise_draws`), images on
+                which a fresh prior measures activity, and all of Adam, its learning rate, clipping and averaging; other
+                settings are of energies.
             callback: called as callback(prior, record) after every step; the loss is that of
                 `flow_matching_loss`.
             progress: show a progress bar; None shows one on a terminal only.
@@ -204,13 +223,18 @@ class FlowMatchingPrior(LatentPrior):
             One record per step.
 
         Raises:
-            TypeError, ValueError: data of the wrong type, empty or out of range.
+            TypeError, ValueError: data of the wrong type, empty or out of range, or a posterior cache of one draw of
+                each image, which does not tell activity.
             ImportError: azula is not installed.
         """
         trainee = deepcopy(self.network).train()
         optimizer = make_optimizer(trainee, training)
         denoiser = make_denoiser(trainee)
         batches = Batches(data, training.batch_size, generator, check=partial(check_images, adapter=self.backbone))
+        if training.activity_images and bool((self.network.activity == 1).all()):
+            activity, _, n = measure(self, batches, training.activity_images, generator, progress=progress)
+            for network in (self.network, trainee):
+                network.activity.copy_(tell_apart(activity, n))
         history: list[TrainingRecord] = []
         began = time.monotonic()
         with progress_bar(training.iterations, "flow", shown=progress, leave=True) as bar:

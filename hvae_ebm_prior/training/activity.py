@@ -6,11 +6,10 @@ In a deep VAE most dimensions are inactive: their posterior is the prior for eve
 them.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from ..density.latent_prior import LatentPrior
 from ..energies.context import ContextEnergy
 from ..energies.networks import LayerEnergy
 from ..processes import progress_bar
@@ -47,30 +46,27 @@ def measure_activity(
     ]
     if not fresh or count == 0:
         return
-    if isinstance(batches.data, PosteriorCache) and batches.data.index.draws == 1:
-        raise ValueError(
-            "activity_images: activity is the correlation of two posterior draws of an image, and this cache has one "
-            "of each; build it with draws=2 or more, call measure_activity on images before, or set "
-            "TrainingConfig(activity_images=0)"
-        )
-    with progress_bar(count, "activity", shown=progress) as bar:
-        activity, moments, n = measure(prior, batches, count, generator, bar.update)
+    activity, moments, n = measure(prior, batches, count, generator, progress=progress)
     layers = prior.split(activity[None])
     for i, network in fresh:
         if isinstance(network, LayerEnergy):
             network.set_activity(layers[i][0])
         else:
-            # What n images cannot tell from none is none: these dimensions stay Gaussian.
-            active = torch.where(layers[i][0] > 2 * n**-0.5, layers[i][0], 0.0)
-            network.set_statistics(active, *moments[i])
+            network.set_statistics(tell_apart(layers[i][0], n), *moments[i])
+
+
+def tell_apart(activity: Tensor, n: int) -> Tensor:
+    """Activity, 0 where n images cannot tell it from none: these dimensions stay Gaussian."""
+    return torch.where(activity > 2 * n**-0.5, activity, 0.0)
 
 
 def measure(
-    prior: TrainablePrior,
+    prior: LatentPrior,
     batches: Batches,
     count: int,
     generator: torch.Generator | None,
-    report: Callable[[int], object],
+    *,
+    progress: bool | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], int]:
     """Statistics of `count` images or more.
 
@@ -79,29 +75,39 @@ def measure(
         batches: the images.
         count: how many to take.
         generator: source of the posterior draws.
-        report: called with the number of images of a batch after it.
+        progress: show a progress bar; None shows one on a terminal only.
 
     Returns:
         Correlation (D,) of two posterior draws of an image, in [0, 1], 0 for constants; for every layer the mean and
         the std of the backbone's means and log stds, (2, *latent_shapes[i]), those of a map over its positions too; and
         the number of images.
+
+    Raises:
+        ValueError: the images come from a posterior cache of one draw each.
     """
+    if isinstance(batches.data, PosteriorCache) and batches.data.index.draws == 1:
+        raise ValueError(
+            "activity_images: activity is the correlation of two posterior draws of an image, and this cache has one "
+            "of each; build it with draws=2 or more, call measure_activity on images before, or set "
+            "TrainingConfig(activity_images=0)"
+        )
     # Running sums over images of a, b, a b, a^2 and b^2, a and b being the two draws.
     sums = torch.zeros(5, prior.dim, device="cpu", dtype=torch.float64)
     # Likewise of a layer's contexts and their squares.
     contexts: list[Tensor] = [torch.zeros((), device="cpu", dtype=torch.float32)] * len(prior.latent_shapes)
     n = 0
-    while n < count:
-        images = next(batches)[0]
-        a, b = (batches.noise(prior, images, draw, generator).cpu().double() for draw in range(2))
-        sums += torch.stack((a, b, a * b, a * a, b * b)).sum(1)
-        n += len(images)
-        report(len(images))
-        with torch.no_grad():
-            states = prior.transform.states(a.to(prior.device, prior.dtype))
-        for i, state in enumerate(states):
-            context = torch.stack((state.mean, state.std.log())).cpu().double()
-            contexts[i] = contexts[i] + torch.stack((context, context.square())).sum(2)
+    with progress_bar(count, "activity", shown=progress) as bar:
+        while n < count:
+            images = next(batches)[0]
+            a, b = (batches.noise(prior, images, draw, generator).cpu().double() for draw in range(2))
+            sums += torch.stack((a, b, a * b, a * a, b * b)).sum(1)
+            n += len(images)
+            bar.update(len(images))
+            with torch.no_grad():
+                states = prior.transform.states(a.to(prior.device, prior.dtype))
+            for i, state in enumerate(states):
+                context = torch.stack((state.mean, state.std.log())).cpu().double()
+                contexts[i] = contexts[i] + torch.stack((context, context.square())).sum(2)
     mean_a, mean_b, product, square_a, square_b = sums / n
     correlation = (product - mean_a * mean_b) / ((square_a - mean_a**2) * (square_b - mean_b**2)).sqrt()
     moments = [context_moments(*each / n) for each in contexts]

@@ -73,6 +73,30 @@ def test_loss_is_that_of_the_velocity():
     assert found == pytest.approx(expected, rel=0.02)
 
 
+class HalfSeen(IdentityBackbone):
+    """Images hold the first layer; the second one's posterior is its prior."""
+
+    def infer(self, images):
+        first, second = super().infer(images)
+        return [first, torch.randn_like(second)]
+
+
+@pytest.mark.usefixtures("counters")
+def test_what_images_do_not_determine_stays_gaussian():
+    """Bit for bit, however large the network's weights are; what they determine moves."""
+    prior = FlowMatchingPrior(HalfSeen((3,), (2,)), vector_width=16, steps=4)
+    u = 0.3 * torch.randn(2000, 5, generator=seed(0))
+    prior.fit(images_of(u), training=replace(FLOW_TRAINING, iterations=1, activity_images=2000), generator=seed(1))
+    assert prior.network.activity[:3].min() > 0.99
+    assert not prior.network.activity[3:].any()
+    before = FlowMatchingPrior(prior.backbone, steps=4)
+    for parameter in prior.network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    moved, gaussian = (each.sample_noise(50, generator=seed(2)) for each in (prior, before))
+    torch.testing.assert_close(moved[:, 3:], gaussian[:, 3:])
+    assert (moved[:, :3] - gaussian[:, :3]).abs().min() > 0
+
+
 @pytest.mark.usefixtures("counters")
 def test_a_correlated_gaussian_is_recovered():
     """Across layers too: the mean and covariance of samples are those of the data."""
