@@ -134,7 +134,7 @@ def nvae_loss(model: nn.Module, images: Tensor, progress: float) -> Tensor:
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    """Its second moment follows gradients that fall a hundredfold in the first steps; Adamax's maximum did not."""
+    """As in the official training, at a larger rate."""
     return torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
 
 
