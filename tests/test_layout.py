@@ -116,7 +116,9 @@ def test_the_version_has_one_place():
 MAKERS = {"randint", "randperm", "arange", "as_tensor"}
 TYPED = {"rand", "randn", "zeros", "ones", "full", "empty", "linspace", "logspace", "tensor", "eye", "normal"}
 # Networks, which `make_network` builds under defaults of its own, and a model.
-MADE_BY_DEFAULT = {"energies/networks.py", "energies/context.py", "energies/published.py", "hvae.py"}
+MADE_BY_DEFAULT = {
+    *("energies/networks.py", "energies/context.py", "energies/published.py", "baselines/latent_unet.py", "hvae.py"),
+}
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, PACKAGE.parent / "adapters" / "hvae_ebm_prior_adapters"])

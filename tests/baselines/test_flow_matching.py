@@ -12,7 +12,8 @@ from helpers import IMAGES, check_moments, seed
 from torch import nn
 
 from hvae_ebm_prior.baselines import FlowMatchingPrior
-from hvae_ebm_prior.baselines.flow_matching import FLOW_TRAINING, LatentUNet, flow_matching_loss
+from hvae_ebm_prior.baselines.flow_matching import FLOW_TRAINING, flow_matching_loss
+from hvae_ebm_prior.baselines.latent_unet import LatentUNet
 from hvae_ebm_prior.training.record import StopTraining
 
 # A vector, a map read as one, maps that are folded, with odd sides, and small.
