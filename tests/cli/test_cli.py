@@ -248,7 +248,8 @@ def test_commands_of_a_prior_write_pictures_and_figures(files, monkeypatch, comm
             check_strip(strips[0], load_images("images.npy")[: written["images"]])
         if "--hold" not in command:
             assert [edit["held"] for edit in written["edits"]] == [[0, 1], [0], []]
-            assert (strips[1] != strips[3]).any()
+            height = min(len(strip) for strip in strips)
+            assert np.abs(strips[1][:height] - strips[3][:height]).mean() > 0.01
     if command[0] == "interpolate":
         assert len(strips) == written["pairs"]
     if command[0] == "transitions":
