@@ -2,8 +2,10 @@
 
     python3 examples/conditional.py --seed 0 --out examples/output/0      # likewise 1 and 2
     .venv/bin/python benchmarks/control.py examples/output/*/conditional.safetensors
+    .venv/bin/python benchmarks/control.py examples/output/*/conditional.safetensors --part observations --samples 64
+    .venv/bin/python benchmarks/control.py examples/output/0/conditional.safetensors --part steps --samples 12
 
-prints a Markdown table, mean and range over the priors, and writes benchmarks/control.json. Accuracy is the share of
+print Markdown tables, mean and range over the priors, and write benchmarks/control.json. Accuracy is the share of
 samples that the example's classifier, which is no part of the prior, assigns to the label that was asked for;
 "relative" is over its accuracy on reconstructions of test images.
 """
@@ -24,7 +26,7 @@ from classifier import load_classifier
 from conditional import INPAINTING, hidden_half, load_prior
 from fashion_mnist import load_subset
 
-from hvae_ebm_prior import NOT, DiffusionEBMPrior, Label
+from hvae_ebm_prior import NOT, DiffusionEBMPrior, Label, LangevinConfig
 from hvae_ebm_prior.control import resample
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
 from hvae_ebm_prior.evaluation.protocol import closure
@@ -33,13 +35,12 @@ RESULTS = Path(__file__).with_suffix(".json")
 FOOTWEAR = (5, 7, 9)
 
 
-def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
-    """All figures of one prior."""
+def measure_labels(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
+    """Conditional and composed samples, held attributes, classification, by `n` samples, a quarter of it for some."""
     g, classifier = torch.Generator().manual_seed(seed), load_classifier()
     train = load_subset("train")[0]
     test, labels = (part[:n] for part in load_subset("test"))
     target = in_chunks(classifier.features, train)
-    hidden = slice(test.shape[2] // 2, None)
     figures = {}
 
     def predict(images: Tensor) -> Tensor:
@@ -50,9 +51,6 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
 
     def share(images: Tensor, classes: tuple[int, ...]) -> float:
         return torch.isin(predict(images), torch.tensor(classes)).float().mean().item()
-
-    def hidden_error(images: Tensor, real: Tensor) -> float:
-        return (images - real)[:, :, hidden].square().mean().item()
 
     reconstructions = in_chunks(lambda x: prior.decode(prior.encode(x, generator=g)), test)
     bound = (predict(reconstructions) == labels).float().mean().item()
@@ -93,25 +91,58 @@ def measure(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
         figures[f"layers {hold} held, the others resampled: share that the classifier takes for another class"] = (
             (before != after).float().mean().item()
         )
+    return figures
 
-    start = time.monotonic()
-    inpainted = prior.posterior_sample(hidden_half(test[:few]), few, langevin=INPAINTING, generator=g)
-    figures["inpainting: seconds per image"] = (time.monotonic() - start) / few
-    figures["inpainting: squared error of the hidden half"] = hidden_error(inpainted, test[:few])
-    figures["inpainting: the same of unconditional samples"] = hidden_error(images[:few], test[:few])
-    noisy = (test[:few] + 0.3 * torch.randn(test[:few].shape, generator=g)).clamp(0, 1)
+
+def measure_observations(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
+    """Inpainting and denoising of `n` test images; errors are squared, means over pixels."""
+    g, real = torch.Generator().manual_seed(seed), load_subset("test")[0][:n]
+    middle = real.shape[2] // 2
+
+    def errors(images: Tensor) -> tuple[float, float]:
+        """Of the upper half, and of the lower one."""
+        squares = (images - real).square()
+        return squares[:, :, :middle].mean().item(), squares[:, :, middle:].mean().item()
+
+    start = time.process_time()
+    inpainted = errors(prior.posterior_sample(hidden_half(real), n, langevin=INPAINTING, generator=g))
+    seconds = (time.process_time() - start) / n
+    with torch.no_grad():
+        reconstructed = errors(prior.decode(prior.encode(real, generator=g)))
+    free = errors(prior.sample(n, generator=g))
+    noisy = (real + 0.3 * torch.randn(real.shape, generator=g)).clamp(0, 1)
 
     def log_likelihood(x: Tensor) -> Tensor:
         return -((x - noisy) ** 2).flatten(1).sum(1) / (2 * 0.3**2)
 
-    denoised = prior.posterior_sample(log_likelihood, few, langevin=INPAINTING, generator=g)
-    figures["denoising: squared error of noisy images (std .3)"] = (noisy - test[:few]).square().mean().item()
-    figures["denoising: squared error of posterior samples"] = (denoised - test[:few]).square().mean().item()
-    figures["inpainting: ratio"] = (
-        figures["inpainting: squared error of the hidden half"]
-        / figures["inpainting: the same of unconditional samples"]
-    )
+    denoised = prior.posterior_sample(log_likelihood, n, langevin=INPAINTING, generator=g)
+    return {
+        "inpainting: processor seconds per image": seconds,
+        "inpainting: error of the half that is seen": inpainted[0],
+        "inpainting: the same of reconstructions": reconstructed[0],
+        "inpainting: the same of unconditional samples": free[0],
+        "inpainting: error of the hidden half": inpainted[1],
+        "inpainting: the same half of unconditional samples": free[1],
+        "inpainting: ratio of the two": inpainted[1] / free[1],
+        "denoising: error of noisy images (std .3)": (noisy - real).square().mean().item(),
+        "denoising: error of posterior samples": (denoised - real).square().mean().item(),
+    }
+
+
+def measure_steps(prior: DiffusionEBMPrior, n: int, seed: int) -> dict[str, float]:
+    """Squared errors of the half that is seen of `n` test images, by the observation's std and the chains' steps."""
+    real = load_subset("test")[0][:n]
+    figures = {}
+    for std, steps, size in ((0.1, 30, 0.1), (0.1, 60, 0.03), (0.05, 60, 0.03), (0.1, 200, 0.01), (0.05, 200, 0.01)):
+        chains = LangevinConfig(steps=steps, step_size=size)
+        g = torch.Generator().manual_seed(seed)
+        images = prior.posterior_sample(hidden_half(real, std), n, langevin=chains, generator=g)
+        seen = (images - real)[:, :, : real.shape[2] // 2]
+        figures[f"std {std:g}, {steps} steps of {size:g}"] = seen.square().mean().item()
     return figures
+
+
+PARTS = {"labels": measure_labels, "observations": measure_observations, "steps": measure_steps}
 
 
 def main() -> None:
@@ -119,13 +150,15 @@ def main() -> None:
     parser.add_argument(
         "priors", nargs="+", type=Path, help="state dicts written by examples/conditional.py, one per seed"
     )
+    parser.add_argument("--part", choices=PARTS, default="labels", help="what is measured (%(default)s)")
     parser.add_argument("--samples", type=int, default=1000)
     args = parser.parse_args()
     found = []
     for seed, path in enumerate(args.priors):
-        found.append(measure(load_prior(path), args.samples, seed))
+        found.append(PARTS[args.part](load_prior(path), args.samples, seed))
         print(path, json.dumps(found[-1], indent=1), file=sys.stderr, flush=True)
-    report = {"samples": args.samples, "torch": torch.__version__, "priors": found}
+    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    report[args.part] = {"samples": args.samples, "torch": torch.__version__, "priors": found}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     print("| | mean (range) |\n|---|---|")
     for name in found[0]:

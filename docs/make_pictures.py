@@ -1,31 +1,47 @@
-"""The picture of docs/concepts.md, computed: python docs/make_pictures.py (it takes matplotlib, and some seconds).
+"""The pictures of docs/gallery.md and docs/concepts.md, computed: python docs/make_pictures.py [NAME ...]
 
-The noise that an encoder gives is here a mixture of three Gaussians in two dimensions. Diffused to any level it is such
-a mixture again, q_t(u), so the best energies are known, F(u, t) = log q_t(u) - log N(u; 0, I). The library's own chains
-follow their gradient.
+writes them to docs/images (--out), all or those named, with matplotlib, in some minutes of one core. Most are of the
+prior that `python3 examples/conditional.py` trains, by the functions that draw that example's own pictures; `chains` is
+of the one that comes with the repository, and `concept` of no model:
+
+The noise that an encoder gives is there a mixture of three Gaussians in two dimensions. Diffused to any level it is
+such a mixture again, q_t(u), so the best energies are known, F(u, t) = log q_t(u) - log N(u; 0, I). The library's own
+chains follow their gradient.
 """
 
+import argparse
+import itertools
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import torch
 from torch import Tensor
 
-from hvae_ebm_prior import DiffusionSchedule, LangevinConfig
+from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, LangevinConfig
 from hvae_ebm_prior.chains.langevin import langevin_chain
 from hvae_ebm_prior.chains.streams import open_streams
+from hvae_ebm_prior.control import interpolate
+from hvae_ebm_prior.evaluation.pictures import save_histograms, save_strips
+from hvae_ebm_prior.ood import density_scores, detection
+from hvae_ebm_prior.saving.grid import COLORS, GREY, drawing, save_grid
+from hvae_ebm_prior.transitions import langevin_transitions
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import conditional
+from fashion_mnist import load_subset
+from quickstart import load_backbone
+
+ROOT = Path(__file__).parent.parent
 
 MEANS = torch.tensor([[1.25, 0.55], [-1.1, 0.8], [-0.1, -1.25]])
 STDS = torch.tensor([0.28, 0.33, 0.25])
 SCHEDULE = DiffusionSchedule.from_snr([math.inf, 5, 1, 0])
 LANGEVIN = LangevinConfig(steps=100, step_size=0.03, start="next")
 SIDE, WATCHED = 2.6, 244
-GAUSSIAN, OURS = "#5c677d", "#c1121f"
+OURS = COLORS[3]
 
 
 def log_gaussian(u: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
@@ -80,35 +96,138 @@ def density_of_conditional(u: Tensor, t: int, u_next: Tensor) -> Tensor:
     return (log_density - log_density.max()).exp()
 
 
-def main() -> None:
-    """Write docs/images/concept.png."""
+def shade(axis: Any, line: Tensor, density: Tensor, colours: str) -> None:
+    """A density on a square grid of `line` by `line`."""
+    axis.contourf(line, line, density / density.max(), levels=torch.linspace(0.04, 1, 9), cmap=colours)
+
+
+def draw_concept(path: Path) -> None:
+    """The prior hole in two dimensions, one sample's chains, and all samples level by level."""
     line = torch.linspace(-SIDE, SIDE, 241)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
     states, ways = sample(300, WATCHED)
-    figure, axes = plt.subplots(2, 4, figsize=(11, 6.3), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    for axis in axes.flat:
-        axis.set(xlim=(-SIDE, SIDE), ylim=(-SIDE, SIDE), aspect="equal", xticks=[], yticks=[])
+    with drawing(path, 2, 4, size=(12.5, 7)) as (figure, axes):
+        figure.subplots_adjust(wspace=0.06, hspace=0.28)
+        for axis in axes.flat:
+            axis.set(xlim=(-SIDE, SIDE), ylim=(-SIDE, SIDE), aspect="equal", xticks=[], yticks=[])
+        shade(axes[0, 0], line, log_data(grid, 0).exp(), "Blues")
+        axes[0, 0].scatter(*states[-1].T, s=9, color=GREY, linewidths=0)
+        axes[0, 0].set_title("The hole: N(0, I), dots,\nis not where data are, blue")
+        for axis, t in zip(axes[0, 1:], reversed(range(SCHEDULE.steps)), strict=True):
+            shade(axis, line, density_of_conditional(grid, t, states[t + 1][WATCHED]), "Oranges")
+            axis.plot(*ways[t].T, color="black", linewidth=0.4, alpha=0.7)
+            axis.plot(*states[t + 1][WATCHED], "x", color="black", markersize=8, markeredgewidth=2)
+            axis.plot(*states[t][WATCHED], "o", color="black", markersize=6)
+            axis.set_title(f"$p(u_{t}\\,|\\,u_{t + 1})$ of one sample:\n$u_{t + 1}$, cross, to $u_{t}$, dot")
+        for axis, t in zip(axes[1], reversed(range(SCHEDULE.steps + 1)), strict=True):
+            shade(axis, line, log_data(grid, t).exp(), "Blues")
+            axis.scatter(*states[t].T, s=9, color=OURS if t < SCHEDULE.steps else GREY, linewidths=0)
+            axis.set_title(f"$u_{t}$ of all samples" if t < SCHEDULE.steps else "Start: $u_3$ from N(0, I)")
 
-    def shade(axis: Axes, density: Tensor, colours: str) -> None:
-        axis.contourf(line, line, density / density.max(), levels=torch.linspace(0.04, 1, 9), cmap=colours)
 
-    shade(axes[0, 0], log_data(grid, 0).exp(), "Blues")
-    axes[0, 0].scatter(*states[-1].T, s=6, color=GAUSSIAN, linewidths=0)
-    axes[0, 0].set_title("The hole: N(0, I), dots, is not\nwhere the data are, blue", fontsize=10)
-    for axis, t in zip(axes[0, 1:], reversed(range(SCHEDULE.steps)), strict=True):
-        shade(axis, density_of_conditional(grid, t, states[t + 1][WATCHED]), "Oranges")
-        axis.plot(*ways[t].T, color="black", linewidth=0.4, alpha=0.7)
-        axis.plot(*states[t + 1][WATCHED], "x", color="black", markersize=8, markeredgewidth=2)
-        axis.plot(*states[t][WATCHED], "o", color="black", markersize=6)
-        axis.set_title(
-            f"$p(u_{t}\\,|\\,u_{t + 1})$ of one sample:\nfrom $u_{t + 1}$, cross, to $u_{t}$, dot", fontsize=10
-        )
-    for axis, t in zip(axes[1], reversed(range(SCHEDULE.steps + 1)), strict=True):
-        shade(axis, log_data(grid, t).exp(), "Blues")
-        axis.scatter(*states[t].T, s=6, color=OURS if t < SCHEDULE.steps else GAUSSIAN, linewidths=0)
-        axis.set_title(f"$u_{t}$ of all samples" if t < SCHEDULE.steps else "Start: $u_3$ from N(0, I)", fontsize=10)
-    figure.savefig(Path(__file__).parent / "images" / "concept.png", dpi=100)
+def draw_hole(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
+    """Noise of the encoder, of the Gaussian prior and of ours in two dimensions of the top layer: the two in which the
+    encoder's noise is furthest from Gaussian.
+    """
+    size = math.prod(prior.latent_shapes[0])
+    images, held_out = (load_subset(split)[0][: 4 * n] for split in ("train", "test"))
+    train, again, test = (prior.encode(each, generator=g)[:, :size] for each in (images, images, held_out))
+    gaussian = torch.randn(len(train), size, generator=g)
+    # The most active dimensions: those in which images decide most of the variance, which two draws then share.
+    active = ((train * again).mean(0) - train.mean(0) * again.mean(0)).topk(6).indices.tolist()
+    pair = max(itertools.combinations(active, 2), key=lambda pair: apart(train[:, pair], gaussian[:, pair]))
+    ours = prior.sample_noise(n, generator=g)[:, :size]
+    panels = (
+        ("Before: samples of the Gaussian prior,\nnoise that images have in blue", gaussian[:n], GREY),
+        ("After: samples of the learned prior", ours, OURS),
+    )
+    line = torch.linspace(-3.3, 3.3, 111)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
+    # A kernel estimate of the encoder's noise, whose kernels are narrow beside the gaps.
+    density = log_gaussian(grid[..., None, :], test[:, pair], 0.2).exp().mean(-1)
+    with drawing(path, 1, 2, size=(10.5, 5.4)) as (figure, axes):
+        figure.subplots_adjust(wspace=0.05)
+        for axis, (title, drawn, colour) in zip(axes[0], panels, strict=True):
+            shade(axis, line, density, "Blues")
+            axis.scatter(*drawn[:, pair].T, s=11, color=colour, linewidths=0)
+            axis.set(title=title, xticks=[], yticks=[], xlim=(-3.3, 3.3), ylim=(-3.3, 3.3), aspect="equal")
+            axis.set_xlabel(f"dimension {pair[0]} of the top layer")
+        axes[0, 0].set_ylabel(f"dimension {pair[1]}")
+    for name, drawn in (("Gaussian", torch.randn(len(ours), size, generator=g)), ("ours", ours)):
+        print(f"{name}: {apart(test[:, pair], drawn[:, pair]):.2f} apart from the noise of test images")
+    print(f"the noise of as many training images: {apart(test[:, pair], train[:n, pair]):.2f}")
+
+
+def apart(first: Tensor, second: Tensor, bins: int = 8) -> float:
+    """Share of two sets of points (N, 2) and (M, 2) by which their histograms differ: 0 for none, 1 for all."""
+    ranges = [-3.0, 3.0, -3.0, 3.0]
+    counts = (torch.histogramdd(each.contiguous(), bins=[bins, bins], range=ranges).hist for each in (first, second))
+    one, other = (count / count.sum() for count in counts)
+    return ((one - other).abs().sum() / 2).item()
+
+
+def draw_interpolated(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
+    """Real images at both ends of four rows, and between them the way from one to the other in noise space."""
+    real = load_subset("test")[0][:8]
+    u = prior.encode(real, generator=g)
+    with torch.no_grad():
+        frames = torch.stack([prior.decode(step) for step in interpolate(prior, u[::2], u[1::2], n - 2)], dim=1)
+    rows = [torch.cat((real[2 * i, None], row, real[2 * i + 1, None])) for i, row in enumerate(frames)]
+    save_grid(path, rows, columns=["real", *[""] * (n - 2), "real"])
+
+
+def draw_chains(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
+    """Langevin chains of the prior that comes with the repository, which draws all layers together."""
+    shipped = DiffusionEBMPrior.from_pretrained(ROOT / "examples" / "data" / "prior", backbone=load_backbone())
+    save_strips(path, shipped, langevin_transitions(shipped, 6, steps=5 * n, generator=g))
+
+
+def draw_outliers(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
+    """Scores of test images, and of others turned upside down."""
+    images = load_subset("test")[0]
+    data, outliers = images[:n], images[n : 2 * n].flip(2)
+    scores, theirs = (density_scores(prior, each, generator=g) for each in (data, outliers))
+    save_histograms(path, scores, theirs, ("test images", "upside down"))
+    print("AUROC", ", ".join(f"k = {k}: {cut.auroc:.2f}" for k, cut in enumerate(detection(scores, theirs))))
+
+
+# What is drawn, and how many images, or points, of each kind.
+Draw = Callable[[Path, DiffusionEBMPrior, int, torch.Generator], None]
+PICTURES: dict[str, tuple[Draw, int]] = {
+    **{name: (draw, 10) for name, draw in conditional.PICTURES.items()},
+    "hole": (draw_hole, 600),
+    "interpolated": (draw_interpolated, 11),
+    "chains": (draw_chains, 20),
+    "outliers": (draw_outliers, 300),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("concept", *PICTURES)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names)} (all)")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        default=ROOT / "examples" / "output" / "conditional.safetensors",
+        help="what examples/conditional.py has trained (%(default)s)",
+    )
+    parser.add_argument("--count", type=int, help="images, or points, of each kind (as many as the docs show)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(names):
+        parser.error(f"expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    prior = None
+    for name in args.names or names:
+        path = args.out / f"{name}.png"
+        if name == "concept":
+            draw_concept(path)
+        else:
+            prior = prior or conditional.load_prior(args.weights)
+            draw, count = PICTURES[name]
+            draw(path, prior, args.count or count, torch.Generator().manual_seed(0))
+        print(f"{path} written", flush=True)
 
 
 if __name__ == "__main__":

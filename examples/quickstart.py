@@ -24,10 +24,6 @@ from bootstrap import run_in_environment
 if __name__ == "__main__":
     run_in_environment(__file__)
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from classifier import load_classifier
 from fashion_mnist import load_subset
@@ -37,6 +33,7 @@ from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig, TrainingRecord
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter
 from hvae_ebm_prior.cli.threads import leave_busy_cores
 from hvae_ebm_prior.evaluation import evaluate, table
+from hvae_ebm_prior.saving.grid import color, drawing, save_grid
 from hvae_ebm_prior.training.config import ObjectiveName
 
 HERE = Path(__file__).parent
@@ -68,27 +65,21 @@ def save_samples(
             "ours": prior.sample(2 * columns, generator=generator),
         }
     strips = [(name, strip) for name, batch in rows.items() for strip in batch.split(columns)]
-    figure, axes = plt.subplots(len(strips), 1, figsize=(columns * 0.75, len(strips) * 0.8))
-    for axis, (name, strip) in zip(axes, strips, strict=True):
-        axis.imshow(torch.cat(list(strip[:, 0]), dim=1).numpy(), cmap="gray", vmin=0, vmax=1)
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    save_grid(path, [strip for _, strip in strips], [name for name, _ in strips])
 
 
 def save_training(path: Path, history: list[TrainingRecord]) -> None:
     """Score loss over the iterations, and the energy gap of every level where chains are run."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
-    iterations = [record.iteration for record in history]
-    above.plot(iterations, [record.score for record in history], linewidth=0.7)
-    above.set(ylabel="score loss less an untrained prior's")
-    for t in range(len(history[0].gaps)):
-        below.plot(iterations, [record.gaps[t] for record in history], linewidth=0.7, label=f"t = {t}")
-    below.set(xlabel="iteration", ylabel="energy gap, nats")
-    below.legend()
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    with drawing(path, 2, size=(8, 6), sharex=True) as (_, axes):
+        above, below = axes[:, 0]
+        iterations = [record.iteration for record in history]
+        above.plot(iterations, [record.score for record in history], linewidth=0.7, color=color(0))
+        above.set(ylabel="score loss less\nan untrained prior's")
+        for t in range(len(history[0].gaps)):
+            gaps = [record.gaps[t] for record in history]
+            below.plot(iterations, gaps, linewidth=0.7, color=color(t), label=f"t = {t}")
+        below.set(xlabel="iteration", ylabel="energy gap, nats")
+        below.legend()
 
 
 def peak_memory_gib() -> float:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.evaluation.diagnosis import two_sample_accuracy
-from hvae_ebm_prior.saving.grid import pyplot, save_figure
+from hvae_ebm_prior.saving.grid import drawing
 from hvae_ebm_prior.testing import check_adapter
 
 HERE = Path(__file__).parent
@@ -206,16 +206,15 @@ def main() -> None:
 
 def draw(rows: dict[str, Tensor], folder: Path, columns: int = 10) -> None:
     """A picture with a row of windows for each name."""
-    figure, axes = pyplot().subplots(
-        len(rows), columns, figsize=(1.1 * columns, 1.2 * len(rows)), sharex=True, sharey=True, layout="constrained"
-    )
-    for line, (name, windows) in zip(axes, rows.items(), strict=True):
-        chosen = windows[:: max(1, len(windows) // columns)]
-        for axis, window in zip(line, chosen, strict=False):
-            axis.plot(window.numpy(), linewidth=1, color="black")
-            axis.set(xticks=[], yticks=[])
-        line[0].set_title(name, loc="left", fontsize=9)
-    save_figure(folder / "spikes.png", figure)
+    size = 1.1 * columns, 1.2 * len(rows)
+    with drawing(folder / "spikes.png", len(rows), columns, size=size, sharex=True, sharey=True) as (figure, axes):
+        figure.subplots_adjust(hspace=0.4)
+        for line, (name, windows) in zip(axes, rows.items(), strict=True):
+            chosen = windows[:: max(1, len(windows) // columns)]
+            for axis, window in zip(line, chosen, strict=False):
+                axis.plot(window.numpy(), linewidth=1, color="black")
+                axis.set(xticks=[], yticks=[])
+            line[0].set_title(name, loc="left", fontsize=11)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hvae_ebm_prior import DiffusionSchedule, EnergyConfig
+from hvae_ebm_prior.saving.grid import COLORS
 
 IMAGES = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 # Networks without context, and with it.
@@ -68,9 +69,12 @@ def check_strip(strip: np.ndarray, images: Tensor) -> None:
 
 
 def find_color(path: str | Path, color: str, opacity: float = 1.0, tolerance: float = 0.02) -> np.ndarray:
-    """Rows and columns, (N, 2), of the pixels in a PNG file that have a colour of matplotlib's, drawn on white."""
+    """Rows and columns, (N, 2), of the pixels in a PNG file that have a colour, drawn on white; "C2" is the third
+    of our pictures' curves.
+    """
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
-    drawn = opacity * np.array(to_rgb(color)) + 1 - opacity
+    named = COLORS[int(color[1:])] if color[0] == "C" else color
+    drawn = opacity * np.array(to_rgb(named)) + 1 - opacity
     return np.argwhere(np.abs(imread(path)[..., :3] - drawn).max(2) < tolerance)

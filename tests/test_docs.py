@@ -7,9 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from stand_ins import AutoEncoder
 
 import hvae_ebm_prior
-from hvae_ebm_prior.cli.main import make_parser
+from hvae_ebm_prior.adapters import NVAEAdapter
+from hvae_ebm_prior.cli.main import main, make_parser
 from hvae_ebm_prior.saving import extras
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +43,28 @@ def test_bring_your_own_vae(steps, monkeypatch, capsys):
     assert [line[:3] for line in shown] == [line[:3] for line in got]
     if not steps:  # KLs, which do not depend on the machine by much
         assert [float(line[3]) for line in got] == pytest.approx([float(line[3]) for line in shown], rel=0.2)
+
+
+def test_answers_in_the_users_words_run(monkeypatch, capsys):
+    """The blocks of the page's first part, one after the other; every answer ends in some, or in a command, and that
+    runs, on fewer images.
+    """
+    part = (ROOT / "docs" / "faq.md").read_text().split("\n## ")[1]
+    answers = part.split("\n### ")[1:]
+    assert all(re.search(r"(```|\n    hvae-ebm-prior [^\n]*)\n*$", answer) for answer in answers)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    names = {"adapter": NVAEAdapter(AutoEncoder(1, 2))}
+    for code in re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL):
+        exec(compile(code.replace("iterations=50", "iterations=2"), "faq.md", "exec"), names)
+    assert names["mixed"].shape == names["x"].shape == names["images"].shape
+    # What the top layer of another image changes is more than what another draw of the same image does.
+    again = names["prior"].decode(names["prior"].encode(names["images"]))
+    assert (names["mixed"] - names["images"]).abs().mean() > 2 * (again - names["images"]).abs().mean()
+    capsys.readouterr()
+    (command,) = re.findall(r"\n    hvae-ebm-prior (diagnose [^\n]*)", part)
+    assert main([*command.split(), "--limit", "40", "--draws", "4"]) == 0
+    assert "classifier accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

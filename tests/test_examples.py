@@ -166,7 +166,7 @@ def test_conditional_example(tmp_path, monkeypatch):
     default = PRESETS["default"]
     training = dataclasses.replace(default.training, activity_images=64)
     monkeypatch.setitem(PRESETS, "default", dataclasses.replace(default, training=training))
-    monkeypatch.setattr(conditional, "INPAINTING", dataclasses.replace(conditional.INPAINTING, steps=10))
+    monkeypatch.setattr(conditional, "INPAINTING", dataclasses.replace(conditional.INPAINTING, steps=15))
     monkeypatch.setattr(sys, "argv", ["conditional.py", "--iterations", "1", "--columns", "2", "--out", str(tmp_path)])
     conditional.main()
     pictures = {
@@ -187,8 +187,8 @@ def test_conditional_example(tmp_path, monkeypatch):
     # The half that was seen is that of each image's own, and not of the other one.
     upper = [np.array_split(strip[: len(strip) // 2], 2, axis=1) for strip in pictures["inpainted"]]
     for row in upper[2:]:
-        width = min(half.shape[1] for half in (*row, *upper[0]))
-        apart = [[np.abs(a[:, :width] - b[:, :width]).mean() for b in upper[0]] for a in row]
+        height, width = (min(half.shape[i] for half in (*row, *upper[0])) for i in (0, 1))
+        apart = [[np.abs(a[:height, :width] - b[:height, :width]).mean() for b in upper[0]] for a in row]
         own, other = apart[0][0] + apart[1][1], apart[0][1] + apart[1][0]
         assert own < 0.5 * other
 

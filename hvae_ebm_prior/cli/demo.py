@@ -52,6 +52,7 @@ STYLE = """<style>
 .crisp { border: none !important; background: transparent !important; }
 .crisp .icon-button-wrapper { opacity: 0; transition: opacity .15s; }
 .crisp:hover .icon-button-wrapper { opacity: 1; }
+.crisp .empty { visibility: hidden; }
 .strip img { image-rendering: pixelated; max-width: 100%; height: auto; }
 .go { max-width: 220px; }
 .quiet { opacity: .65; }

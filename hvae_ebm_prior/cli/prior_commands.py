@@ -156,7 +156,7 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
 
 
 def run_sample(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
-    """A grid of samples; of a model of plain tensors an array (N, ...), as OUT.npy."""
+    """Samples under a row of the Gaussian prior's; of a model of plain tensors an array (N, ...), as OUT.npy."""
     labels = read_labels(options.labels)
     given = supported_options(
         prior,
@@ -173,8 +173,18 @@ def run_sample(prior: LearnedPrior, options: argparse.Namespace, generator: torc
         options.out = options.out.with_suffix(".npy")
         write_atomically(options.out, lambda scratch: np.save(scratch, images.float().cpu().numpy()))
         return figures
-    save_grid(options.out, images.split(COLUMNS))
+    names = ["Gaussian prior", ", ".join(f"{name} {value}" for name, value in (labels or {}).items()) or "this prior"]
+    save_grid(options.out, [gaussian_row(prior, options), *images.split(COLUMNS)], names)
     return figures | {"pixels": describe_pixels(images)}
+
+
+@torch.no_grad()
+def gaussian_row(prior: LearnedPrior, options: argparse.Namespace) -> Tensor:
+    """A row of samples of the model's own Gaussian prior, to compare with."""
+    shape = min(options.count, COLUMNS), prior.dim
+    generator = torch.Generator().manual_seed(options.seed)
+    noise = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    return prior.decode(options.temperature * noise.to(prior.device, prior.dtype))
 
 
 @torch.no_grad()
@@ -192,12 +202,12 @@ def run_edit(prior: LearnedPrior, options: argparse.Namespace, generator: torch.
     else:
         holds = [read_layers(options.hold)]
     rows = [images]
-    names = ["image"]
+    names = ["sample" if options.images is None else "real"]
     figures = []
     for hold in holds:
         edited = prior.decode(resample(prior, u, hold, labels=labels, guidance=options.guidance, generator=generator))
         rows.append(edited)
-        names.append(f"holds {', '.join(map(str, hold)) or 'none'}")
+        names.append(f"layers {', '.join(map(str, hold))} held" if hold else "no layer held")
         figures.append({"held": hold, "mean_squared_change": (edited - images).square().mean().item()})
     save_grid(options.out, rows, names)
     return {"images": len(images), "labels": labels, "guidance": options.guidance, "edits": figures}
@@ -215,7 +225,7 @@ def run_interpolate(prior: LearnedPrior, options: argparse.Namespace, generator:
     start, end = u[: len(u) // 2 * 2].unflatten(0, (-1, 2)).unbind(1)
     path = interpolate(prior, start, end, options.frames)
     images = torch.stack([prior.decode(step) for step in path], dim=1)
-    save_grid(options.out, list(images))
+    save_grid(options.out, list(images), columns=["start", *[""] * (options.frames - 2), "end"])
     moved = (images[:, 1:] - images[:, :-1]).square().flatten(2).mean(2)
     return {"pairs": len(images), "frames": options.frames, "mean_squared_change_per_frame": moved.mean(0).tolist()}
 

@@ -18,7 +18,7 @@ from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
 from ..processes import rank
 from ..saving.files import write_json
-from ..saving.grid import pyplot
+from ..saving.grid import check_matplotlib
 from ..training.array_data import split_array
 from ..training.callbacks import LOGS, open_log
 from ..training.checkpoint import find_checkpoints
@@ -125,7 +125,7 @@ def run_train(options: argparse.Namespace) -> None:
     """Train a prior, or go on with its training, and write it."""
     if options.card_samples:
         check_count(options.card_samples, "card-samples")
-        pyplot()  # which may not be there, and that should be known before training
+        check_matplotlib()  # which may not be there, and that should be known before training
     out = options.out.expanduser()
     backbone = load_model(options)
     preset = PRESETS[options.preset]

@@ -1,6 +1,7 @@
 """The commands `compare` and `ablate`: their options, tables and plot."""
 
 import argparse
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,11 +121,19 @@ def draw_progress(
     seeds: list[int],
     features: str,
 ) -> None:
-    """Quality against training time of one budget's runs, under one extractor."""
+    """Quality against training time of one budget's runs, under one extractor; what has no such curve is a level, the
+    mean over its runs.
+    """
     curves = {
         name: [runs[run_key(name, str(budget), seed)]["curve"] for seed in seeds]
         for name, candidate in chosen.items()
         if candidate.training
     }
-    levels = {name: runs[run_key(name, "none", seeds[0])]["distances"][features] for name in (GAUSSIAN, RECONSTRUCTION)}
-    write_atomically(path, lambda scratch: save_progress(scratch, curves, levels, f"Fréchet distance, {features}"))
+    untrained = [name for name, candidate in chosen.items() if not candidate.training]
+    levels = {
+        name: statistics.mean(runs[run_key(name, "none", seed)]["distances"][features] for seed in seeds)
+        for name in (GAUSSIAN, RECONSTRUCTION, *untrained)
+    }
+    # Of an extractor in a file its name in words, without the file's.
+    words = features.rpartition(":")[2].replace("_", " ")
+    write_atomically(path, lambda scratch: save_progress(scratch, curves, levels, f"Fréchet distance, {words}"))

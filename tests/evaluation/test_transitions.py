@@ -23,6 +23,7 @@ from hvae_ebm_prior.evaluation.transitions import (
     pixel_statistics,
     relaxation_time,
 )
+from hvae_ebm_prior.saving.grid import GREY
 
 INTEGRATORS = ["exponential", "strang", "euler", "leimkuhler-matthews"]
 
@@ -197,7 +198,7 @@ def test_default_energies_in_a_chunk_and_pictures(context, tmp_path):
     for i, row in enumerate(np.array_split(picture, 3)):
         check_strip(row, states[i])
     save_energies(tmp_path / "energies.png", run)
-    heights = [find_color(tmp_path / "energies.png", color)[:, 0].mean() for color in ("C0", "C1", "C2", "C7")]
+    heights = [find_color(tmp_path / "energies.png", color)[:, 0].mean() for color in ("C0", "C1", "C2", GREY)]
     assert heights == sorted(heights)
     assert min(b - a for a, b in pairwise(heights)) > 50
 
