@@ -2,6 +2,7 @@
 of gloo on one machine.
 """
 
+import faulthandler
 import os
 import socket
 import tempfile
@@ -42,10 +43,19 @@ def run(work: Callable[..., Any], *arguments: Any, processes: int = 2) -> list[A
                 os.waitpid(child, 0)
         finally:
             torch.set_num_threads(threads)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+        results = [Path(folder) / f"{rank}.pt" for rank in range(processes)]
+        if not all(path.exists() for path in results):
+            raise RuntimeError(f"a process ended early, or waited for longer than {LIMIT} s: its output says where")
+        return [torch.load(path, weights_only=False) for path in results]
+
+
+# Seconds that a process may take.
+LIMIT = 240
 
 
 def begin(work: Callable[..., Any], rank: int, processes: int, folder: Path, arguments: tuple[Any, ...]) -> None:
+    # A lock that some thread held at the fork stays held: what waits for it says where, instead of waiting for ever.
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     try:
         os.environ |= {
             "RANK": str(rank),
