@@ -1,0 +1,81 @@
+"""Functions of tensors, captured once and replayed: what is many small launches becomes one.
+
+A CUDA graph reads and writes where its tensors were in memory when it was captured. So all that differs from call to
+call is an argument, which is copied to a place of its own; all else, such as weights, must stay in place, changed or
+not. What depends on a number on the host, such as a step's size, is captured as that number, and belongs to the graph's
+name.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+Inputs = Sequence[Tensor | None]
+Function = Callable[..., Sequence[Tensor]]
+# Runs a function of tensors; `Graphs.run` with the name given.
+Keep = Callable[[Function, Inputs], list[Tensor]]
+Captured = tuple[Callable[[], object], Sequence[Tensor]]
+# Graphs that are kept, each with memory of its own; the one that was not used for the longest time goes first.
+KEPT = 16
+
+
+def cuda_record(function: Callable[[], Sequence[Tensor]]) -> Captured:
+    """Capture what `function` launches as a CUDA graph, without running it.
+
+    Args:
+        function: has been run before, so that nothing is made ready in it any more.
+
+    Returns:
+        The function that replays it, and the results, which every replay overwrites.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph.replay, results
+
+
+class Graphs:
+    """Graphs by name and by the shapes of their inputs.
+
+    Args:
+        record: captures a function, see `cuda_record`.
+    """
+
+    def __init__(self, record: Callable[[Callable[[], Sequence[Tensor]]], Captured] = cuda_record) -> None:
+        self._record = record
+        self._kept: OrderedDict[Hashable, tuple[list[Tensor | None], Captured]] = OrderedDict()
+
+    def run(self, name: Hashable, function: Function, inputs: Inputs) -> list[Tensor]:
+        """The results of `function`: the first time as it is, then from the graph that is captured after that.
+
+        Args:
+            name: names everything that the function depends on beside its inputs, and what stays in place.
+            function: of tensors or None, at fixed places for all calls of a name; it may use no other tensors than
+                these and those that stay in place, and not wait for the device.
+            inputs: its arguments.
+
+        Returns:
+            Its results, in memory of their own.
+
+        Raises:
+            ValueError: a function on a device without graphs.
+        """
+        key = (name, *((x.shape, x.dtype, x.device) if x is not None else None for x in inputs))
+        if key not in self._kept:
+            places = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs]
+            if self._record is cuda_record and not all(x is None or x.is_cuda for x in places):
+                raise ValueError("graph: captured on CUDA alone; leave ExecutionConfig(graph=False) here")
+            results = [x.clone() for x in function(*places)]
+            self._kept[key] = places, self._record(lambda: function(*places))
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+            return results
+        self._kept.move_to_end(key)
+        places, (replay, outputs) = self._kept[key]
+        for place, x in zip(places, inputs, strict=True):
+            if place is not None and x is not None:
+                place.copy_(x)
+        replay()
+        return [x.clone() for x in outputs]
