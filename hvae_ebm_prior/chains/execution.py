@@ -239,10 +239,9 @@ def plain_copy(network: nn.Module) -> nn.Module:
 
 def copy_weights(source: nn.Module, plain: nn.Module) -> None:
     """Copy the present weights of `source` into its `plain_copy`, in place."""
-    for path, module in plain.named_modules():
-        original = source.get_submodule(path)
-        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            value.copy_(getattr(original, name))
+    copies = dict([*plain.named_parameters(), *plain.named_buffers()])
+    present = [getattr(source.get_submodule(path), name) for path, _, name in (x.rpartition(".") for x in copies)]
+    torch._foreach_copy_(list(copies.values()), present)
 
 
 def replace_parametrizations(module: nn.Module, values: dict[str, Tensor]) -> None:

@@ -21,30 +21,42 @@ Captured = tuple[Callable[[], object], Sequence[Tensor]]
 KEPT = 16
 
 
-def cuda_record(function: Callable[[], Sequence[Tensor]]) -> Captured:
-    """Capture what `function` launches as a CUDA graph, without running it.
+class CudaRecorder:
+    """Captures functions as CUDA graphs that share their memory: one runs at a time, and its results are copied."""
 
-    Args:
-        function: has been run before, so that nothing is made ready in it any more.
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
 
-    Returns:
-        The function that replays it, and the results, which every replay overwrites.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return graph.replay, results
+    def __call__(self, function: Callable[[], Sequence[Tensor]]) -> Captured:
+        """Capture what `function` launches, without running it.
+
+        Args:
+            function: has been run before, so that nothing is made ready in it any more.
+
+        Returns:
+            The function that replays it, and the results, which every replay overwrites.
+
+        Raises:
+            ValueError: there is no CUDA.
+        """
+        if not torch.cuda.is_available():
+            raise ValueError("graph: captured on CUDA alone; leave ExecutionConfig(graph=False) here")
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            results = function()
+        return graph.replay, results
 
 
 class Graphs:
     """Graphs by name and by the shapes of their inputs.
 
     Args:
-        record: captures a function, see `cuda_record`.
+        record: captures a function; None for a `CudaRecorder`.
     """
 
-    def __init__(self, record: Callable[[Callable[[], Sequence[Tensor]]], Captured] = cuda_record) -> None:
-        self._record = record
+    def __init__(self, record: Callable[[Callable[[], Sequence[Tensor]]], Captured] | None = None) -> None:
+        self._record = record or CudaRecorder()
         self._kept: OrderedDict[Hashable, tuple[list[Tensor | None], Captured]] = OrderedDict()
 
     def run(self, name: Hashable, function: Function, inputs: Inputs) -> list[Tensor]:
@@ -65,8 +77,6 @@ class Graphs:
         key = (name, *((x.shape, x.dtype, x.device) if x is not None else None for x in inputs))
         if key not in self._kept:
             places = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs]
-            if self._record is cuda_record and not all(x is None or x.is_cuda for x in places):
-                raise ValueError("graph: captured on CUDA alone; leave ExecutionConfig(graph=False) here")
             results = [x.clone() for x in function(*places)]
             self._kept[key] = places, self._record(lambda: function(*places))
             if len(self._kept) > KEPT:

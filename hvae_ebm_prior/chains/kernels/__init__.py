@@ -142,7 +142,7 @@ def langevin_update(
             return new if out is None else out.copy_(new)
         if out is None:
             out = torch.empty_like(u, memory_format=torch.contiguous_format)
-        _drawn_update(
+        torch.ops.hvae_ebm_prior.drawn_update(
             rows(u),
             rows(u_next),
             rows(gradient),
@@ -194,7 +194,17 @@ def given_update(
     return new if held is None else torch.where(held, u, new)
 
 
-@torch.library.custom_op("hvae_ebm_prior::drawn_update", mutates_args=("out",))
+# Defined by their schemas, as the wrapper `torch.library.custom_op` takes several times as long as all else on the host.
+OPERATORS = torch.library.Library("hvae_ebm_prior", "DEF")
+OPERATORS.define(
+    "drawn_update(Tensor u, Tensor u_next, Tensor gradient, Tensor? renewed, Tensor? replaced, Tensor coefficients, "
+    "Tensor key, Tensor step, int ahead, int stream, bool previous, Tensor? held, float reach, Tensor(a!) out, "
+    "str backend) -> ()"
+)
+OPERATORS.define("drawn_noise(Tensor key, Tensor step, int ahead, int stream, int n, int dim, str backend) -> Tensor")
+
+
+@torch.library.impl(OPERATORS, "drawn_update", "CompositeExplicitAutograd")
 def _drawn_update(
     u: Tensor,
     u_next: Tensor,
@@ -223,14 +233,18 @@ def _drawn_update(
         naive_update(*states, *settings)
 
 
-@_drawn_update.register_fake
+@torch.library.register_fake("hvae_ebm_prior::drawn_update")
 def _(*_: object) -> None:
     return None
 
 
-@torch.library.custom_op("hvae_ebm_prior::drawn_noise", mutates_args=())
 def drawn_noise(key: Tensor, step: Tensor, ahead: int, stream: int, n: int, dim: int, backend: str) -> Tensor:
     """Standard normal noise (n, dim), float32, of step `step` + `ahead`; see `philox_normal` and `choose_backend`."""
+    return torch.ops.hvae_ebm_prior.drawn_noise(key, step, ahead, stream, n, dim, backend)
+
+
+@torch.library.impl(OPERATORS, "drawn_noise", "CompositeExplicitAutograd")
+def _drawn_noise(key: Tensor, step: Tensor, ahead: int, stream: int, n: int, dim: int, backend: str) -> Tensor:
     if choose_backend(backend, key.device) == "triton":
         from .fused import fused_noise
 
@@ -238,7 +252,7 @@ def drawn_noise(key: Tensor, step: Tensor, ahead: int, stream: int, n: int, dim:
     return philox_normal(key, step + ahead, stream, n, dim)
 
 
-@drawn_noise.register_fake
+@torch.library.register_fake("hvae_ebm_prior::drawn_noise")
 def _(key: Tensor, step: Tensor, ahead: int, stream: int, n: int, dim: int, backend: str) -> Tensor:
     return torch.empty(n, dim, device=key.device, dtype=torch.float32)
 
