@@ -8,6 +8,7 @@ name.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class CudaRecorder:
     """Captures functions as CUDA graphs that share their memory: one runs at a time, and its results are copied."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, function: Callable[[], Sequence[Tensor]]) -> Captured:
         """Capture what `function` launches, without running it.

@@ -313,5 +313,5 @@ def test_kernel_compiles_for_gpus_that_are_not_here(every, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     # Before Triton 3.3 AMD's linker is ROCm's, which is not here.
     targets = 2 if "no AMD target" in done.stderr else 3
-    assert done.stdout.count("| ok |") == (8 * targets if every else 8), done.stdout
+    assert done.stdout.count("| ok |") == (10 * targets if every else 10), done.stdout
     assert targets == 3 or importlib.metadata.version("triton") < "3.3"

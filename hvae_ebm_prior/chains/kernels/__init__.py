@@ -194,7 +194,7 @@ def given_update(
     return new if held is None else torch.where(held, u, new)
 
 
-# Defined by their schemas, as the wrapper `torch.library.custom_op` takes several times as long as all else on the host.
+# Defined by their schemas: the wrapper `torch.library.custom_op` takes several times as long as all else on the host.
 OPERATORS = torch.library.Library("hvae_ebm_prior", "DEF")
 OPERATORS.define(
     "drawn_update(Tensor u, Tensor u_next, Tensor gradient, Tensor? renewed, Tensor? replaced, Tensor coefficients, "
@@ -233,7 +233,7 @@ def _drawn_update(
         naive_update(*states, *settings)
 
 
-@torch.library.register_fake("hvae_ebm_prior::drawn_update")
+@torch.library.register_fake("hvae_ebm_prior::drawn_update")  # type: ignore[untyped-decorator]
 def _(*_: object) -> None:
     return None
 
@@ -252,7 +252,7 @@ def _drawn_noise(key: Tensor, step: Tensor, ahead: int, stream: int, n: int, dim
     return philox_normal(key, step + ahead, stream, n, dim)
 
 
-@torch.library.register_fake("hvae_ebm_prior::drawn_noise")
+@torch.library.register_fake("hvae_ebm_prior::drawn_noise")  # type: ignore[untyped-decorator]
 def _(key: Tensor, step: Tensor, ahead: int, stream: int, n: int, dim: int, backend: str) -> Tensor:
     return torch.empty(n, dim, device=key.device, dtype=torch.float32)
 

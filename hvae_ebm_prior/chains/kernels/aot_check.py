@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import fused
-from .naive import LANES
+from .naive import LANES, SECTION
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,7 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "limit, whole rows": {"LIMIT": fused.OWN.value},
     "limit, renewed": {"LIMIT": fused.OWN.value, "RENEWED": True},
     "limit, long rows": {"LIMIT": fused.GIVEN.value},
+    "sums of long rows": {"kernel": fused.section_kernel},
+    "noise alone": {"kernel": fused.noise_kernel},
 }
+# Of the kernels beside the update: accesses of 128 bits per vector of a thread, narrower ones, most registers. Sums are
+# unrolled for AMD, where a lane may have 512 registers.
+OTHERS = {"sums of long rows": (1, 2, 144), "noise alone": (1, 3, MOST_REGISTERS)}
 
 
 @dataclass
@@ -65,12 +70,14 @@ class Report:
     faults: list[str] = field(default_factory=list)
 
 
-def compile_kernel(target: GPUTarget, gradient: str = "fp32", **constants: Any) -> Any:
+def compile_kernel(
+    target: GPUTarget, gradient: str = "fp32", kernel: Any = fused.update_kernel, **constants: Any
+) -> Any:
     """The compiled kernel, with pointers and row strides that are multiples of 16."""
     flags = {name: constants.get(name, 0) for name in ("LIMIT", "PREVIOUS", "HELD", "RENEWED")}
     own = flags["LIMIT"] == fused.OWN.value
     # Sums over lanes, or over the sections of rows of 150,000 elements.
-    width = LANES if own else 32
+    width = LANES if own or kernel is fused.section_kernel else 32
     floats = ("u_ptr", "next_ptr", "coefficients_ptr", "sums_ptr", "out_ptr")
     gradients = ("gradient_ptr", "renewed_ptr", "replaced_ptr")
     kinds = {
@@ -81,8 +88,14 @@ def compile_kernel(target: GPUTarget, gradient: str = "fp32", **constants: Any) 
         "held_ptr": "*u8",
         "reach": "fp32",
     }
-    chosen = {"BLOCK": fused.LARGEST_BLOCK, "WIDTH": width, "LEVELS": width.bit_length() - 1, **flags}
-    kernel = fused.update_kernel
+    chosen = {
+        "BLOCK": fused.LARGEST_BLOCK,
+        "WIDTH": width,
+        "LEVELS": width.bit_length() - 1,
+        "SECTION": SECTION,
+        **flags,
+    }
+    chosen = {name: value for name, value in chosen.items() if name in kernel.arg_names}
     kinds = {name: kinds.get(name, "constexpr" if name in chosen else "i32") for name in kernel.arg_names}
     aligned = [
         name
@@ -152,6 +165,9 @@ def check(name: str, variant: str) -> Report:
     # Key, sample, step and coefficients; a mask of bytes; with few elements per thread, a gradient of 16 bits.
     narrow = 7 + 2 * bool(options.get("HELD")) + (half and vectors == 1)
     most = MOST_OF_ROWS if own else MOST_REGISTERS
+    if variant in OTHERS:
+        per_vector, narrow, most = OTHERS[variant]
+        wide = per_vector * vectors
     faults = {
         f"more than {most} registers": report.registers > most,
         "registers are spilled": report.spills > 0,
