@@ -84,9 +84,11 @@ def main():
         key, step = torch.tensor([-(2**40) - 3, 17]), torch.tensor([2**31 + 5])
         a, b = both(*inputs(n, dim, dtype), key=key, step=step, stream=3, previous=previous)
         assert torch.equal(a, b), (n, dim, dtype, previous, (a - b).abs().max())
-        noise = [drawn_noise(key, step, 7, 3, n, dim, backend) for backend in ("naive", "triton")]
-        assert torch.equal(*noise), (n, dim)
-        cases += 2
+        cases += 1
+        if dtype == torch.float32 and not previous:
+            noise = [drawn_noise(key, step, 7, 3, n, dim, backend) for backend in ("naive", "triton")]
+            assert torch.equal(*noise), (n, dim)
+            cases += 1
 
     # Held elements, a NaN and an infinity.
     u, u_next, gradient, coefficients = inputs(3, 1500, torch.float32)
