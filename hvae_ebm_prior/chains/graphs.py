@@ -6,6 +6,7 @@ not. What depends on a number on the host, such as a step's size, is captured as
 name.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ Function = Callable[..., Sequence[Tensor]]
 # Runs a function of tensors; `Graphs.run` with the name given.
 Keep = Callable[[Function, Inputs], list[Tensor]]
 Captured = tuple[Callable[[], object], Sequence[Tensor]]
-# Graphs that are kept, each with memory of its own; the one that was not used for the longest time goes first.
+# Graphs that are kept; the one that was not used for the longest time goes first.
 KEPT = 16
 
 
@@ -58,6 +59,8 @@ class Graphs:
 
     def __init__(self, record: Callable[[Callable[[], Sequence[Tensor]]], Captured] | None = None) -> None:
         self._record = record or CudaRecorder()
+        # Inputs and results have one place each, whichever thread they are of.
+        self._lock = threading.RLock()
         self._kept: OrderedDict[Hashable, tuple[list[Tensor | None], Captured]] = OrderedDict()
 
     def run(self, name: Hashable, function: Function, inputs: Inputs) -> list[Tensor]:
@@ -75,18 +78,19 @@ class Graphs:
         Raises:
             ValueError: a function on a device without graphs.
         """
-        key = (name, *((x.shape, x.dtype, x.device) if x is not None else None for x in inputs))
-        if key not in self._kept:
-            places = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs]
-            results = [x.clone() for x in function(*places)]
-            self._kept[key] = places, self._record(lambda: function(*places))
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-            return results
-        self._kept.move_to_end(key)
-        places, (replay, outputs) = self._kept[key]
-        for place, x in zip(places, inputs, strict=True):
-            if place is not None and x is not None:
-                place.copy_(x)
-        replay()
-        return [x.clone() for x in outputs]
+        with self._lock:
+            key = (name, *((x.shape, x.dtype, x.device) if x is not None else None for x in inputs))
+            if key not in self._kept:
+                places = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs]
+                results = [x.clone() for x in function(*places)]
+                self._kept[key] = places, self._record(lambda: function(*places))
+                if len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+                return results
+            self._kept.move_to_end(key)
+            places, (replay, outputs) = self._kept[key]
+            for place, x in zip(places, inputs, strict=True):
+                if place is not None and x is not None:
+                    place.copy_(x)
+            replay()
+            return [x.clone() for x in outputs]
