@@ -34,17 +34,16 @@ def usable(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def walk_gradient(total: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> Tensor:
-    """Gradient in u (N, D) of the scalar `total(u, t)`, at levels `t` (N,)."""
-    # Inference tensors cannot take part in autograd; copies can.
+def walk_gradient(total: Callable[..., Tensor], u: Tensor, *inputs: Tensor) -> Tensor:
+    """Gradient in u (N, D) of the scalar `total(u, *inputs)`."""
     with torch.inference_mode(False), torch.enable_grad():
-        u = u.detach().clone().requires_grad_()
-        return torch.autograd.grad(total(u, t.clone()), u)[0]
+        u = usable(u).detach().requires_grad_()
+        return torch.autograd.grad(total(u, *map(usable, inputs)), u)[0]
 
 
 def walk_values_and_gradient(values: Callable[[Tensor, Tensor], Tensor], u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """`values(u, t)`, (N,) or (N, L), and the gradient of their sum in u (N, D), at levels `t` (N,), by one walk."""
     with torch.inference_mode(False), torch.enable_grad():
-        u = u.detach().clone().requires_grad_()
-        at_u = values(u, t.clone())
+        u = usable(u).detach().requires_grad_()
+        at_u = values(u, usable(t))
         return at_u.detach(), torch.autograd.grad(at_u.sum(), u)[0]

@@ -3,21 +3,21 @@
 Always: one backward pass for F (the Gaussian terms are affine and never differentiated), a walk that ends at the last
 latent, weights under a parametrisation worked out once per chain. Where it is faster, default energies of equal shape
 run as one batched call, with their weights stacked once per chain. On request: half precision, a compiled gradient,
-steps replayed from a CUDA graph.
+and chains replayed from CUDA graphs (`graphs`).
 """
 
 import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, vmap
 from torch.nn.utils import parametrize
 
 from ..backbone.transform import LayerState
@@ -51,8 +51,9 @@ class ExecutionConfig:
             CPU may be slower with it.
         compile: compile the gradient with torch.compile. Its first result is compared with the plain one, which is
             used, with a warning, if they differ.
-        graph: on CUDA, capture a chain's step as a graph and replay it. For models whose step is many small launches.
-            It takes counted noise, a backend other than "torch".
+        graph: on CUDA, capture chains, and the flow of a layer, as graphs that later ones of the same shapes replay.
+            For small networks, whose step is many small launches. It takes counted noise, a backend other than "torch";
+            chains under labels, other priors and observations run as without.
     """
 
     backend: Backend = "auto"
@@ -79,13 +80,15 @@ class ExecutionConfig:
 
 
 def chain_gradient(
-    total: Callable[[Tensor, Tensor], Tensor], t: Tensor, temperature: float, execution: ExecutionConfig
-) -> Callable[[Tensor], Tensor]:
-    """Gradient in v of `total(temperature v, t)`, at levels `t` (N,), as a function of v (N, D)."""
+    total: Callable[..., Tensor], temperature: float, execution: ExecutionConfig
+) -> Callable[..., Tensor]:
+    """Gradient in v of `total(temperature v, *inputs)`, as a function of v (N, D) and of the inputs."""
 
-    def gradient(v: Tensor) -> Tensor:
+    def gradient(v: Tensor, *inputs: Tensor) -> Tensor:
         with execution.precision(v.device):
-            return temperature * walk_gradient(total, temperature * v, t)
+            if temperature == 1:
+                return walk_gradient(total, v, *inputs)
+            return temperature * walk_gradient(total, temperature * v, *inputs)
 
     return gradient
 
@@ -95,42 +98,86 @@ def one_by_one(energies: Sequence[Callable[[Any, Tensor], Tensor]], inputs: Sequ
     return torch.stack([network(x, t) for network, x in zip(energies, inputs, strict=False)], dim=1)
 
 
-def batched_energies(
+def group_networks(
     energies: Sequence[nn.Module], shapes: Sequence[Sequence[int]], n: int, device: torch.device
-) -> Corrections:
-    """f_i, (N, L), of a chain's energies as one function, default networks of equal shape as one call where that is
-    faster.
+) -> tuple[tuple[int, ...], ...]:
+    """Which networks run as one call: default ones of equal shape, where that is faster.
 
     Args:
-        energies: one network per layer; their weights are taken as they are now.
+        energies: one network per layer.
         shapes: shapes of the latents.
         n: number of samples N.
         device: where they run.
 
     Returns:
-        The function of the inputs of all layers, or of the first ones, and of the levels.
+        Groups of their indices.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
     for i, (network, shape) in enumerate(zip(energies, shapes, strict=True)):
         small = device.type != "cpu" or n * math.prod(shape) <= BATCHED_INPUTS
         groups[tuple(shape) if small and isinstance(network, LayerEnergy | ContextEnergy) else i].append(i)
-    single = [frozen(network) for network in energies]
-    alone = [members[0] for members in groups.values() if len(members) == 1]
-    together = [(members, stacked([energies[i] for i in members])) for members in groups.values() if len(members) > 1]
+    return tuple(map(tuple, groups.values()))
 
-    def corrections(inputs: Sequence[Input], t: Tensor) -> Tensor:
-        if len(inputs) < len(energies):
-            return one_by_one(single, inputs, t)
+
+class ChainEnergies:
+    """f_i, (N, L), of a chain's energies as one function of the inputs of all layers, or of the first ones, and of the
+    levels; its weights ask for no gradients.
+
+    Weights of networks that run alone are the networks' own. Others are copies: stacked ones of a group, and those that
+    a parametrisation (spectral normalisation) works out. `refresh` brings them up to date where they are in memory.
+
+    Args:
+        energies: one network per layer.
+        groups: of `group_networks`.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, energies: Sequence[nn.Module], groups: Sequence[Sequence[int]]) -> None:
+        self._energies = energies
+        self._where = places(energies)
+        self._plain = [plain_copy(network) if is_parametrized(network) else network for network in energies]
+        self._single = [frozen(network) for network in self._plain]
+        self._alone = [members[0] for members in groups if len(members) == 1]
+        self._together = [
+            (members, StackedNetworks([self._plain[i] for i in members])) for members in groups if len(members) > 1
+        ]
+
+    def is_of(self, energies: Iterable[nn.Module]) -> bool:
+        """Whether these are the networks it was made of, with their weights where they were."""
+        now = list(energies)
+        return (
+            len(now) == len(self._energies)
+            and all(a is b for a, b in zip(now, self._energies, strict=True))
+            and places(now) == self._where
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the networks' present weights."""
+        for network, plain in zip(self._energies, self._plain, strict=True):
+            if plain is not network:
+                copy_weights(network, plain)
+        for _, networks in self._together:
+            networks.refresh()
+
+    def __call__(self, inputs: Sequence[Input], t: Tensor) -> Tensor:
+        if len(inputs) < len(self._energies):
+            return one_by_one(self._single, inputs, t)
         values: list[Tensor] = [t] * len(inputs)
-        for i in alone:
-            values[i] = single[i](inputs[i], t)
-        for members, networks in together:
+        for i in self._alone:
+            values[i] = self._single[i](inputs[i], t)
+        for members, networks in self._together:
             of_members = networks(stack_inputs([inputs[i] for i in members]), t)
             for i, value in zip(members, of_members, strict=True):
                 values[i] = value
         return torch.stack(values, dim=1)
 
-    return corrections
+
+def places(energies: Iterable[nn.Module]) -> list[int]:
+    """Where the weights and buffers of networks are in memory."""
+    return [x.data_ptr() for network in energies for x in (*network.parameters(), *network.buffers())]
 
 
 def stack_inputs(inputs: Sequence[Input]) -> Input:
@@ -140,19 +187,33 @@ def stack_inputs(inputs: Sequence[Input]) -> Input:
     return torch.stack(inputs)  # type: ignore[arg-type]
 
 
-def stacked(networks: Sequence[nn.Module]) -> Callable[[Input, Tensor], Tensor]:
-    """f_i, (G, N), of G networks alike but for their weights, as one call of inputs (G, N, *shape) and levels (N,)."""
-    # Stacking copies already; another copy is needed only where weights are to be worked out first.
-    plain = [plain_copy(network) if is_parametrized(network) else network for network in networks]
-    parameters, buffers = stack_module_state(plain)
-    weights = {name: value.detach() for name, value in parameters.items()}
-    weightless = copy.deepcopy(plain[0]).to("meta")
+class StackedNetworks:
+    """f_i, (G, N), of G networks alike but for their weights, as one call of inputs (G, N, *shape) and levels (N,).
 
-    def call(weights: dict[str, Tensor], state: dict[str, Tensor], x: Input, t: Tensor) -> Tensor:
-        return functional_call(weightless, (weights, state), (x, t))
+    Args:
+        networks: without parametrisations.
+    """
 
-    over_networks = vmap(call, in_dims=(0, 0, 0, None))
-    return lambda x, t: over_networks(weights, buffers, x, t)
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        self._networks = networks
+        self._weightless = copy.deepcopy(networks[0]).to("meta")
+        self._weights: dict[str, Tensor] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the networks' present weights."""
+        states = [dict([*network.named_parameters(), *network.named_buffers()]) for network in self._networks]
+        for name, first in states[0].items():
+            parts = [state[name].detach() for state in states]
+            if name not in self._weights:
+                self._weights[name] = first.detach().new_empty((len(parts), *first.shape))
+            torch.stack(parts, out=self._weights[name])
+
+    def __call__(self, x: Input, t: Tensor) -> Tensor:
+        def call(weights: dict[str, Tensor], x: Input, t: Tensor) -> Tensor:
+            return functional_call(self._weightless, weights, (x, t))
+
+        return vmap(call, in_dims=(0, 0, None))(self._weights, x, t)
 
 
 def frozen(network: nn.Module) -> Callable[[Any, Tensor], Tensor]:
@@ -174,6 +235,13 @@ def plain_copy(network: nn.Module) -> nn.Module:
             if parametrize.is_parametrized(source):
                 replace_parametrizations(module, {name: getattr(source, name) for name in source.parametrizations})  # type: ignore[union-attr]
     return new
+
+
+def copy_weights(source: nn.Module, plain: nn.Module) -> None:
+    """Copy the present weights of `source` into its `plain_copy`, in place."""
+    copies = dict([*plain.named_parameters(), *plain.named_buffers()])
+    present = [getattr(source.get_submodule(path), name) for path, _, name in (x.rpartition(".") for x in copies)]
+    torch._foreach_copy_(list(copies.values()), present)
 
 
 def replace_parametrizations(module: nn.Module, values: dict[str, Tensor]) -> None:
@@ -226,41 +294,3 @@ class CompiledTotal:
                 stacklevel=2,
             )
         return difference <= COMPILED_ERROR
-
-
-def cuda_record(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture what `step` launches as a CUDA graph, without running it; returns the function that replays it."""
-    if not torch.cuda.is_available():
-        raise ValueError("graph: a step can be captured on CUDA alone; leave ExecutionConfig(graph=False) here")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def repeat(
-    advance: Callable[[Tensor], Tensor],
-    u: Tensor,
-    times: int,
-    record: Callable[[Callable[[], None]], Callable[[], None]] = cuda_record,
-) -> Tensor:
-    """`advance` applied `times` times to `u`, from one recording.
-
-    Args:
-        advance: one step, whose every other input stays where it is in memory and which counts its noise on there.
-        u: the state; left as it is.
-        times: how often.
-        record: captures a function without running it, and returns the function that replays it.
-
-    Returns:
-        The state afterwards.
-    """
-    state = u.clone()
-
-    def step() -> None:
-        state.copy_(advance(state))
-
-    replay = record(step)
-    for _ in range(times):
-        replay()
-    return state

@@ -25,20 +25,21 @@ step, and renews there only the gradient of its own energy: multiple time steppi
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..backbone.validation import set_integers
+from .graphs import Keep
 from .schedule import DiffusionSchedule
-from .streams import Streams
+from .streams import CounterStreams, Streams
 
 Integrator = Literal["exponential", "strang", "euler", "leimkuhler-matthews"]
 Start = Literal["next", "gaussian"]
 StepRule = Literal["relative", "published"]
-Gradient = Callable[[Tensor], Tensor]
+# Of a state, and of whatever else differs between chains alike.
+Gradient = Callable[..., Tensor]
 # Parts of the dimensions that move with noise of their own: all of them, or those below the top layer, and the top
 # layer's shorter steps.
 BELOW, TOP = 0, 1
@@ -119,7 +120,8 @@ def gaussian_part(
     Returns:
         Weight w = alpha/(sigma^2 lambda) and precision lambda = 1 + alpha^2/sigma^2, each (N,).
     """
-    alpha, sigma = (level.to(t.device, dtype)[t + 1] for level in (schedule.alpha, schedule.sigma))
+    levels = schedule.on(t.device, dtype)
+    alpha, sigma = levels.alpha[t + 1], levels.sigma[t + 1]
     if not config.kernel_at_top:
         alpha = torch.where(t == schedule.steps - 1, 0.0, alpha)
     precision = 1 + (alpha / sigma) ** 2
@@ -128,8 +130,8 @@ def gaussian_part(
 
 def published_step(t: Tensor, schedule: DiffusionSchedule, config: LangevinConfig, dtype: torch.dtype) -> Tensor:
     """The published code's step s_t = b^2 (sigma_bar_t/sigma_bar_0) sigma_{t+1}^2, (N,), at levels `t` (N,)."""
-    sigma, sigma_bar = schedule.sigma.to(t.device, dtype), schedule.sigma_bar.to(t.device, dtype)
-    return config.step_size * (sigma_bar[t] / sigma_bar[0]) * sigma[t + 1] ** 2
+    levels = schedule.on(t.device, dtype)
+    return config.step_size * (levels.sigma_bar[t] / levels.sigma_bar[0]) * levels.sigma[t + 1] ** 2
 
 
 def langevin_coefficients(
@@ -166,62 +168,138 @@ def langevin_coefficients(
     return torch.stack((left, moved * weight, drift / precision, (-torch.expm1(-2 * time) / precision).sqrt()), dim=1)
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def coefficient_table(
+    schedule: DiffusionSchedule,
+    config: LangevinConfig,
+    share: int,
+    last: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Coefficients (T, 4) of all levels, kept on the device; arguments as of `langevin_coefficients`."""
+    levels = torch.arange(schedule.steps, device="cpu")
+    return langevin_coefficients(levels, schedule, config, dtype, share=share, last=last).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def gaussian_table(
+    schedule: DiffusionSchedule, config: LangevinConfig, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Weight and precision (T, 2) of all levels, kept on the device; see `gaussian_part`."""
+    levels = torch.arange(schedule.steps, device="cpu")
+    return torch.stack(gaussian_part(levels, schedule, config, dtype), dim=1).to(device)
+
+
 def chain_start(
     u_next: Tensor, t: Tensor, schedule: DiffusionSchedule, config: LangevinConfig, streams: Streams
 ) -> Tensor:
     """Where a chain starts: at `u_next` (N, D), or at an exact draw of the Gaussian part."""
     if config.start == "next":
         return u_next
-    weight, precision = gaussian_part(t, schedule, config, u_next.dtype)
-    return weight[:, None] * u_next + streams.normal(u_next.shape[1]) / precision.sqrt()[:, None]
+    weight, precision = gaussian_table(schedule, config, u_next.device, u_next.dtype)[t].split(1, dim=1)
+    return weight * u_next + streams.normal(u_next.shape[1]) / precision.sqrt()
 
 
-def limit_drift(coefficients: Tensor, gradient: Tensor, drift_limit: float) -> Tensor:
-    """Coefficients of steps whose drift C grad F is no longer than the limit.
+class Moves(NamedTuple):
+    """The affine maps of a chain's steps.
 
-    Args:
-        coefficients: A, B, C, D of every sample (N, 4).
-        gradient: grad F (N, d).
-        drift_limit: as of `LangevinConfig`.
-
-    Returns:
-        Coefficients (N, 4) with a smaller C where the drift was longer, so that the step stays one affine map.
+    Attributes:
+        usual: coefficients A, B, C, D (N, 4) of a step.
+        last: of the last step.
+        short: of a shorter step of the top layer.
+        last_short: of the last one of all.
     """
-    longest = drift_limit * gradient.shape[1] ** 0.25 * coefficients[:, 3] / coefficients[:, 2]
-    shorter = (longest / torch.linalg.vector_norm(gradient, dim=1)).clamp(max=1)
-    return torch.cat((coefficients[:, :2], (coefficients[:, 2] * shorter)[:, None], coefficients[:, 3:]), dim=1)
+
+    usual: Tensor
+    last: Tensor
+    short: Tensor
+    last_short: Tensor
 
 
-def top_layer_steps(
-    own_gradient: Gradient,
+def chain_moves(
+    t: Tensor, schedule: DiffusionSchedule, config: LangevinConfig, dtype: torch.dtype, top_steps: int
+) -> Moves:
+    """The moves of a chain at levels `t` (N,), whose top layer takes so many shorter steps within a step."""
+
+    def coefficients(share: int, last: bool) -> Tensor:
+        return coefficient_table(schedule, config, share, last, t.device, dtype)[t]
+
+    usual = coefficients(1, False)
+    short = usual if top_steps == 1 else coefficients(top_steps, False)
+    if config.integrator != "strang":
+        return Moves(usual, usual, short, short)
+    return Moves(usual, coefficients(1, True), short, coefficients(top_steps, True))
+
+
+def langevin_steps(
+    gradient: Gradient,
     u: Tensor,
     u_next: Tensor,
-    gradient: Tensor,
-    coefficients: Sequence[Tensor],
+    moves: Moves,
     config: LangevinConfig,
     streams: Streams,
     held: Tensor | None,
+    top: tuple[int, Gradient] | None,
+    inputs: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The shorter steps of the top layer within one step.
+    """The steps of a chain, each a gradient and one call of the update, and more gradients and calls for `top_steps`.
 
     Args:
-        own_gradient: gradient of the top layer's own energy as a function of its noise (N, d).
-        u: its states (N, d).
-        u_next: its states of the noisier level (N, d).
-        gradient: gradient of the whole F in it (N, d) at `u`; every later step renews only the part of `own_gradient`.
-        coefficients: A, B, C, D (N, 4) of every shorter step.
-        config: integrator and drift limit.
+        gradient: grad_u F(T(u), t) as a function of u (N, D) and of `inputs`.
+        u: states (N, D); left as they are.
+        u_next: states of the noisier level (N, D).
+        moves: the steps' coefficients.
+        config: the settings.
         streams: the samples' noise.
-        held: mask (d,) of dimensions to leave as they are.
+        held: mask (D,) of dimensions to leave as they are.
+        top: number of dimensions of the top layer, and the gradient of its own energy as a function of them and of
+            `inputs`; None for steps of all dimensions together.
+        inputs: of the gradients, beside the state.
 
     Returns:
-        The new states (N, d).
+        The new states (N, D).
     """
-    at_start = own_gradient(u)
-    for i, each in enumerate(coefficients):
-        now = gradient if i == 0 else gradient + (own_gradient(u) - at_start)
-        limited = limit_drift(each, now, config.drift_limit)
-        u = streams.move(u, u_next, now, limited, part=TOP, previous=config.adds_last_noise, held=held)
+
+    def move(place: slice, state: Tensor, g: Tensor, *rest: Tensor, coefficients: Tensor, part: int = BELOW) -> Tensor:
+        """One update of some of the dimensions; `rest` is where it goes and what is renewed."""
+        return streams.move(
+            state,
+            u_next[:, place],
+            g,
+            coefficients,
+            part=part,
+            previous=config.adds_last_noise,
+            held=None if held is None else held[place],
+            drift_limit=config.drift_limit,
+            out=rest[0] if rest else None,
+            renewed=(rest[1], rest[2]) if len(rest) > 1 else None,
+        )
+
+    if top is None:
+        for step in range(1, config.steps + 1):
+            now = moves.last if step == config.steps else moves.usual
+            u = move(slice(None), u, gradient(u, *inputs), coefficients=now)
+        return u
+    split, own_gradient = top
+    above, below = slice(split), slice(split, None)
+    for step in range(1, config.steps + 1):
+        g, new = gradient(u, *inputs), torch.empty_like(u)
+        if split < u.shape[1]:
+            now = moves.last if step == config.steps else moves.usual
+            move(below, u[:, below], g[:, below], new[:, below], coefficients=now)
+        # The first of the shorter steps has the whole gradient; of later ones only the top layer's own part is new.
+        at_start = own_gradient(u[:, above], *inputs)
+        move(above, u[:, above], g[:, above], new[:, above], coefficients=moves.short, part=TOP)
+        place = new[:, above]
+        for shorter in range(2, config.top_steps + 1):
+            own = own_gradient(place, *inputs)
+            ends = step == config.steps and shorter == config.top_steps
+            now = moves.last_short if ends else moves.short
+            move(above, place, g[:, above], place, own, at_start, coefficients=now, part=TOP)
+        u = new
     return u
 
 
@@ -235,12 +313,13 @@ def langevin_chain(
     streams: Streams,
     hold: tuple[Tensor, Tensor] | None = None,
     top: tuple[int, Gradient] | None = None,
-    repeat: Callable[[Gradient, Tensor, int], Tensor] | None = None,
+    inputs: Sequence[Tensor] = (),
+    keep: Keep | None = None,
 ) -> Tensor:
     """Draw u_t given u_{t+1} by K Langevin steps.
 
     Args:
-        gradient: grad_u F(T(u), t) as a function of u (N, D).
+        gradient: grad_u F(T(u), t) as a function of u (N, D) and of `inputs`.
         u_next: states of the noisier level (N, D).
         t: levels (N,) long, 0..T-1.
         schedule: the noise levels.
@@ -248,53 +327,42 @@ def langevin_chain(
         streams: the samples' noise.
         hold: mask (D,) of dimensions to hold, and the states (N, D) to hold them at.
         top: number of dimensions of the top layer, the first of D, and the gradient of its own energy as a function of
-            them; for `top_steps`.
-        repeat: applies a step to a state so many times, from a recording; None for a plain loop.
+            them and of `inputs`; for `top_steps`.
+        inputs: tensors that the gradients take beside the state.
+        keep: runs the steps from a graph, of which the gradients' `inputs` must then be all that differs between
+            chains; see `graphs`. It takes counted noise. None runs them as they are.
 
     Returns:
         States (N, D), finite.
 
     Raises:
         ChainDiverged: a state is not finite at the end of the chain.
+        ValueError: `keep` with noise of PyTorch's generators.
     """
     streams.begin()
     u = chain_start(u_next, t, schedule, config, streams)
     held = None if hold is None else hold[0]
     if hold is not None:
         u = torch.where(hold[0], hold[1], u)
-    split = top[0] if top is not None and config.top_steps > 1 else 0
-    # Made once, so that a recorded step finds them where they were.
-    coefficients = functools.cache(partial(langevin_coefficients, t, schedule, config, u.dtype))
+    if config.top_steps == 1:
+        top = None
+    moves = chain_moves(t, schedule, config, u.dtype, config.top_steps if top else 1)
+    if keep is None:
+        u = langevin_steps(gradient, u, u_next, moves, config, streams, held, top, inputs)
+    elif isinstance(streams, CounterStreams):
 
-    def advance(u: Tensor, last: bool = False) -> Tensor:
-        g = gradient(u)
-        below = u[:, split:]
-        if split < u.shape[1]:
-            below = streams.move(
-                below,
-                u_next[:, split:],
-                g[:, split:],
-                limit_drift(coefficients(last=last), g[:, split:], config.drift_limit),
-                part=BELOW,
-                previous=config.adds_last_noise,
-                held=None if held is None else held[split:],
-            )
-        if top is None or split == 0:
-            return below
-        first = None if held is None else held[:split]
-        shorter = [coefficients(share=config.top_steps)] * (config.top_steps - 1)
-        shorter.append(coefficients(share=config.top_steps, last=last))
-        above = top_layer_steps(top[1], u[:, :split], u_next[:, :split], g[:, :split], shorter, config, streams, first)
-        return torch.cat((above, below), dim=1)
+        def steps(u: Tensor, u_next: Tensor, held: Tensor | None, position: Tensor, *rest: Tensor) -> list[Tensor]:
+            now, inputs = Moves(*rest[:4]), rest[4:]
+            return [langevin_steps(gradient, u, u_next, now, config, streams.at(position), held, top, inputs)]
 
-    # All steps but the last are alike; before a recording, the first one runs by itself and leaves everything ready.
-    alike = config.steps - 1
-    if repeat is not None and alike > 1:
-        u = repeat(advance, advance(u), alike - 1)
+        (u,) = keep(steps, (u, u_next, held, streams.position(), *moves, *inputs))
+        streams.skip(BELOW, config.steps if top is None or top[0] < u.shape[1] else 0)
+        streams.skip(TOP, config.steps * config.top_steps if top else 0)
     else:
-        for _ in range(alike):
-            u = advance(u)
-    u = advance(u, last=True)
+        raise ValueError(
+            'graph: a captured chain needs counted noise; set ExecutionConfig(backend="triton") or "naive", or '
+            "graph=False"
+        )
     finite = torch.isfinite(u).all(dim=1)
     if not bool(finite.all()):
         raise ChainDiverged(

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ from ..backbone.validation import as_integer
 
 # The reverse pass starts from N(0, I), so the last level may keep no more than this signal-to-noise ratio.
 LARGEST_LAST_SNR = 0.01
+
+
+class Levels(NamedTuple):
+    """The tensors of a schedule, each (T + 1,); see `DiffusionSchedule` for what they are."""
+
+    alpha: Tensor
+    sigma: Tensor
+    alpha_bar: Tensor
+    sigma_bar: Tensor
+    angle: Tensor
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,19 @@ class DiffusionSchedule:
         shape (T + 1,).
         """
         return torch.atan2(self.sigma_bar, self.alpha_bar)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Levels:
+        """All levels on a device, where they stay: no step of a chain copies them there."""
+        place = (device, dtype)
+        if place not in self._placed:
+            levels = (self.alpha, self.sigma, self.alpha_bar, self.sigma_bar, self.angle)
+            with torch.inference_mode(False):
+                self._placed[place] = Levels(*(level.to(device, dtype) for level in levels))
+        return self._placed[place]
+
+    @cached_property
+    def _placed(self) -> dict[tuple[torch.device, torch.dtype], Levels]:
+        return {}
 
     @classmethod
     def from_snr(cls, snr: list[float] | tuple[float, ...]) -> "DiffusionSchedule":

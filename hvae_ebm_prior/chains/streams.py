@@ -6,14 +6,16 @@ and `move`, a Langevin step with noise of its own.
 """
 
 import contextlib
+import copy
+import math
 import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .kernels import choose_backend, langevin_update
-from .kernels.noise import philox_levels, philox_normal
+from .kernels import choose_backend, drawn_noise, langevin_update
+from .kernels.noise import philox_levels
 
 # Held by a thread that torch's global generators work for.
 GLOBAL_GENERATORS = threading.RLock()
@@ -107,14 +109,29 @@ class SampleStreams:
         part: int,
         previous: bool,
         held: Tensor | None,
+        drift_limit: float = math.inf,
+        renewed: tuple[Tensor, Tensor] | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """One Langevin step of a part of the dimensions; `previous` adds the noise of that part's step before."""
+        """One Langevin step of a part of the dimensions; `previous` adds the noise of that part's step before, and the
+        other arguments are those of `langevin_update`.
+        """
         noise = self.normal(u.shape[1])
         if previous:
             before = self._last[part] if part in self._last else self.normal(u.shape[1])
             self._last[part] = noise
             noise = noise + before
-        return langevin_update(u, u_next, gradient, coefficients, noise=noise, held=held)
+        return langevin_update(
+            u,
+            u_next,
+            gradient,
+            coefficients,
+            noise=noise,
+            held=held,
+            drift_limit=drift_limit,
+            renewed=renewed,
+            out=out,
+        )
 
 
 class CounterStreams:
@@ -135,28 +152,27 @@ class CounterStreams:
         self.device = device
         self.backend = backend
         self._count = len(samples)
-        # On the device, where kernels read them, and where a captured graph counts steps on.
-        self.key = torch.tensor([key, samples.start], device=device, dtype=torch.long)
-        self.steps = torch.zeros(self.PARTS + 1, 1, dtype=torch.long, device=device)
+        self._numbers = torch.tensor([key, samples.start], device="cpu", dtype=torch.long)
+        self._taken = [0] * (self.PARTS + 1)
+        self._read(self.position(from_start=True))
 
     def __len__(self) -> int:
         return self._count
 
     def normal(self, dim: int) -> Tensor:
         """The next `dim` standard normal numbers of every sample, (N, dim)."""
-        if self.backend == "triton":
-            zeros = torch.zeros(len(self), dim, device=self.device, dtype=self.dtype)
-            only_noise = torch.tensor([0.0, 0.0, 0.0, 1.0], device=self.device, dtype=self.dtype).repeat(len(self), 1)
-            return self.move(zeros, zeros, zeros, only_noise, part=self.PARTS, previous=False, held=None)
-        return philox_normal(self.key, self._next(self.PARTS), self.PARTS, len(self), dim)
+        part = self.PARTS
+        return drawn_noise(self.key, self.steps[part], self._next(part), part, len(self), dim, self.backend)
 
     def levels(self, steps: int) -> Tensor:
         """One level uniform over 0..steps-1 of every sample, (N,) long."""
-        return philox_levels(self.key, self._next(self.PARTS), self.PARTS, len(self), steps)
+        # On the CPU, as on a GPU so small a computation is many launches.
+        step = torch.tensor([self._next(self.PARTS)], device="cpu", dtype=torch.long)
+        return philox_levels(self._numbers, step, self.PARTS, len(self), steps).to(self.device)
 
     def begin(self) -> None:
         """A new chain begins: the step before its first one was never used."""
-        self.steps += 1
+        self._taken = [taken + 1 for taken in self._taken]
 
     def move(
         self,
@@ -168,24 +184,56 @@ class CounterStreams:
         part: int,
         previous: bool,
         held: Tensor | None,
+        drift_limit: float = math.inf,
+        renewed: tuple[Tensor, Tensor] | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """One Langevin step of a part of the dimensions; `previous` adds the noise of that part's step before."""
-        step = self._next(part)
+        """One Langevin step of a part of the dimensions; `previous` adds the noise of that part's step before, and the
+        other arguments are those of `langevin_update`.
+        """
         return langevin_update(
             u,
             u_next,
             gradient,
             coefficients,
             key=self.key,
-            step=step,
+            step=self.steps[part],
+            ahead=self._next(part),
             stream=part,
             previous=previous,
             held=held,
+            drift_limit=drift_limit,
+            renewed=renewed,
+            out=out,
             backend=self.backend,
         )
 
-    def _next(self, part: int) -> Tensor:
-        return self.steps[part].add_(1)
+    def position(self, from_start: bool = False) -> Tensor:
+        """Key, first sample, and the steps of every part that were taken so far, int64 (2 + PARTS + 1,) on the
+        device: what noise to come depends on.
+        """
+        taken = [0] * len(self._taken) if from_start else self._taken
+        return torch.cat((self._numbers, torch.tensor(taken, device="cpu", dtype=torch.long))).to(self.device)
+
+    def at(self, position: Tensor) -> "CounterStreams":
+        """The same noise from a `position` on, which is read where steps are computed: also at every replay of a
+        graph.
+        """
+        new = copy.copy(self)
+        new._taken = [0] * len(self._taken)
+        new._read(position)
+        return new
+
+    def skip(self, part: int, steps: int) -> None:
+        """Leave out so many steps, as others have taken them."""
+        self._taken[part] += steps
+
+    def _read(self, position: Tensor) -> None:
+        self.key, self.steps = position[:2], position[2:, None]
+
+    def _next(self, part: int) -> int:
+        self._taken[part] += 1
+        return self._taken[part]
 
 
 Streams = SampleStreams | CounterStreams

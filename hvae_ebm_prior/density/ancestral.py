@@ -12,8 +12,9 @@ is N(0, I) again.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor
 from ..backbone.transform import LayerState, drive
 from ..backbone.validation import set_integers
 from ..chains.autograd import walk_gradient, walk_values_and_gradient, with_autograd
-from ..chains.execution import frozen
+from ..chains.execution import frozen, places
 from ..chains.flow import LARGEST_ANGLE, follow_flow
+from ..chains.graphs import Keep
 from ..chains.langevin import ChainDiverged, langevin_chain
 from ..chains.metropolis import metropolis_chain
 from ..chains.schedule import DiffusionSchedule
@@ -33,8 +35,8 @@ from .composition import Condition
 from .energy_model import EnergyModel, Terms
 from .sampling import SamplingRequest
 
-# log w (N,) of a layer's noise (N, d) at angles (N,).
-LogWeight = Callable[[Tensor, Tensor], Tensor]
+# log w (N,) of a layer's noise (N, d) at angles (N,), and of what was drawn above it.
+LogWeight = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,19 @@ class LayerTerms:
         sets = {} if model.coupling is None else model.coupling.sets
         self.above = Above(zeros, {name: zeros[:, None].expand(-1, labels.size) for name, labels in sets.items()})
 
-    def sums(self, i: int, state: LayerState, angles: Tensor) -> Above:
-        """The sums with layer `i` at a state and angles (N, 2)."""
+    def sums(self, i: int, state: LayerState, angles: Tensor, above: Above | None = None) -> Above:
+        """The sums with layer `i` at a state and angles (N, 2), and those `above` it, or else the present ones."""
         state = state.to(self.dtype)
-        logits = dict(self.above.logits)
+        above = above or self.above
+        logits = dict(above.logits)
         for name, heads in self.heads.items():
             if i in heads:
                 logits[name] = logits[name] + heads[i](state, angles)
-        return Above(self.above.f + self.energies[i](state, angles), logits)
+        return Above(above.f + self.energies[i](state, angles), logits)
 
-    def terms(self, i: int, state: LayerState, angles: Tensor) -> Terms:
+    def terms(self, i: int, state: LayerState, angles: Tensor, above: Above | None = None) -> Terms:
         """F (N,) and log p(y | u) by label set; arguments as of `sums`."""
-        f, logits = self.sums(i, state, angles)
+        f, logits = self.sums(i, state, angles, above)
         for values in logits.values():
             f = f + evidence(values)
         return f, {name: values.log_softmax(1) for name, values in logits.items()}
@@ -122,6 +125,9 @@ def draw_layers(
     condition, temperature = request.condition or Condition(), request.temperature
     n = len(streams)
     terms = {each: LayerTerms(each, n) for each in (model, *condition.experts)}
+    own = terms[model]
+    settings = (drawing, model.langevin, model.schedule, model.execution, temperature)
+    name = ("layer", *settings, *places([model.energies, model.heads]))
     # A layer that is drawn counts at the level with the least noise, as energies of no noise at all may be infinite.
     first_level = torch.tensor([model.schedule.angle[0].item(), 0.0], device=model.device, dtype=model.angle_dtype)
     first_level = first_level.expand(n, 2)
@@ -132,23 +138,29 @@ def draw_layers(
         with torch.inference_mode(False):
             mean, std = mean.clone(), std.clone()
 
-        def state_of(u: Tensor) -> LayerState:
+        def state_of(u: Tensor, mean: Tensor, std: Tensor) -> LayerState:
             u = u.reshape(mean.shape).to(mean.dtype)
             return LayerState(u, mean + std * u, mean, std)
 
-        def log_weight(v: Tensor, angle: Tensor) -> Tensor:
-            state = state_of(temperature * v)
+        def log_weight(v: Tensor, angle: Tensor, mean: Tensor, std: Tensor, f: Tensor, *logits: Tensor) -> Tensor:
+            state = state_of(temperature * v, mean, std)
             angles = torch.stack((angle, torch.zeros_like(angle)), dim=1)
-            return condition.log_weight(model, lambda each: terms[each].terms(i, state, angles))
+            above = Above(f, dict(zip(own.above.logits, logits, strict=True)))
+            return condition.log_weight(
+                model, lambda each: terms[each].terms(i, state, angles, above if each is model else None)
+            )
 
         if i in request.fixed:
             states = [request.fixed[i].to(model.dtype).expand(mean.shape)] * (model.schedule.steps + 1)
         else:
             noise = streams.normal(mean[0].numel())
-            drawn = draw_layer(model, log_weight, noise, streams, drawing)
+            inputs = (mean, std, own.above.f, *own.above.logits.values())
+            kept = model.execution.graph and request.condition is None
+            keep = partial(model.graphs.run, (*name, i)) if kept else None
+            drawn = draw_layer(model, log_weight, inputs, noise, streams, drawing, keep)
             states = [(temperature * v).reshape(mean.shape) for v in drawn]
         layers.append(states)
-        state = state_of(states[0])
+        state = state_of(states[0], mean, std)
         for each in terms.values():
             each.above = each.sums(i, state, first_level)
         return state.z
@@ -158,58 +170,84 @@ def draw_layers(
 
 
 def draw_layer(
-    model: EnergyModel, log_weight: LogWeight, noise: Tensor, streams: Streams, drawing: DrawingConfig
+    model: EnergyModel,
+    log_weight: LogWeight,
+    inputs: Sequence[Tensor],
+    noise: Tensor,
+    streams: Streams,
+    drawing: DrawingConfig,
+    keep: Keep | None = None,
 ) -> list[Tensor]:
     """One layer's noise, from the density exp `log_weight` N(0, I) of every level.
 
     Args:
         model: its schedule, chain settings and precision matter.
-        log_weight: log w (N,) of states (N, d) at angles (N,).
+        log_weight: log w (N,) of states (N, d) at angles (N,), and of `inputs`.
+        inputs: what was drawn above.
         noise: pure noise (N, d).
         streams: the samples' noise.
         drawing: how.
+        keep: runs the flow or the chains from a graph; None runs them as they are.
 
     Returns:
         States (N, d) at the levels 0..T, finite.
     """
-    n, langevin = len(noise), model.langevin
 
-    def gradient(u: Tensor, angle: Tensor) -> Tensor:
+    def gradient(u: Tensor, angle: Tensor, *inputs: Tensor) -> Tensor:
         with model.execution.precision(u.device):
-            return walk_gradient(lambda u, angle: log_weight(u, angle).sum(), u, angle)
+            return walk_gradient(lambda *state: log_weight(*state).sum(), u, angle, *inputs)
 
-    def velocity(u: Tensor, angle: float) -> Tensor:
-        angle = min(angle, LARGEST_ANGLE)
-        return -math.tan(angle) * gradient(u, torch.full((n,), angle, device=u.device, dtype=model.angle_dtype))
+    def flow(noise: Tensor, *inputs: Tensor) -> list[Tensor]:
+        def velocity(u: Tensor, angle: float) -> Tensor:
+            angle = min(angle, LARGEST_ANGLE)
+            angles = torch.full((len(u),), angle, device=u.device, dtype=model.angle_dtype)
+            return -math.tan(angle) * gradient(u, angles, *inputs)
+
+        return follow_flow(velocity, noise, drawing.flow_steps, model.schedule.angle[1:].tolist())
 
     if drawing.flow_steps:
-        states = follow_flow(velocity, noise, drawing.flow_steps, model.schedule.angle[1:].tolist())
+        states = flow(noise, *inputs) if keep is None else keep(flow, (noise, *inputs))
     else:
         states = [noise]
         for level in reversed(range(model.schedule.steps)):
-            states.insert(0, chain_of_layer(model, gradient, states[0], level, streams))
-    if langevin.corrector_steps:
-        states[0] = correct(model, log_weight, states[0], streams)
+            states.insert(0, chain_of_layer(model, gradient, inputs, states[0], level, streams, keep))
+    if model.langevin.corrector_steps:
+        states[0] = correct(model, lambda u, angle: log_weight(u, angle, *inputs), states[0], streams)
     if not bool(torch.isfinite(states[0]).all()):
         raise ChainDiverged("a layer's states are not finite; train with a lower learning rate")
     return states
 
 
 def chain_of_layer(
-    model: EnergyModel, gradient: Callable[[Tensor, Tensor], Tensor], u_next: Tensor, level: int, streams: Streams
+    model: EnergyModel,
+    gradient: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    u_next: Tensor,
+    level: int,
+    streams: Streams,
+    keep: Keep | None,
 ) -> Tensor:
-    """One layer's states (N, d) of a level given those of the level above, by a Langevin chain."""
+    """One layer's states (N, d) of a level given those of the level above, by a Langevin chain; arguments as of
+    `draw_layer`.
+    """
     t = torch.full((len(u_next),), level, dtype=torch.long, device=u_next.device)
-    angle = model.schedule.angle.to(u_next.device, model.angle_dtype)[t]
+    angle = model.schedule.on(u_next.device, model.angle_dtype).angle[t]
     config = replace(model.langevin, steps=model.langevin.sampling_steps or model.langevin.steps, top_steps=1)
     return langevin_chain(
-        lambda u: gradient(u, angle), u_next, t, schedule=model.schedule, config=config, streams=streams
+        gradient,
+        u_next,
+        t,
+        schedule=model.schedule,
+        config=config,
+        streams=streams,
+        inputs=(angle, *inputs),
+        keep=keep,
     )
 
 
 def correct(model: EnergyModel, log_weight: LogWeight, u: Tensor, streams: Streams) -> Tensor:
     """Metropolis steps on a layer's density at the first level, from states `u` (N, d)."""
-    angle = model.schedule.angle[:1].to(u.device, model.angle_dtype).expand(len(u))
+    angle = model.schedule.on(u.device, model.angle_dtype).angle[:1].expand(len(u))
 
     def value_and_gradient(u: Tensor) -> tuple[Tensor, Tensor]:
         return walk_values_and_gradient(lambda u, _: log_weight(u, angle), u, t)

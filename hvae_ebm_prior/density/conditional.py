@@ -7,16 +7,17 @@ Gaussians are N(0, I) again.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..chains.autograd import walk_values_and_gradient, with_autograd
-from ..chains.execution import chain_gradient, repeat
+from ..chains.execution import chain_gradient
 from ..chains.langevin import LangevinConfig, langevin_chain
 from ..chains.metropolis import metropolis_chain
-from ..chains.streams import SampleStreams, Streams
+from ..chains.streams import Streams
 from .composition import Condition
 from .energy_model import EnergyModel
 
@@ -57,11 +58,6 @@ def draw_conditional(
         ChainDiverged: a chain left the finite numbers.
         ValueError: a graph was asked for, and the noise is that of PyTorch's generators, or there is no CUDA.
     """
-    if model.execution.graph and isinstance(streams, SampleStreams):
-        raise ValueError(
-            'graph: a captured step needs counted noise; set ExecutionConfig(backend="triton") or "naive", or '
-            "graph=False"
-        )
     config = langevin or model.langevin
     # Spectrally normalised weights are worked out once, where they are first used.
     with torch.no_grad(), parametrize.cached():
@@ -74,8 +70,14 @@ def draw_conditional(
             return target(u, t, 1).sum()
 
         compiled = model.execution.compile and condition is None
-        gradient = chain_gradient(model.compiled_total if compiled else total, t, temperature, model.execution)
-        gradient_of_top = chain_gradient(total_of_top, t, temperature, model.execution)
+        gradient = chain_gradient(model.compiled_total if compiled else total, temperature, model.execution)
+        gradient_of_top = chain_gradient(total_of_top, temperature, model.execution)
+        keep = None
+        # Label networks and other priors have tensors that are made anew for every chain.
+        if model.execution.graph and condition is None and model.coupling is None:
+            energies = model.chain_energies(len(t))
+            settings = (config, model.langevin, model.schedule, model.execution, temperature)
+            keep = partial(model.graphs.run, ("joint", energies, *settings))
         u = langevin_chain(
             gradient,
             u_next,
@@ -85,7 +87,8 @@ def draw_conditional(
             streams=streams,
             hold=hold,
             top=(math.prod(model.latent_shapes[0]), gradient_of_top),
-            repeat=repeat if model.execution.graph else None,
+            inputs=(t,),
+            keep=keep,
         )
         if not config.corrector_steps:
             return u

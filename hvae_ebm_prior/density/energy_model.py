@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from ..backbone.transform import BackboneAdapter, LayerState
 from ..backbone.validation import check_levels, check_noise
 from ..chains.autograd import walk_gradient
-from ..chains.execution import CompiledTotal, Corrections, ExecutionConfig, batched_energies, frozen, one_by_one
+from ..chains.execution import (
+    ChainEnergies,
+    CompiledTotal,
+    Corrections,
+    ExecutionConfig,
+    frozen,
+    group_networks,
+    one_by_one,
+)
+from ..chains.graphs import Graphs
 from ..chains.langevin import ChainDiverged, LangevinConfig, gaussian_part, published_step
 from ..chains.schedule import DiffusionSchedule
 from ..energies.build import build_energies
@@ -47,6 +56,7 @@ class EnergyModel(LatentPrior):
         execution: how chains are computed: choices of speed.
 
     Attributes:
+        graphs: what was captured of this model's chains, for `ExecutionConfig.graph`.
         coupling: label sets bound to layers; None without labels.
         heads: their networks, by set and layer.
 
@@ -72,6 +82,8 @@ class EnergyModel(LatentPrior):
         self.schedule = schedule
         self.langevin = langevin
         self.execution = execution
+        self.graphs = Graphs()
+        self._chain_energies: dict[tuple[tuple[int, ...], ...], ChainEnergies] = {}
         self.coupling: Coupling | None = None
         self.heads = nn.ModuleDict()
         try:
@@ -138,7 +150,7 @@ class EnergyModel(LatentPrior):
         """
         if not self.has_context:
             return t
-        return self.schedule.angle.to(t.device, self.angle_dtype)[t][:, None].expand(-1, 2)
+        return self.schedule.on(t.device, self.angle_dtype).angle[t][:, None].expand(-1, 2)
 
     def layer_energies(self, u: Tensor, t: int | Tensor) -> Tensor:
         """Energies -f_i(z_i, t) in nats, (N, L), low where the data are.
@@ -235,9 +247,21 @@ class EnergyModel(LatentPrior):
                 parts[bound[-1]] = parts[bound[-1]] + evidence(values)
         return torch.stack(parts, dim=1), logits
 
+    def chain_energies(self, n: int) -> ChainEnergies:
+        """The energies as one function for chains of `n` samples, with their present weights. It is the same object as
+        for the chain before while the networks are the same ones, in the same memory.
+        """
+        groups = group_networks(list(self.energies), self.input_shapes, n, self.device)
+        kept = self._chain_energies.get(groups)
+        if kept is None or not kept.is_of(self.energies):
+            kept = self._chain_energies[groups] = ChainEnergies(list(self.energies), groups)
+        else:
+            kept.refresh()
+        return kept
+
     def terms_at(self, t: Tensor) -> TermsAt:
         """F (N,) and log p(y | u_t) by label set, as a function of states for one chain at levels `t` (N,)."""
-        energies = batched_energies(list(self.energies), self.input_shapes, len(t), t.device)
+        energies = self.chain_energies(len(t))
         uncoupled = self.coupling is not None and not bool(self.coupling.coupled(t).any())
         heads: Heads = {}
         if not uncoupled:

@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 
 from ..backbone.validation import check_count, check_images
 from ..chains.autograd import walk_values_and_gradient
-from ..chains.execution import batched_energies, chain_gradient
+from ..chains.execution import chain_gradient
 from ..chains.langevin import langevin_chain
 from ..chains.metropolis import log_acceptance, plain_proposal, propose, visit
 from ..chains.streams import Streams, draw_key, open_streams
@@ -176,7 +176,7 @@ def watched_chain(
         States (N, D), and the records of `Transitions` at this level.
     """
     recorded, kept = (set(some.tolist()) for some in times)
-    energies = batched_energies(list(prior.energies), prior.input_shapes, len(u_next), u_next.device)
+    energies = prior.chain_energies(len(u_next))
     proposal = plain_proposal(u_next, t, schedule=prior.schedule, config=prior.langevin)
     records: dict[str, list[Tensor]] = {name: [] for name in ("energies", "acceptance", "pixels", "states")}
 
@@ -211,11 +211,11 @@ def watched_chain(
         report()
         return gradient
 
-    def top_total(u: Tensor, t: Tensor) -> Tensor:
+    def top_total(u: Tensor) -> Tensor:
         return prior.corrections(prior.transform.states(u, 1), t, energies)[0].sum()
 
     config = replace(prior.langevin, steps=steps)
-    top = math.prod(prior.latent_shapes[0]), chain_gradient(top_total, t, 1.0, prior.execution)
+    top = math.prod(prior.latent_shapes[0]), chain_gradient(top_total, 1.0, prior.execution)
     with parametrize.cached():
         u = langevin_chain(watch, u_next, t, schedule=prior.schedule, config=config, streams=streams, top=top)
         # The chain asks for no gradient at its last state.

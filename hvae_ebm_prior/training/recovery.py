@@ -9,12 +9,13 @@ differentiated. Labels add the cross-entropy of p(y | u_t).
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..backbone.transform import LayerState
-from ..chains.execution import batched_energies, chain_gradient, one_by_one, repeat
+from ..chains.execution import chain_gradient, one_by_one
 from ..chains.langevin import LangevinConfig, langevin_chain
 from ..chains.streams import Streams, draw_key, open_streams
 from ..density.conditional import draw_conditional
@@ -66,9 +67,7 @@ def diffuse(prior: EnergyModel, u: Tensor, streams: Streams) -> tuple[Tensor, Te
     """Levels t (N,), drawn uniformly, and states u_t and u_{t+1} (N, D) of one diffusion of noise `u` (N, D)."""
     schedule = prior.schedule
     t = streams.levels(schedule.steps)
-    alpha, sigma, alpha_bar, sigma_bar = (
-        level.to(u)[:, None] for level in (schedule.alpha, schedule.sigma, schedule.alpha_bar, schedule.sigma_bar)
-    )
+    alpha, sigma, alpha_bar, sigma_bar, _ = (level[:, None] for level in schedule.on(u.device, u.dtype))
     u_t = alpha_bar[t] * u + sigma_bar[t] * streams.normal(prior.dim)
     return t, u_t, alpha[t + 1] * u_t + sigma[t + 1] * streams.normal(prior.dim)
 
@@ -97,30 +96,34 @@ def teacher_forced_loss(
     samples = range(n) if rows is None else rows
     streams = open_streams(draw_key(generator), samples, u.device, u.dtype, prior.execution.backend)
     with torch.no_grad(), prior.execution.precision(u.device):
-        contexts = [(state.mean, state.std) for state in prior.transform.states(u)]
+        contexts = [part for state in prior.transform.states(u) for part in (state.mean, state.std)]
     t, u_t, u_next = diffuse(prior, u, streams)
-    angle = prior.schedule.angle.to(u.device, prior.angle_dtype)[t]
+    angle = prior.schedule.on(u.device, prior.angle_dtype).angle[t]
     angles = torch.stack((angle, torch.zeros_like(angle)), dim=1)
 
-    def states(u: Tensor, copies: int = 1) -> list[LayerState]:
-        layers = []
-        for part, (mean, std) in zip(prior.split(u), contexts, strict=True):
-            mean, std = (x.repeat(copies, *[1] * (x.ndim - 1)) for x in (mean, std))
-            layers.append(LayerState(part, mean + std * part, mean, std).to(prior.dtype))
-        return layers
+    def states(u: Tensor, contexts: Sequence[Tensor]) -> list[LayerState]:
+        layers = zip(prior.split(u), contexts[::2], contexts[1::2], strict=True)
+        return [LayerState(part, mean + std * part, mean, std).to(prior.dtype) for part, mean, std in layers]
 
-    energies = batched_energies(list(prior.energies), prior.input_shapes, n, u.device)
+    energies = prior.chain_energies(n)
+    config = replace(prior.langevin, top_steps=1)
+
+    def total(u: Tensor, angles: Tensor, *contexts: Tensor) -> Tensor:
+        return energies(states(u, contexts), angles).sum()
+
+    name = ("teacher-forced", energies, config, prior.schedule, prior.execution)
     negative = langevin_chain(
-        chain_gradient(lambda u, _: energies(states(u), angles).sum(), t, 1.0, prior.execution),
+        chain_gradient(total, 1.0, prior.execution),
         u_next,
         t,
         schedule=prior.schedule,
-        config=replace(prior.langevin, top_steps=1),
+        config=config,
         streams=streams,
-        repeat=repeat if prior.execution.graph else None,
+        inputs=(angles, *contexts),
+        keep=partial(prior.graphs.run, name) if prior.execution.graph else None,
     )
     with prior.execution.loss_precision(u.device):
-        both = states(torch.cat((negative, u_t)), 2)
+        both = states(torch.cat((negative, u_t)), [x.repeat(2, *[1] * (x.ndim - 1)) for x in contexts])
         f = one_by_one(list(prior.energies), both, angles.repeat(2, 1)).to(u).sum(1)
     from_chain, from_data = f.chunk(2)
     loss = from_chain - from_data

@@ -13,9 +13,7 @@ from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, EnergyConfig, ExecutionConfig, LangevinConfig
 from hvae_ebm_prior.chains.autograd import walk_gradient
-from hvae_ebm_prior.chains.execution import CompiledTotal, batched_energies, one_by_one, plain_copy, repeat
-from hvae_ebm_prior.chains.langevin import langevin_chain
-from hvae_ebm_prior.chains.streams import open_streams
+from hvae_ebm_prior.chains.execution import ChainEnergies, CompiledTotal, group_networks, one_by_one, plain_copy
 from hvae_ebm_prior.energies.build import build_energies
 
 CPU = torch.device("cpu")
@@ -64,13 +62,26 @@ def test_batched_energies_are_the_networks_one_by_one(spectral_norm):
     before = {name: value.clone() for name, value in energies.state_dict().items()}
     t = torch.tensor([0, 2, 1, 1])
     z = [torch.randn(4, *shape, generator=seed(1)).requires_grad_() for shape in shapes]
-    batched = batched_energies(list(energies), shapes, 4, CPU)
+    groups = group_networks(energies, shapes, 4, CPU)
+    assert sorted(groups) == [(0, 3), (1, 2, 4)]
+    batched = ChainEnergies(list(energies), groups)
     expected, actual = one_by_one(list(energies), z, t), batched(z, t)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     gradients = [torch.autograd.grad(value.sum(), z) for value in (expected, actual)]
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(batched(z[:2], t), expected[:, :2], atol=1e-5, rtol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in energies.state_dict().items())
+    # Weights that move in place are read anew; memory that changes hands is noticed.
+    assert batched.is_of(energies)
+    with torch.no_grad():
+        for parameter in energies.parameters():
+            parameter.mul_(1.1)
+    assert batched.is_of(energies)
+    batched.refresh()
+    torch.testing.assert_close(batched(z, t), one_by_one(list(energies), z, t), atol=1e-5, rtol=1e-5)
+    assert (batched(z, t) - expected).abs().max() > 1e-3
+    assert not batched.is_of(energies[:4])
+    assert not batched.is_of(energies.double())
 
 
 def test_networks_of_equal_shape_are_called_once(monkeypatch):
@@ -85,7 +96,7 @@ def test_networks_of_equal_shape_are_called_once(monkeypatch):
     shapes = [(2, 8, 8)] * 3
     energies = list(build_energies(EnergyConfig(context=False, width=8), shapes, 3, CPU))
     for n, expected in ((2, 1), (execution.BATCHED_INPUTS // 128 + 1, 3)):
-        corrections = batched_energies(energies, shapes, n, CPU)
+        corrections = ChainEnergies(energies, group_networks(energies, shapes, n, CPU))
         calls.clear()
         corrections([torch.zeros(n, *shape) for shape in shapes], torch.zeros(n, dtype=torch.long))
         assert len(calls) == expected
@@ -114,33 +125,6 @@ def test_spectral_norm_has_converged_in_a_chain():
         for module in plain_copy(network).features.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 assert torch.linalg.svdvals(module.weight.flatten(1))[0] < 1.03
-
-
-@pytest.mark.parametrize("integrator", ["exponential", "strang", "leimkuhler-matthews"])
-@pytest.mark.parametrize("top_steps", [1, 2])
-def test_repeated_steps_are_the_loop_with_fresh_noise(integrator, top_steps):
-    """What a recording of one step does at every replay, with the step run again in its place: the same bits, so noise
-    is counted on.
-    """
-    prior = make_prior()
-    t, u_next = torch.tensor([0, 1, 2]), torch.randn(3, prior.dim, generator=seed(1))
-    config = LangevinConfig(steps=6, integrator=integrator, top_steps=top_steps)
-    results, recorded = [], []
-
-    def record(step):
-        recorded.append(step)
-        return step
-
-    for again in (None, lambda advance, u, times: repeat(advance, u, times, record)):
-        streams = open_streams(4, range(3), CPU, torch.float32, "naive")
-        top = (
-            2,
-            lambda u: walk_gradient(lambda u, t: prior.corrections(prior.transform.states(u, 1), t)[0].sum(), u, t),
-        )
-        settings = {"schedule": prior.schedule, "config": config, "streams": streams, "top": top}
-        results.append(langevin_chain(lambda u: walk_gradient(prior._total, u, t), u_next, t, repeat=again, **settings))
-    assert torch.equal(*results)
-    assert len(recorded) == 1
 
 
 @EITHER

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from helpers import seed
 from scipy import stats
 
+from hvae_ebm_prior.chains import kernels
 from hvae_ebm_prior.chains.kernels import choose_backend, langevin_update
+from hvae_ebm_prior.chains.kernels.naive import sum_of_squares
 from hvae_ebm_prior.chains.kernels.noise import cos_sin, log, philox, philox_levels, philox_normal
 
 TRITON = pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
@@ -137,6 +140,53 @@ def test_update_is_the_affine_map():
 
 
 @pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("dim", [7, 20_000])
+def test_limited_drift_is_as_long_as_the_limit(given, dim):
+    """Against double precision, for a limit that binds for one sample and not for the other, with a renewed part."""
+    u, u_next, gradient, coefficients = inputs(2, dim)
+    coefficients += 0.1
+    gradient[0] *= 100
+    now, before = torch.randn(2, 2, dim, generator=seed(1))
+    noise = {"noise": torch.randn(2, dim, generator=seed(2))} if given else {"key": torch.tensor([3, 0])}
+    settings = {"backend": "naive", **noise}
+    g = gradient.double() + now.double() - before.double()
+    drift = coefficients[:, 2:3].double() * g
+    limit = (drift.norm(dim=1) / coefficients[:, 3] / dim**0.25).mean().item()
+    shorter = (limit * dim**0.25 * coefficients[:, 3].double() / drift.norm(dim=1)).clamp(max=1)
+    assert shorter[0] < 0.6
+    assert shorter[1] == 1
+    still = langevin_update(u, u_next, torch.zeros(2, dim), coefficients, **settings)
+    out = torch.zeros(2, dim + 3)[:, 3:]
+    for place in (None, out):
+        moved = langevin_update(
+            u, u_next, gradient, coefficients, drift_limit=limit, renewed=(now, before), out=place, **settings
+        )
+        expected = still.double() + shorter[:, None] * drift
+        torch.testing.assert_close(moved.double(), expected, atol=1e-4, rtol=1e-5)
+    assert moved.data_ptr() == out.data_ptr()
+
+
+def test_sums_have_one_order():
+    """By hand, in single precision; where another order would give other bits."""
+    x = torch.randn(2, 9000, generator=seed(0))
+    squares = (x * x).numpy()
+    expected = []
+    for row in squares:
+        sections = []
+        for first in range(0, 9000, 8192):
+            lanes = [np.float32(0)] * 1024
+            for i, value in enumerate(row[first : first + 8192]):
+                lanes[i % 1024] = lanes[i % 1024] + value
+            while len(lanes) > 1:
+                lanes = [a + b for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
+            sections += lanes
+        expected.append(sections[0] + sections[1])
+    found = sum_of_squares(x)
+    assert found.tolist() == [float(value) for value in expected]
+    assert found.tolist() != squares.cumsum(1)[:, -1].tolist()
+
+
+@pytest.mark.parametrize("given", [True, False])
 def test_held_elements_and_a_gradient_that_is_not_finite(given):
     u, u_next, gradient, coefficients = inputs(4, 50)
     gradient[1, 7], gradient[2, 3] = float("nan"), float("inf")
@@ -169,6 +219,8 @@ def test_wrong_arguments_are_explained():
         ({"key": key}, {"u": u.double()}, TypeError, "float32 u"),
         ({"key": key, "held": torch.ones(8)}, {}, TypeError, "bool mask"),
         ({"noise": u, "previous": True}, {}, ValueError, "add the noise of the step before"),
+        ({"key": key, "renewed": (u, u[:, :4])}, {}, ValueError, r"renewed\[1\]: expected shape \(2, 8\)"),
+        ({"key": key, "out": u.double()}, {}, ValueError, "out: expected torch.float32"),
         ({"key": key, "backend": "cuda"}, {}, ValueError, "one of auto, torch, naive, triton, got 'cuda'"),
     ):
         tensors = {"u": u, "u_next": u_next, "gradient": gradient, "coefficients": coefficients} | changed
@@ -191,6 +243,23 @@ def test_backend_is_chosen_and_overridden(monkeypatch):
         choose_backend("triton", cpu)
 
 
+def test_a_gpu_without_triton_counts_its_noise_and_says_so_once(monkeypatch):
+    monkeypatch.delenv("HVAE_EBM_PRIOR_BACKEND", raising=False)
+    monkeypatch.setattr(kernels, "triton_runs_on", lambda kind: False)
+    kernels.warn_of_missing_triton.cache_clear()
+    gpu = torch.device("cuda")
+    with pytest.warns(UserWarning, match=r"(?s)Triton is not installed.*two hundred.*Install triton"):
+        assert choose_backend("auto", gpu) == "naive"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_backend("auto", gpu) == "naive"
+        # What is asked for is taken without a word.
+        assert choose_backend("torch", gpu) == "torch"
+        assert choose_backend("auto", torch.device("mps")) == choose_backend("auto", torch.device("cpu")) == "torch"
+    monkeypatch.setattr(kernels, "triton_runs_on", lambda kind: True)
+    assert choose_backend("auto", gpu) == "triton"
+
+
 def test_compile_sees_one_operator():
     """The whole update in one graph, with the same bits as without."""
     u, u_next, gradient, coefficients = inputs(3, 40)
@@ -201,8 +270,10 @@ def test_compile_sees_one_operator():
 
     compiled = torch.compile(update, backend="eager", fullgraph=True)
     assert torch.equal(compiled(u), update(u))
-    arguments = (u, u_next, gradient, coefficients, key, torch.tensor([4]), 0, False, None, "naive")
+    rest = (key, torch.tensor([4]), 0, 0, False, None, 2.0, torch.empty(3, 40), "naive")
+    arguments = (u, u_next, gradient, None, None, coefficients, *rest)
     torch.library.opcheck(torch.ops.hvae_ebm_prior.drawn_update.default, arguments)
+    torch.library.opcheck(torch.ops.hvae_ebm_prior.drawn_noise.default, (key, torch.tensor([4]), 1, 0, 3, 40, "naive"))
 
 
 INTERPRETED = Path(__file__).parents[1] / "interpreted.py"
@@ -242,5 +313,5 @@ def test_kernel_compiles_for_gpus_that_are_not_here(every, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     # Before Triton 3.3 AMD's linker is ROCm's, which is not here.
     targets = 2 if "no AMD target" in done.stderr else 3
-    assert done.stdout.count("| ok |") == (5 * targets if every else 5), done.stdout
+    assert done.stdout.count("| ok |") == (10 * targets if every else 10), done.stdout
     assert targets == 3 or importlib.metadata.version("triton") < "3.3"

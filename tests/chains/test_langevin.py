@@ -152,27 +152,28 @@ def test_no_noise_is_used_twice(integrator, monkeypatch):
     import hvae_ebm_prior.chains.streams as module
 
     seen = []
-    update, normal, levels = module.langevin_update, module.philox_normal, module.philox_levels
+    update, noise, levels = module.langevin_update, module.drawn_noise, module.philox_levels
 
     def record(key, step, stream, previous=False):
-        steps = [int(step) - 1, int(step)] if previous else [int(step)]
+        steps = [step - 1, step] if previous else [step]
         seen.append([(*key.tolist(), number, stream) for number in steps])
 
     def updating(*tensors, **arguments):
-        record(arguments["key"], arguments["step"], arguments["stream"], arguments["previous"])
+        number = int(arguments["step"]) + arguments["ahead"]
+        record(arguments["key"], number, arguments["stream"], arguments["previous"])
         return update(*tensors, **arguments)
 
+    def drawing(key, step, ahead, stream, *rest):
+        record(key, int(step) + ahead, stream)
+        return noise(key, step, ahead, stream, *rest)
+
+    def choosing(key, step, stream, n, top):
+        record(key, int(step), stream)
+        return levels(key, step, stream, n, top)
+
     monkeypatch.setattr(module, "langevin_update", updating)
-    monkeypatch.setattr(
-        module,
-        "philox_normal",
-        lambda key, step, stream, n, dim: (record(key, step, stream), normal(key, step, stream, n, dim))[1],
-    )
-    monkeypatch.setattr(
-        module,
-        "philox_levels",
-        lambda key, step, stream, n, top: (record(key, step, stream), levels(key, step, stream, n, top))[1],
-    )
+    monkeypatch.setattr(module, "drawn_noise", drawing)
+    monkeypatch.setattr(module, "philox_levels", choosing)
     langevin = LangevinConfig(steps=3, top_steps=2, start="gaussian", integrator=integrator)
     settings = {"langevin": langevin, "execution": ExecutionConfig(backend="naive")}
     prior = DiffusionEBMPrior(RandomBackbone([(2,), (3,)]), energy=[Quadratic(2, 0.1), Quadratic(3)], **settings)
@@ -376,7 +377,10 @@ def test_top_steps_follow_a_top_layer_that_is_too_curved_for_whole_steps():
     """F = -5 a^2 - b^2 / 2 at step .5: a whole step multiplies a by .6 - 10 * .4 and diverges; 5 top steps do not."""
     t, start, curvature = torch.zeros(500, dtype=torch.long), streams(500, 1).normal(2), torch.tensor([10.0, 1.0])
     settings = {"schedule": DiffusionSchedule.marginal(), "top": (1, lambda a: -10 * a)}
-    whole, split = (LangevinConfig(steps=40, step_size=0.5, top_steps=n, drift_limit=math.inf) for n in (1, 5))
+    whole, split = (
+        LangevinConfig(steps=steps, step_size=0.5, top_steps=n, drift_limit=math.inf)
+        for steps, n in ((100, 1), (40, 5))
+    )
     with pytest.raises(ChainDiverged):
         langevin_chain(lambda u: -curvature * u, start, t, config=whole, streams=streams(500), **settings)
     u = langevin_chain(lambda u: -curvature * u, start, t, config=split, streams=streams(500), **settings)

@@ -29,9 +29,9 @@ class OneGenerator:
     def begin(self):
         pass
 
-    def move(self, u, u_next, gradient, coefficients, *, part, previous, held):
+    def move(self, u, u_next, gradient, coefficients, *, part, previous, **settings):
         assert not previous
-        return langevin_update(u, u_next, gradient, coefficients, noise=self.normal(u.shape[1]), held=held)
+        return langevin_update(u, u_next, gradient, coefficients, noise=self.normal(u.shape[1]), **settings)
 
 
 def quadratic(w, v):

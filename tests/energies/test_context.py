@@ -8,7 +8,7 @@ from torch import nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, EnergyConfig
 from hvae_ebm_prior.backbone.transform import LayerState
-from hvae_ebm_prior.chains.execution import batched_energies, one_by_one
+from hvae_ebm_prior.chains.execution import ChainEnergies, group_networks, one_by_one
 from hvae_ebm_prior.energies.context import ContextEnergy
 
 TINY = EnergyConfig(width=16, vector_width=16)
@@ -87,7 +87,7 @@ def test_networks_of_equal_shape_give_the_same_as_one_call():
         nn.init.normal_(network.offset.readout.weight, generator=seed(i))
     states = [random_state(3, shape, i) for i, shape in enumerate(shapes)]
     angles = torch.rand(3, 2, generator=seed(2))
-    together = batched_energies(networks, shapes, 3, torch.device("cpu"))
+    together = ChainEnergies(networks, group_networks(networks, shapes, 3, torch.device("cpu")))
     torch.testing.assert_close(together(states, angles), one_by_one(networks, states, angles), atol=0, rtol=1e-5)
     torch.testing.assert_close(
         together(states[:2], angles), one_by_one(networks[:2], states[:2], angles), atol=0, rtol=1e-5

@@ -2,9 +2,9 @@
 
     python -m hvae_ebm_prior.chains.kernels.aot_check
 
-prints a table and fails on register spills, on more than 64 registers, on loads or stores of states narrower than 128
-bits, and on fused multiply-adds, which would round differently from the twin. It needs Triton's wheel alone, which
-brings NVIDIA's assembler and disassembler, and no driver.
+prints a table and fails on register spills, on more than 64 registers (96 where a program has a whole row), on loads or
+stores of states narrower than 128 bits, and on fused multiply-adds, which would round differently from the twin. It
+needs Triton's wheel alone, which brings NVIDIA's assembler and disassembler, and no driver.
 """
 
 import re
@@ -21,20 +21,30 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import fused
+from .naive import LANES, SECTION
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MOST_REGISTERS = 64
+# Of a program of four or eight warps; programs with whole rows are so few that all fit with more.
+MOST_REGISTERS, MOST_OF_ROWS = 64, 96
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16 gradient": {"gradient": "bf16"},
     "float16 gradient": {"gradient": "fp16"},
     "two noises": {"PREVIOUS": True},
     "held": {"HELD": True},
+    "limit, whole rows": {"LIMIT": fused.OWN.value},
+    "limit, renewed": {"LIMIT": fused.OWN.value, "RENEWED": True},
+    "limit, long rows": {"LIMIT": fused.GIVEN.value},
+    "sums of long rows": {"kernel": fused.section_kernel},
+    "noise alone": {"kernel": fused.noise_kernel},
 }
+# Of the kernels beside the update: accesses of 128 bits per vector of a thread, narrower ones, most registers. Sums are
+# unrolled for AMD, where a lane may have 512 registers.
+OTHERS = {"sums of long rows": (1, 2, 144), "noise alone": (1, 3, MOST_REGISTERS)}
 
 
 @dataclass
@@ -60,32 +70,41 @@ class Report:
     faults: list[str] = field(default_factory=list)
 
 
-def compile_kernel(target: GPUTarget, gradient: str = "fp32", **constants: bool) -> Any:
+def compile_kernel(
+    target: GPUTarget, gradient: str = "fp32", kernel: Any = fused.update_kernel, **constants: Any
+) -> Any:
     """The compiled kernel, with pointers and row strides that are multiples of 16."""
-    flags = {name: constants.get(name, False) for name in ("PREVIOUS", "HELD")}
+    flags = {name: constants.get(name, 0) for name in ("LIMIT", "PREVIOUS", "HELD", "RENEWED")}
+    own = flags["LIMIT"] == fused.OWN.value
+    # Sums over lanes, or over the sections of rows of 150,000 elements.
+    width = LANES if own or kernel is fused.section_kernel else 32
+    floats = ("u_ptr", "next_ptr", "coefficients_ptr", "sums_ptr", "out_ptr")
+    gradients = ("gradient_ptr", "renewed_ptr", "replaced_ptr")
     kinds = {
-        "u_ptr": "*fp32",
-        "next_ptr": "*fp32",
-        "gradient_ptr": f"*{gradient}",
-        "coefficients_ptr": "*fp32",
+        **dict.fromkeys(floats, "*fp32"),
+        **dict.fromkeys(gradients, f"*{gradient}"),
         "key_ptr": "*i64",
         "step_ptr": "*i64",
         "held_ptr": "*u8",
-        "out_ptr": "*fp32",
-        **dict.fromkeys(("dim", "chunks", "u_stride", "next_stride", "gradient_stride", "stream"), "i32"),
-        **dict.fromkeys(("BLOCK", *flags), "constexpr"),
+        "reach": "fp32",
     }
-    kernel = fused.update_kernel
+    chosen = {
+        "BLOCK": fused.LARGEST_BLOCK,
+        "WIDTH": width,
+        "LEVELS": width.bit_length() - 1,
+        "SECTION": SECTION,
+        **flags,
+    }
+    chosen = {name: value for name, value in chosen.items() if name in kernel.arg_names}
+    kinds = {name: kinds.get(name, "constexpr" if name in chosen else "i32") for name in kernel.arg_names}
     aligned = [
-        name for name, kind in kinds.items() if kind.startswith("*") or name == "dim" or name.endswith("_stride")
+        name
+        for name, kind in kinds.items()
+        if (kind.startswith("*") and name != "step_ptr") or name == "dim" or name.endswith("_stride")
     ]
-    source = ASTSource(
-        kernel,
-        kinds,
-        {"BLOCK": fused.LARGEST_BLOCK, **flags},
-        multiples_of_16([kernel.arg_names.index(name) for name in aligned]),
-    )
-    return triton.compile(source, target=target, options=fused.launch_options(flags["PREVIOUS"], target.warp_size))
+    source = ASTSource(kernel, kinds, chosen, multiples_of_16([kernel.arg_names.index(name) for name in aligned]))
+    options = fused.launch_options(bool(flags["PREVIOUS"]), own, target.warp_size)
+    return triton.compile(source, target=target, options=options)
 
 
 def multiples_of_16(places: list[int]) -> Any:
@@ -138,14 +157,19 @@ def check(name: str, variant: str) -> Report:
     options, target = VARIANTS[variant], TARGETS[name]
     report = Report(name, variant)
     (inspect_amd if target.backend == "hip" else inspect_nvidia)(report, compile_kernel(target, **options))
-    threads = fused.launch_options("PREVIOUS" in options, target.warp_size)["num_warps"] * target.warp_size
+    own = options.get("LIMIT") == fused.OWN.value
+    threads = fused.launch_options("PREVIOUS" in options, own, target.warp_size)["num_warps"] * target.warp_size
     vectors = max(1, fused.LARGEST_BLOCK // (4 * threads))  # of 4 floats, per thread
     half = "gradient" in options
     wide = vectors * 4 if not half else vectors * 3 + vectors // 2
     # Key, sample, step and coefficients; a mask of bytes; with few elements per thread, a gradient of 16 bits.
     narrow = 7 + 2 * bool(options.get("HELD")) + (half and vectors == 1)
+    most = MOST_OF_ROWS if own else MOST_REGISTERS
+    if variant in OTHERS:
+        per_vector, narrow, most = OTHERS[variant]
+        wide = per_vector * vectors
     faults = {
-        f"more than {MOST_REGISTERS} registers": report.registers > MOST_REGISTERS,
+        f"more than {most} registers": report.registers > most,
         "registers are spilled": report.spills > 0,
         f"expected {wide} accesses of 128 bits": report.wide < wide,
         f"expected at most {narrow} narrower accesses": report.narrow > narrow,
