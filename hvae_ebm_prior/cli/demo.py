@@ -28,6 +28,7 @@ from ..prior import DiffusionEBMPrior
 from ..saving.extras import missing
 from ..saving.grid import tile
 from ..training.learned_prior import LearnedPrior
+from .demo_parts import STYLE, on, picture, picture_with_figure, upload_area
 from .uploads import fit_image, read_upload
 
 if TYPE_CHECKING:
@@ -45,19 +46,6 @@ DISPLAY_SIZE = 112
 # Between images, in widths of one.
 GAP = 0.04
 ANY = "any"
-STYLE = """<style>
-.gradio-container { --slider-color: #4b5563; --color-accent: #374151; --checkbox-background-color-selected: #374151;
-  --button-primary-background-fill: #1f2937; --button-primary-background-fill-hover: #374151; }
-.crisp img { image-rendering: pixelated; width: 100%; }
-.crisp { border: none !important; background: transparent !important; }
-.crisp .icon-button-wrapper { opacity: 0; transition: opacity .15s; }
-.crisp:hover .icon-button-wrapper { opacity: 1; }
-.crisp .empty { visibility: hidden; }
-.strip img { image-rendering: pixelated; max-width: 100%; height: auto; }
-.go { max-width: 220px; }
-.quiet { opacity: .65; }
-footer { display: none !important; }
-</style>"""
 
 
 @dataclass(frozen=True)
@@ -117,9 +105,22 @@ def draw_noise(prior: LearnedPrior, settings: Settings, n: int) -> Tensor:
 @torch.no_grad()
 def draw_both(prior: LearnedPrior, settings: Settings) -> tuple[Tensor, Tensor]:
     """Pictures (count, C, H, W) of the Gaussian prior, and of ours, at one temperature; labels are for ours."""
+    gaussian, ours = draw_both_noises(prior, settings)
+    return prior.decode(gaussian), prior.decode(ours)
+
+
+@torch.no_grad()
+def draw_both_noises(prior: LearnedPrior, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Noise (count, D) of the same."""
     noise = torch.randn(settings.count, prior.dim, generator=settings.generator, device="cpu", dtype=torch.float32)
-    noise = noise.to(prior.device, prior.dtype)
-    return prior.decode(settings.temperature * noise), prior.decode(draw_noise(prior, settings, settings.count))
+    gaussian = settings.temperature * noise.to(prior.device, prior.dtype)
+    return gaussian, draw_noise(prior, settings, settings.count)
+
+
+@torch.no_grad()
+def say_energy(prior: LearnedPrior, u: Tensor) -> str:
+    """The mean energy of noise (N, D) in words: low where the prior has learned that data are."""
+    return f"mean energy {prior.energy(u, 0).mean().item():.1f} nats"
 
 
 @torch.no_grad()
@@ -296,11 +297,13 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
         return run
 
     @with_messages
-    def on_sample(*controls: Any) -> tuple[Any, Any]:
+    @torch.no_grad()
+    def on_sample(*controls: Any) -> tuple[Any, ...]:
         settings = read_settings(prior, *controls)
-        gaussian, ours = draw_both(prior, settings)
+        noises = draw_both_noises(prior, settings)
         columns = 4 if settings.count <= 16 else 8
-        return screen_grid(gaussian, columns), screen_grid(ours, columns)
+        grids = (screen_grid(prior.decode(u), columns) for u in noises)
+        return *grids, *(say_energy(prior, u) for u in noises)
 
     @with_messages
     def on_hold(number: Any, upload: Any, held: list[str], *controls: Any) -> tuple[Any, Any]:
@@ -329,9 +332,11 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
                 with gr.Tab("Sample"):
                     go = gr.Button("Sample", variant="primary", elem_classes="go")
                     with gr.Row():
-                        grids = [picture(gr, "Gaussian prior"), picture(gr, "This prior")]
-                    on(go.click, on_sample, controls, grids, "sample")
-                    on(page.load, on_sample, controls, grids, False)
+                        places = [picture_with_figure(gr, label) for label in ("Gaussian prior", "This prior")]
+                    shown = [image for image, _ in places] + [figure for _, figure in places]
+                    on(go.click, on_sample, controls, shown, "sample")
+                    on(page.load, on_sample, controls, shown, False)
+                    on(controls[1].submit, on_sample, controls, shown, False)  # Enter in the field of the seed
                 with gr.Tab("Hold layers"):
                     with gr.Row():
                         number = gr.Slider(1, MAX_COUNT, 1, step=1, label="Sample, by its number")
@@ -369,24 +374,3 @@ def settings_column(gr: Any, sets: Mapping[str, LabelSet]) -> list[Any]:
         choices = [(ANY, ANY), *((str(category), category) for category in categories)]
         controls.append(gr.Dropdown(choices, value=ANY, label=name.capitalize()))
     return controls
-
-
-def on(event: Any, compute: Callable[..., Any], inputs: list[Any], outputs: list[Any], name: str | bool) -> None:
-    """Bind a function to an event; all functions share one worker."""
-    event(compute, inputs, outputs, api_name=name, concurrency_limit=1, concurrency_id="prior")
-
-
-def picture(gr: Any, label: str) -> Any:
-    """A place for a picture, kept as it is, under its name."""
-    with gr.Column(min_width=160):
-        gr.Markdown(f"**{label}**", elem_classes="quiet")
-        return gr.Image(
-            label=label, show_label=False, format="png", image_mode="RGBA", interactive=False, elem_classes="crisp"
-        )
-
-
-def upload_area(gr: Any) -> Any:
-    """A place for an image of the visitor's, which comes as the path of its file: `read_upload` looks before it
-    decodes.
-    """
-    return gr.Image(label="Or your own", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=160)

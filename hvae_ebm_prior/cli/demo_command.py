@@ -1,11 +1,18 @@
 """The command `demo`: the page to play with, served on this machine."""
 
 import argparse
+import sys
+from pathlib import Path
 
 from ..saving.extras import install_command, where
 from .demo import build_demo
 from .loading import Commands, add_loader, load_prior
 from .uploads import MAX_FILE
+
+# The example's model, and the prior that is shipped with it, in a clone: the working folder, or where this file lies.
+CLONES = (Path(), Path(__file__).resolve().parents[2])
+SHIPPED = Path("examples", "data")
+MODEL, PRIOR = "hvae.safetensors", "prior"
 
 
 def add_demo(commands: Commands) -> None:
@@ -16,7 +23,8 @@ def add_demo(commands: Commands) -> None:
         description="Serve a page to play with a prior; "
         f"needs hvae-ebm-prior[demo]: {install_command('demo')}{where()}.",
     )
-    add_loader(command, "your trained DiffusionEBMPrior, or your model with --prior", seed=False, saved=True)
+    what = "your trained DiffusionEBMPrior, or your model with --prior"
+    add_loader(command, what, seed=False, saved=True, otherwise="in a clone, the example's model and its shipped prior")
     command.add_argument(
         "--host",
         default="127.0.0.1",
@@ -30,6 +38,24 @@ def add_demo(commands: Commands) -> None:
 
 def run_demo(options: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
+    if options.loader is None:
+        take_shipped(options)
     build_demo(load_prior(options)).launch(
         server_name=options.host, server_port=options.port, share=options.share, max_file_size=MAX_FILE
     )
+
+
+def take_shipped(options: argparse.Namespace) -> None:
+    """Name the example's model, and its shipped prior or that of `--prior`, in the options; FileNotFoundError where
+    this is no clone.
+    """
+    found = next((clone / SHIPPED for clone in CLONES if (clone / SHIPPED / MODEL).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"demo: there is no {SHIPPED.as_posix()}/{MODEL} here, which it shows where no LOADER is named; run it "
+            "in a clone of the library's repository, or name a function that returns your trained prior: "
+            "hvae-ebm-prior demo mine.py:load_prior"
+        )
+    options.loader, options.checkpoint = "hvae_ebm_prior.adapters:HVAE.load", str(found / MODEL)
+    options.prior = options.prior or str(found / PRIOR)
+    print(f"the example's model, {options.checkpoint}, with the prior {options.prior}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The command `diagnose`: is there a prior hole, and in which layers?"""
 
 import argparse
+from dataclasses import asdict
 
 import torch
 
@@ -9,7 +10,7 @@ from ..density.gaussian import GaussianPrior
 from ..evaluation.adapter_check import MISTAKES, fault_list, find_faults
 from ..evaluation.diagnosis import describe_layers, layer_table
 from .loading import Commands, add_loader, load_model
-from .options import add_images, read_given
+from .options import add_images, add_json, print_json, read_given
 
 
 def add_diagnose(commands: Commands) -> None:
@@ -27,6 +28,7 @@ def add_diagnose(commands: Commands) -> None:
     }
     add_images(command, sources, limit=500)
     command.add_argument("--draws", type=int, default=8, help="posterior draws per image (%(default)s)")
+    add_json(command, "the table")
     command.set_defaults(run=run_diagnose)
 
 
@@ -47,6 +49,10 @@ def run_diagnose(options: argparse.Namespace) -> None:
         if faults:  # of which the error follows
             raise ValueError(fault_list(adapter, faults)) from error
         raise
+    if options.json:
+        layers = [asdict(report) | {"has_hole": report.has_hole} for report in reports]
+        print_json({"faults": faults, "layers": layers})
+        return
     if faults:
         print(fault_list(adapter, faults), end="\n\n")
     print(layer_table(reports))

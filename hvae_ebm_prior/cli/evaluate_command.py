@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import math
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..saving.digest import digest_images, digest_weights, tensor_bytes
 from ..saving.extras import installed
 from ..saving.files import write_json
 from .loading import FORM, Commands, add_loader, load_function, load_prior
-from .options import add_images, add_out, out_file, read_given
+from .options import add_images, add_json, add_out, out_file, print_json, read_given, say_written
 
 # What `evaluate` asks of a prior, see `SampledPrior`.
 PRIOR = ("sample", "encode", "decode", "dim", "device", "dtype")
@@ -36,7 +35,7 @@ def add_evaluate(commands: Commands) -> None:
     """The command and its options."""
     command = commands.add_parser(
         "evaluate",
-        help="how good are the samples? FID, KID, precision, recall, closure of the prior hole",
+        help="how good are the samples? FID, KID, precision, closure",
         description="Compare samples with real images, beside reconstructions and the Gaussian prior under the same "
         "protocol. Prints a table and writes a record as JSON.",
     )
@@ -85,6 +84,7 @@ def add_evaluate(commands: Commands) -> None:
         help="images decoded and given to the extractor at a time (%(default)s)",
     )
     add_out(command, "evaluate.json", "the figures, and all that they depend on")
+    add_json(command, "the table; they are what --out holds")
     command.set_defaults(run=run_evaluate)
 
 
@@ -120,13 +120,17 @@ def run_evaluate(options: argparse.Namespace) -> None:
             generator=torch.Generator().manual_seed(options.seed),
         )
     out = out_file(options.out, "evaluate.json")
-    write_json(out, record(options, prior, images, extractor, reference, rows))
-    print(table(rows, extractor.distance))
-    print(
-        f"{len(images)} images a row, against {reference.images or 'an unknown number of'} real ones; "
-        f"{extractor.name}; seed {options.seed}"
-    )
-    print(f"{out} written", file=sys.stderr)
+    figures = record(options, prior, images, extractor, reference, rows)
+    write_json(out, figures)
+    if options.json:
+        print_json(figures)
+    else:
+        print(table(rows, extractor.distance))
+        print(
+            f"{len(images)} images a row, against {reference.images or 'an unknown number of'} real ones; "
+            f"{extractor.name}; seed {options.seed}"
+        )
+    say_written(*([options.save_statistics] if options.save_statistics is not None else []), out)
 
 
 def find_extractor(name: str, weights: str | None, device: torch.device | str) -> Extractor:

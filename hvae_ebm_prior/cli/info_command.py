@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,16 +13,18 @@ from ..saving.config import PriorConfig, settings_in_words
 from ..saving.extras import installed
 from ..saving.folder import CONFIG, WEIGHTS, load_config, read_settings
 from ..saving.hub import fetch, file_sizes
+from ..saving.typed_json import to_json
 from .loading import Commands, folder_or_repository
+from .options import add_json, print_json
 
 
 def add_info(commands: Commands) -> None:
     """The command and its options."""
     command = commands.add_parser(
         "info",
-        help="what a saved prior says of itself; without one, versions, devices, and the code that computes Langevin "
-        "steps on each",
-        description="Describe a saved prior, or this installation.",
+        help="describe a saved prior, or this installation",
+        description="What a saved prior says of itself; without one, versions, devices, and the code that computes "
+        "Langevin steps on each.",
     )
     command.add_argument(
         "saved",
@@ -29,25 +32,46 @@ def add_info(commands: Commands) -> None:
         nargs="?",
         help="a folder that save_pretrained or train wrote, or a repository of the Hub, as owner/name",
     )
+    add_json(command, "lines")
     command.set_defaults(run=run_info)
 
 
 def run_info(options: argparse.Namespace) -> None:
     """Print what there is to know of a saved prior, or of this installation."""
-    print(describe_saved(options.saved) if options.saved else describe_installation())
+    if options.saved:
+        config, size = find_saved(options.saved)
+        if options.json:
+            print_json({**to_json(config), "bytes": size})
+        else:
+            print(
+                "\n".join(
+                    [*summary(config), f"{'weights':14}{'not there' if size is None else f'{size / 1e6:.1f} MB'}"]
+                )
+            )
+        return
+    versions, backends = find_installation()
+    chosen = os.environ.get(VARIABLE)
+    if options.json:
+        print_json({"versions": versions, "langevin_steps": backends, VARIABLE: chosen or None})
+        return
+    for name, version in versions.items():
+        print(f"{name:16}{version or 'not installed'}")
+    for name, backend in backends.items():
+        print(f"{name:16}Langevin steps by {backend}")
+    if chosen:
+        print(f"{VARIABLE} is set to {chosen}")
 
 
-def describe_saved(repo_or_dir: str) -> str:
-    """What a saved prior in a folder or repository says of itself, in lines; of a repository, without its weights."""
+def find_saved(repo_or_dir: str) -> tuple[PriorConfig, int | None]:
+    """What a saved prior in a folder or repository says of itself, of a repository without its weights; and their size
+    in bytes, None where there are none.
+    """
     with folder_or_repository(repo_or_dir):
         folder = fetch(repo_or_dir, files=[CONFIG])
     weights = folder / WEIGHTS
-    size: int | None
     if Path(repo_or_dir).expanduser().is_dir() or weights.is_file():
-        config, size = load_config(folder), weights.stat().st_size
-    else:
-        config, size = read_settings(folder), file_sizes(repo_or_dir, [WEIGHTS]).get(WEIGHTS)
-    return "\n".join([*summary(config), f"{'weights':14}{'not there' if size is None else f'{size / 1e6:.1f} MB'}"])
+        return load_config(folder), weights.stat().st_size
+    return read_settings(folder), file_sizes(repo_or_dir, [WEIGHTS]).get(WEIGHTS)
 
 
 def summary(config: PriorConfig) -> list[str]:
@@ -61,15 +85,14 @@ def summary(config: PriorConfig) -> list[str]:
     return lines + [f"{each.name:14}{each.value:.4g}  {each.features}  {each.dataset}" for each in config.metrics]
 
 
-def describe_installation() -> str:
-    """Versions, and the backend of every device, one per line."""
+def find_installation() -> tuple[dict[str, str | None], dict[str, Any]]:
+    """Versions of packages, None for what is not installed; and the backend of every device, by its name."""
     packages = ("hvae-ebm-prior", "torch", "numpy", "triton", "torch-fidelity")
-    lines = [f"{name:16}{installed(name) or 'not installed'}" for name in packages]
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     devices += [torch.device("mps")] if torch.backends.mps.is_available() else []
+    backends = {}
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        lines.append(f"{name:16}Langevin steps by {choose_backend('auto', device)}")
-    if os.environ.get(VARIABLE):
-        lines.append(f"{VARIABLE} is set to {os.environ[VARIABLE]}")
-    return "\n".join(lines)
+        # GPUs of one kind have one name.
+        backends[f"{name} ({device})" if name in backends else name] = choose_backend("auto", device)
+    return {name: installed(name) for name in packages}, backends

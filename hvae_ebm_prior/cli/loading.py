@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from torch import nn
 
 from ..training.learned_prior import LearnedPrior
+from .options import read_device
 
 # Where a command is added, with its options and the function that runs it.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -22,7 +23,9 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 FORM = "package.module:function or path/to/file.py:function"
 
 
-def add_loader(command: argparse.ArgumentParser, what: str, *, seed: bool = True, saved: bool = False) -> None:
+def add_loader(
+    command: argparse.ArgumentParser, what: str, *, seed: bool = True, saved: bool = False, otherwise: str = ""
+) -> None:
     """Where the model comes from, and options of most commands.
 
     Args:
@@ -30,10 +33,22 @@ def add_loader(command: argparse.ArgumentParser, what: str, *, seed: bool = True
         what: what the loader returns, for its help.
         seed: whether the command draws random numbers under `--seed`.
         saved: whether it takes a saved prior as `--prior`.
+        otherwise: what the command takes where no loader is named; empty where one must be.
     """
-    command.add_argument("loader", metavar="LOADER", help=f"function that returns {what}, as {FORM}")
+    command.add_argument(
+        "loader",
+        metavar="LOADER",
+        nargs="?" if otherwise else None,
+        help=f"function that returns {what}, as {FORM}{f' ({otherwise})' if otherwise else ''}",
+    )
     command.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="handed to the function, if given")
-    command.add_argument("--device", default="cpu", help="where to put it, if it is a module (%(default)s)")
+    command.add_argument(
+        "--device",
+        type=read_device,
+        default="cpu",
+        help="where to put it, if it is a module: cpu, cuda, cuda:1, mps, or auto for a GPU where there is one "
+        "(%(default)s)",
+    )
     if seed:
         command.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
     if saved:

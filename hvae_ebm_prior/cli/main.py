@@ -30,12 +30,32 @@ OTHERS_CODE = [
     *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")),
 ]
 # What the user can mend, and so a message is enough.
+# What one types first, and what scripts look at.
+EXAMPLES = """examples, where the function load of mine.py returns your model:
+  hvae-ebm-prior demo                      (the shipped prior, in a clone)
+  hvae-ebm-prior diagnose mine.py:load --images photos/
+  hvae-ebm-prior train mine.py:load --images photos/ --out my-prior
+  hvae-ebm-prior sample mine.py:load --prior my-prior --count 64 --seed 0
+  hvae-ebm-prior info my-prior --json
+
+hvae-ebm-prior COMMAND --help says what a command takes. Exit status: 0 done,
+2 for what you can mend, 130 after Ctrl-C, 1 for an error nobody foresaw."""
 MISTAKES = (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDiverged, TrainingDiverged)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 2 with a message on stderr for what the user can mend, 130 after
-    Ctrl-C.
+    """Run the command.
+
+    Args:
+        arguments: words of the command line; None for the process's own.
+
+    Returns:
+        Its exit status: 0, or 2 with a message on stderr for what the user can mend, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: of status 2, a command line that cannot be understood; of 0, after --help and --version.
+        Exception: an error that nobody foresaw, after which Python prints a traceback and the status is 1; with
+            --debug, any error.
     """
     options, unknown = make_parser().parse_known_args(arguments)
     if unknown:
@@ -44,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_busy_cores()
     try:
         # What the loader returns may import modules beside its file at any time.
-        with importable(options.loader) if "loader" in options else nullcontext():
+        with importable(options.loader) if getattr(options, "loader", None) else nullcontext():
             options.run(options)
     except MISTAKES as error:
         if options.debug:
@@ -75,7 +95,10 @@ def users_line(error: BaseException) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(
-        prog="hvae-ebm-prior", description="Better samples from a trained hierarchical VAE."
+        prog="hvae-ebm-prior",
+        description="Better samples from a trained hierarchical VAE.",
+        epilog=EXAMPLES,
+        formatter_class=OneScreen,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {installed('hvae-ebm-prior') or 'unknown'}")
     parser.add_argument("--debug", action="store_true", help="show where errors arise, as Python does")
@@ -98,6 +121,17 @@ def make_parser() -> argparse.ArgumentParser:
         command.allow_abbrev = False  # --data would be taken for --dataset
         command.set_defaults(parser=command)
     return parser
+
+
+class OneScreen(argparse.RawDescriptionHelpFormatter):
+    """A line for every command, its name beside what it does, and examples as they stand."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Leave room for the names of commands, which stand further right than those of options."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            longest = max(len(name) for name in action.choices)
+            self._action_max_length = max(self._action_max_length, longest + 2 * self._indent_increment)
 
 
 def usage(command: argparse.ArgumentParser) -> str:

@@ -1,9 +1,15 @@
-"""Options that several commands have: images, the file to write, and what is said on the model card."""
+"""Options that several commands have: the device, images, the file to write, results as JSON, and what is said on the
+model card.
+"""
 
 import argparse
+import json
+import math
 import os
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +23,61 @@ from ..training.image_data import IMAGES, DecodedImages, data_shape, image_shape
 
 # Endings of pictures that can be written.
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
+
+
+def read_device(name: str) -> str:
+    """The device that `--device` names.
+
+    Args:
+        name: as PyTorch names devices, or auto for a GPU where PyTorch sees one and the processor elsewhere.
+
+    Returns:
+        Its name for PyTorch.
+
+    Raises:
+        ArgumentTypeError: there is no such device, here or anywhere.
+    """
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next((device for device, is_here in found.items() if is_here), "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:1 or mps, got {name!r}") from None
+    count = torch.cuda.device_count()
+    if not found.get(device.type, True) or (device.type == "cuda" and (device.index or 0) >= count):
+        raise argparse.ArgumentTypeError(f"PyTorch sees no {name} here; auto takes the best that there is")
+    return name
+
+
+def add_json(command: argparse.ArgumentParser, instead: str) -> None:
+    """`--json`, for scripts: what the command finds goes to stdout by `print_json`.
+
+    Args:
+        command: the command.
+        instead: in the place of what.
+    """
+    command.add_argument("--json", action="store_true", help=f"print the results as JSON, in the place of {instead}")
+
+
+def print_json(values: Any) -> None:
+    """Print values as JSON on stdout; figures that are no finite numbers, which JSON lacks, as null."""
+    print(json.dumps(finite(values), indent=1))
+
+
+def finite(values: Any) -> Any:
+    """Values of JSON with None in the place of infinities and NaNs."""
+    if isinstance(values, float):
+        return values if math.isfinite(values) else None
+    if isinstance(values, Mapping):
+        return {name: finite(value) for name, value in values.items()}
+    return [finite(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def say_written(*files: str | Path) -> None:
+    """The last line of a command that writes files: which ones, on stderr."""
+    *others, last = map(str, files)
+    print(f"{', '.join(others)}{' and ' if others else ''}{last} written", file=sys.stderr)
 
 
 def add_images(

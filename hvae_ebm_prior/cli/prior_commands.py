@@ -25,7 +25,7 @@ from ..saving.files import write_atomically, write_json
 from ..saving.grid import save_grid
 from ..training.learned_prior import LearnedPrior
 from .loading import Commands, add_loader, load_prior
-from .options import add_images, add_out, out_file, read_given
+from .options import add_images, add_json, add_out, out_file, print_json, read_given, say_written
 
 COLUMNS = 16
 # What `ood` takes where no scheme is named, besides `typicality` where there are reference images; others need an
@@ -55,7 +55,7 @@ def add_sample(commands: Commands) -> None:
 def add_edit(commands: Commands) -> None:
     """The command `edit` and its options."""
     text = "hold some layers of images, or samples, and draw the others anew, under labels if asked"
-    command = add_prior_command(commands, "edit", run_edit, text)
+    command = add_prior_command(commands, "edit", run_edit, text, "hold some layers, draw the others anew")
     add_images(command, {"images": "real images to edit, in the place of samples"}, required=(), limit=8)
     add_count(command, 8, "samples to edit, where no images are given")
     command.add_argument(
@@ -67,7 +67,7 @@ def add_edit(commands: Commands) -> None:
 def add_interpolate(commands: Commands) -> None:
     """The command `interpolate` and its options."""
     text = "go from one image, or sample, to another in noise space"
-    command = add_prior_command(commands, "interpolate", run_interpolate, text)
+    command = add_prior_command(commands, "interpolate", run_interpolate, text, "from one image, or sample, to another")
     text = "real images in the place of samples; of these the first goes to the second, the third to the fourth"
     add_images(command, {"images": text}, required=(), limit=8)
     add_count(command, 8, "pairs of samples, where no images are given")
@@ -79,7 +79,7 @@ def add_interpolate(commands: Commands) -> None:
 def add_transitions(commands: Commands) -> None:
     """The command `transitions` and its options."""
     text = "watch Langevin chains run: images, energies, acceptance, pixels"
-    command = add_prior_command(commands, "transitions", run_transitions, text)
+    command = add_prior_command(commands, "transitions", run_transitions, text, "watch Langevin chains run")
     add_images(command, {"images": "real images whose pixels are compared"}, required=(), limit=1000)
     add_count(command, 8, "chains")
     command.add_argument("--steps", type=int, default=10, help="Langevin steps per level (%(default)s)")
@@ -88,7 +88,7 @@ def add_transitions(commands: Commands) -> None:
 def add_ood(commands: Commands) -> None:
     """The command `ood` and its options."""
     text = "score images by how far they are from the data that the prior was trained on"
-    command = add_prior_command(commands, "ood", run_ood, text)
+    command = add_prior_command(commands, "ood", run_ood, text, "score images by how far they are from the data")
     sources = {
         "images": "images like those that the prior was trained on",
         "outliers": "images that are outliers",
@@ -106,12 +106,15 @@ def add_ood(commands: Commands) -> None:
     )
 
 
-def add_prior_command(commands: Commands, name: str, draw: Draw, text: str) -> argparse.ArgumentParser:
-    """A command, with the options that all commands of a prior have."""
+def add_prior_command(
+    commands: Commands, name: str, draw: Draw, text: str, brief: str | None = None
+) -> argparse.ArgumentParser:
+    """A command, with the options that all commands of a prior have; its help is `brief`, or its description."""
     description = f"{text[0].upper()}{text[1:]}. Writes a picture, and its figures as JSON."
-    command = commands.add_parser(name, help=text, description=description)
+    command = commands.add_parser(name, help=brief or text, description=description)
     add_loader(command, "your trained DiffusionEBMPrior, or your model with --prior", saved=True)
     add_out(command, f"{name}.png", "the picture", "its figures, as JSON, go")
+    add_json(command, "showing them on stderr")
     command.set_defaults(run=partial(run_prior_command, draw))
     return command
 
@@ -149,10 +152,15 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
         if getattr(options, name, None) is not None:
             setattr(options, name, read_given(options, name, prior))
     options.out = out_file(options.out, f"{options.command}.png")
+    options.others = []
     figures = draw(prior, options, generator)
     record = options.out.with_suffix(".json")
     write_json(record, figures)
-    print(f"{json.dumps(figures, indent=1)}\n{options.out} and {record} written", file=sys.stderr)
+    if options.json:
+        print_json(figures)
+    else:
+        print(json.dumps(figures, indent=1), file=sys.stderr)
+    say_written(options.out, *options.others, record)
 
 
 def run_sample(prior: LearnedPrior, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
@@ -234,8 +242,8 @@ def run_transitions(prior: LearnedPrior, options: argparse.Namespace, generator:
     """Image strips; energies and pixels over the steps in pictures beside it."""
     run = langevin_transitions(prior, options.count, steps=options.steps, generator=generator)
     save_strips(options.out, prior, run)
-    save_energies(beside(options.out, "energies"), run)
-    save_pixels(beside(options.out, "pixels"), run, reference=options.images)
+    save_energies(beside(options, "energies"), run)
+    save_pixels(beside(options, "pixels"), run, reference=options.images)
     figures = {
         "chains": options.count,
         "steps_per_level": options.steps,
@@ -273,14 +281,16 @@ def run_ood(prior: LearnedPrior, options: argparse.Namespace, generator: torch.G
         cuts = detection(scores, outliers)
         curves[name] = [cut.auroc for cut in cuts]
         figures[name] = [dataclasses.asdict(cut) for cut in cuts]
-        save_histograms(beside(options.out, name), scores, outliers)
+        save_histograms(beside(options, name), scores, outliers)
     save_curves(options.out, curves)
     return figures
 
 
-def beside(path: Path, name: str) -> Path:
-    """The path of a second picture."""
-    return path.with_name(f"{path.stem}_{name}{path.suffix}")
+def beside(options: argparse.Namespace, name: str) -> Path:
+    """The path of a second picture, which is said to be written as well."""
+    path: Path = options.out.with_name(f"{options.out.stem}_{name}{options.out.suffix}")
+    options.others.append(path)
+    return path
 
 
 def describe_pixels(images: Tensor) -> dict[str, float]:

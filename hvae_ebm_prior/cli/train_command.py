@@ -52,7 +52,7 @@ def add_train(commands: Commands) -> None:
     """The command and its options."""
     command = commands.add_parser(
         "train",
-        help="train a prior for your model on images; goes on where it was interrupted",
+        help="train a prior; goes on where it was interrupted",
         description="Train a prior for your model on images, with checkpoints. The same command, run again, goes on "
         "from the last one.",
     )

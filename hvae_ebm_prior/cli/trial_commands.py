@@ -1,6 +1,7 @@
 """The commands `compare` and `ablate`: their options, tables and plot."""
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Mapping
@@ -23,29 +24,36 @@ from ..evaluation.comparison import (
 from ..evaluation.pictures import save_progress
 from ..presets import PRESETS
 from ..saving.files import write_atomically
+from ..training.config import TrainingConfig
 from .evaluate_command import find_extractor
 from .loading import FORM, Commands, add_loader, load_model
-from .options import add_images, add_out, out_file, read_given
+from .options import add_images, add_json, add_out, out_file, print_json, read_given, say_written
 
-# What each command trains, its help, and the preset that stands for ours.
+# What each command trains, its help in a line and in full, and the preset that stands for ours.
 TRIALS = {
     "compare": (
         candidates,
-        "train our prior and baselines on your model, for an equal time and equal gradients, and see which is best",
+        "our prior beside baselines, on your model and for equal work",
+        "Train our prior and baselines on your model, for an equal time and equal gradients, and see which is best.",
         "default",
     ),
     "ablate": (
         ablations,
-        "train our prior with one thing changed at a time: K, T, integrator, space, schedule, batch, moving average",
+        "our prior with one thing changed at a time",
+        "Train our prior with one thing changed at a time: K, T, integrator, space, schedule, batch, moving average.",
         "joint-recovery",
     ),
 }
 
 
+# With fewer optimiser steps than the learning rate takes to rise, the order of priors is that of chance.
+FEWEST = TrainingConfig().warmup
+
+
 def add_trials(commands: Commands) -> None:
     """Both commands and their options."""
-    for name, (available, text, preset) in TRIALS.items():
-        description = f"{text[0].upper()}{text[1:]}. Goes on where it was interrupted."
+    for name, (available, text, description, preset) in TRIALS.items():
+        description += " Goes on where it was interrupted."
         command = commands.add_parser(name, help=text, description=description)
         add_loader(command, "your trained model or an adapter of it", seed=False)
         sources = {
@@ -73,6 +81,7 @@ def add_trials(commands: Commands) -> None:
         add_out(
             command, f"{name}.json", "all runs, of which those that are there are not repeated", "tables and a plot go"
         )
+        add_json(command, "the tables: every run, as in --out")
         command.set_defaults(run=run_trials)
 
 
@@ -95,6 +104,9 @@ def run_trials(options: argparse.Namespace) -> None:
     metric = FrechetMetric(images, train, features, options.device)
     runs_file = out_file(options.out, f"{options.command}.json")
     tables_file, plot_file = (runs_file.with_suffix(ending) for ending in (".md", ".png"))
+    for name in ("iterations", "gradients"):
+        if (limits[name] or FEWEST) < FEWEST:
+            warn_of_few(Budget(**{name: limits[name]}))
     runs = compare(
         adapter,
         chosen,
@@ -107,10 +119,35 @@ def run_trials(options: argparse.Namespace) -> None:
     )
     tables = [comparison_table(runs, chosen, str(budget), options.seeds) for budget in budgets]
     text = "\n\n".join(f"{budget} each:\n\n{table}" for budget, table in zip(budgets, tables, strict=True))
-    print(text)
+    if options.json:
+        print_json({"runs": runs})
+    else:
+        print(text)
     write_atomically(tables_file, lambda scratch: scratch.write_text(text + "\n"))
     draw_progress(plot_file, runs, chosen, budgets[0], options.seeds, extractors[0].name)
-    print(f"{runs_file}, {tables_file} and {plot_file} written", file=sys.stderr)
+    for budget in budgets:
+        if budget.seconds is not None and fewest_steps(runs, chosen, budget, options.seeds) < FEWEST:
+            warn_of_few(budget)
+    say_written(runs_file, tables_file, plot_file)
+
+
+def warn_of_few(budget: Budget) -> None:
+    """Say on stderr that a budget is too small to tell priors apart."""
+    print(
+        f"warning: {budget} are far too few to compare anything: below {FEWEST} optimiser steps the learning rate has "
+        "not risen to its value, and the order of the rows is that of chance",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def fewest_steps(
+    runs: Mapping[str, Mapping[str, Any]], chosen: Mapping[str, Candidate], budget: Budget, seeds: list[int]
+) -> float:
+    """The smallest number of optimiser steps that the budget has paid for; infinite where nothing was trained."""
+    trained = [name for name, candidate in chosen.items() if candidate.training]
+    steps = [runs[run_key(name, str(budget), seed)]["iterations"] for name in trained for seed in seeds]
+    return min(steps, default=math.inf)
 
 
 def draw_progress(

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,14 @@ def test_same_settings_give_the_same_pictures_and_samples_keep_their_number(prio
     u = torch.randn(6, prior.dim, generator=seed(3))
     torch.testing.assert_close(gaussian, prior.decode(u).detach())
     assert not torch.allclose(gaussian, ours)
+
+
+def test_energies_are_of_the_pictures_noise(prior):
+    settings = Settings(3, seed=1, temperature=0.9)
+    gaussian, ours = page.draw_both_noises(prior, settings)
+    for u, images in zip((gaussian, ours), draw_both(prior, settings), strict=True):
+        torch.testing.assert_close(prior.decode(u).detach(), images)
+        assert page.say_energy(prior, u) == f"mean energy {prior.energy(u, 0).mean().item():.1f} nats"
 
 
 def test_labels_guidance_and_temperature_reach_the_prior(prior):
@@ -229,7 +238,8 @@ class TestApp:
         address = serve(build_demo(prior))
         client = Client(address, verbose=False)
         controls = [6, 1, 1.0, 2.0, "hat", "any"]
-        pictures = client.predict(*controls, api_name="/sample")
+        *pictures, gaussian, ours = client.predict(*controls, api_name="/sample")
+        assert all(re.fullmatch(r"mean energy -?\d+\.\d nats", figure) for figure in (gaussian, ours))
         expected = draw_both(prior, Settings(6, 1, labels={"class": "hat"}, guidance=2.0))
         for path, images in zip(pictures, expected, strict=True):
             assert np.array_equal(np.asarray(Image.open(path)), screen_grid(images, 4))
@@ -264,6 +274,12 @@ class TestApp:
         with pytest.raises(AppError, match=message) as raised:
             Client(address, verbose=False).predict(*controls, api_name="/sample")
         assert "Traceback" not in str(raised.value)
+
+    def test_enter_in_the_seed_samples(self, prior):
+        """As the button does, so that the keyboard is enough."""
+        config = build_demo(prior).get_config_file()
+        (seed,) = [each["id"] for each in config["components"] if each["props"].get("label") == "Seed"]
+        assert any([seed, "submit"] in [list(target) for target in each["targets"]] for each in config["dependencies"])
 
     def test_labels_are_hidden_where_there_are_none(self, prior):
         def shown(app, label):

@@ -71,8 +71,29 @@ def test_runs_of_other_images_are_none_of_these(files, capsys):
     capsys.readouterr()
     assert call(files, "compare", *options) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert "compare.json: its runs are of other held-out images; delete it to begin anew" in lines[0]
+    assert len(lines) == 2
+    assert lines[0].startswith("warning: 1 iterations are far too few")
+    assert "compare.json: its runs are of other held-out images; delete it to begin anew" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("budget", "warned"),
+    [
+        (["--iterations", "5"], ["5 iterations are far too few"]),
+        (["--iterations", "101", "--gradients", "8"], ["8 gradients are far too few"]),
+        (["--iterations", "101"], []),
+        (["--seconds", "0.01"], ["0.01 seconds are far too few"]),
+    ],
+)
+def test_budgets_that_rank_chance_are_warned_of(budget, warned, files, capsys):
+    features = ["--features", f"{files}/mine.py:pixels", "--only", "ncp-sir", "gaussian-0.9", "--seeds", "0"]
+    assert call(files, "compare", *features, "--json", *budget) == 0
+    shown = capsys.readouterr()
+    warnings = [line for line in shown.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == len(warned)
+    assert all(text in line for text, line in zip(warned, warnings, strict=True))
+    runs = json.loads((files / "out" / "compare.json").read_text())["runs"]
+    assert json.loads(shown.out)["runs"] == runs
 
 
 def test_ablate_names_what_changed(files, capsys):
