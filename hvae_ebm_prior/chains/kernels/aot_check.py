@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # Of the kernels beside the update: accesses of 128 bits per vector of a thread, narrower ones, most registers. Sums are
 # unrolled for AMD, where a lane may have 512 registers.
-OTHERS = {"sums of long rows": (1, 2, 144), "noise alone": (1, 3, MOST_REGISTERS)}
+OTHERS = {"sums of long rows": (1, 2, 256), "noise alone": (1, 3, MOST_REGISTERS)}
 
 
 @dataclass
