@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..density.energy_model import Shapes
 from ..energies.context import FOLDED, AngleFeatures, Block, zero
-from ..energies.networks import NARROWEST, READOUT_SIZE
+from ..energies.networks import NARROWEST, READOUT_SIZE, input_scale
 
 
 class LatentUNet(nn.Module):
@@ -104,10 +104,8 @@ class LatentUNet(nn.Module):
         return self.activity * torch.cat([found[i].flatten(1) for i in range(len(self.shapes))], dim=1)
 
     def read(self, x: Tensor) -> list[Tensor]:
-        """Every layer's noise (N, *shape) of that of all (N, D), times its activity, and then as if all of a layer's
-        were active alike.
-        """
-        scales = [part.square().mean().clamp(min=1e-4).rsqrt() for part in self.activity.split(self.sizes)]
+        """Every layer's noise (N, *shape) of that of all (N, D), times its activity and the scale that goes with it."""
+        scales = [input_scale(part) for part in self.activity.split(self.sizes)]
         parts = (self.activity * x).split(self.sizes, dim=1)
         return [
             (scale * part).unflatten(1, shape) for scale, part, shape in zip(scales, parts, self.shapes, strict=True)

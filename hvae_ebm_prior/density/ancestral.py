@@ -12,7 +12,7 @@ is N(0, I) again.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -126,8 +126,10 @@ def draw_layers(
     n = len(streams)
     terms = {each: LayerTerms(each, n) for each in (model, *condition.experts)}
     own = terms[model]
-    settings = (drawing, model.langevin, model.schedule, model.execution, temperature)
-    name = ("layer", *settings, *places([model.energies, model.heads]))
+    name: tuple[Hashable, ...] | None = None
+    if model.execution.graph and request.condition is None:
+        settings = (drawing, model.langevin, model.schedule, model.execution, temperature)
+        name = ("layer", *settings, *places([model.energies, model.heads]))
     # A layer that is drawn counts at the level with the least noise, as energies of no noise at all may be infinite.
     first_level = torch.tensor([model.schedule.angle[0].item(), 0.0], device=model.device, dtype=model.angle_dtype)
     first_level = first_level.expand(n, 2)
@@ -155,8 +157,7 @@ def draw_layers(
         else:
             noise = streams.normal(mean[0].numel())
             inputs = (mean, std, own.above.f, *own.above.logits.values())
-            kept = model.execution.graph and request.condition is None
-            keep = partial(model.graphs.run, (*name, i)) if kept else None
+            keep = None if name is None else partial(model.graphs.run, (*name, i))
             drawn = draw_layer(model, log_weight, inputs, noise, streams, drawing, keep)
             states = [(temperature * v).reshape(mean.shape) for v in drawn]
         layers.append(states)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone.transform import LayerState
-from .networks import NARROWEST, READOUT_SIZE, EnergyConfig
+from .networks import NARROWEST, READOUT_SIZE, EnergyConfig, input_scale
 
 # Frequencies of an angle's features, and features that blocks are scaled and shifted by.
 FREQUENCIES = 8
@@ -233,8 +233,7 @@ class ContextEnergy(nn.Module):
         """
         angles = angles.clamp(min=SMALLEST_ANGLE)
         u = self.activity * state.u
-        # Features then vary as they would if all dimensions were active.
-        seen = u * self.activity.square().mean().clamp(min=1e-4).rsqrt()
+        seen = u * input_scale(self.activity)
         context = torch.stack((state.mean, state.std.log()), dim=1)
         context = (context - self.context_mean) / self.context_scale
         condition, own = self.angles(angles.to(u.dtype)), angles[:, 0]

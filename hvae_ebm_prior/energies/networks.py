@@ -65,6 +65,13 @@ class EnergyConfig:
         set_integers(self, {"width": 1, "vector_width": 1, "blocks": 1})
 
 
+def input_scale(activity: Tensor) -> Tensor:
+    """Factor, (), on inputs that were multiplied by their activity, with which features of them vary as they would if
+    all were active.
+    """
+    return activity.square().mean().clamp(min=1e-4).rsqrt()
+
+
 class TimeConditionedBlock(nn.Module):
     """Residual block whose features are scaled and shifted by learned tables over t, at first by 1 and 0."""
 
@@ -168,8 +175,7 @@ class LayerEnergy(nn.Module):
         """
         self.activity.copy_(torch.cat([activity] * (len(self.activity) // len(activity))))
         if isinstance(self.features, VectorFeatures) and not parametrize.is_parametrized(self.features.inputs):
-            # The features then vary as they would if all inputs were active.
-            self.features.inputs.weight.mul_((activity.square().mean().clamp(min=1e-4)) ** -0.5)
+            self.features.inputs.weight.mul_(input_scale(activity))
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         """f_i(z, t) in nats, (N,) or (N, categories), for latents `z` (N, *shape) at levels `t` (N,) long."""
