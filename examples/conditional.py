@@ -128,7 +128,7 @@ def main() -> None:
     if args.weights is None:
         images, labels = load_subset("train")
         training = dataclasses.replace(PRESETS["default"].training, iterations=args.iterations)
-        prior.fit(images, labels={"class": labels}, training=training, generator=g, progress=True)
+        prior.fit(images, labels={"class": labels}, training=training, generator=g)
         save_file(prior.state_dict(), args.out / "conditional.safetensors")
 
     for name, draw_picture in PICTURES.items():

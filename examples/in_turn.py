@@ -96,7 +96,7 @@ def main() -> None:
     if args.weights is None:
         labels = {"kind": kinds, "texture": textures_of(images, kinds, thresholds)}
         training = dataclasses.replace(PRESETS["default"].training, iterations=args.iterations)
-        prior.fit(images, labels=labels, training=training, generator=g, progress=True)
+        prior.fit(images, labels=labels, training=training, generator=g)
         save_file(prior.state_dict(), args.out / "in_turn.safetensors")
 
     classifier = load_classifier()

@@ -124,7 +124,6 @@ def main() -> None:
         learning_rate=args.learning_rate,
         objective=args.objective,
         generator=generator,
-        progress=True,
     )
     seconds = time.monotonic() - start
     prior.save_pretrained(args.out / "prior")
