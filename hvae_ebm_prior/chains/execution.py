@@ -115,7 +115,8 @@ def group_networks(
     groups: dict[Any, list[int]] = defaultdict(list)
     for i, (network, shape) in enumerate(zip(energies, shapes, strict=True)):
         small = device.type != "cpu" or n * math.prod(shape) <= BATCHED_INPUTS
-        groups[tuple(shape) if small and isinstance(network, LayerEnergy | ContextEnergy) else i].append(i)
+        alike = isinstance(network, LayerEnergy | ContextEnergy) and not getattr(network, "inactive", False)
+        groups[tuple(shape) if small and alike else i].append(i)
     return tuple(map(tuple, groups.values()))
 
 

@@ -18,6 +18,7 @@ a U-Net's way down ends in. They do not depend on pure noise.
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,8 @@ class ContextEnergy(nn.Module):
         activity: factor a on the noise, `shape`. Ones at first.
         context_mean: mean of the backbone's means and log stds over data, (2, *shape). Zeros at first.
         context_scale: their std over data, one for the positions of a map. Ones at first.
+        inactive: whether the activity is 0 everywhere, as of many layers of a deep VAE: the energy is 0 then, and its
+            network is not run.
     """
 
     context = True
@@ -204,6 +207,7 @@ class ContextEnergy(nn.Module):
         self.register_buffer("activity", torch.ones(*shape))
         self.register_buffer("context_mean", torch.zeros(2, *shape))
         self.register_buffer("context_scale", torch.ones(2, *shape))
+        self.inactive = False
 
     @torch.no_grad()
     def set_statistics(self, activity: Tensor, mean: Tensor, scale: Tensor) -> None:
@@ -216,6 +220,15 @@ class ContextEnergy(nn.Module):
         """
         for buffer, value in ((self.activity, activity), (self.context_mean, mean), (self.context_scale, scale)):
             buffer.copy_(value)
+        self._set_inactive()
+
+    def _set_inactive(self) -> None:
+        # Looked at here alone, as a look waits for a GPU.
+        self.inactive = not self.activity.is_meta and not bool(self.activity.any())
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._set_inactive()
 
     def load_statistics(self, other: "ContextEnergy") -> None:
         """Set the statistics of another network of the same shape."""
@@ -231,6 +244,8 @@ class ContextEnergy(nn.Module):
         Returns:
             One energy or set of logits per sample.
         """
+        if self.inactive and self.categories is None:
+            return 0 * state.u.flatten(1).sum(1)
         angles = angles.clamp(min=SMALLEST_ANGLE)
         u = self.activity * state.u
         seen = u * input_scale(self.activity)

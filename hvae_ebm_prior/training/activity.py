@@ -6,6 +6,8 @@ In a deep VAE most dimensions are inactive: their posterior is the prior for eve
 them.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from ..processes import progress_bar
 from .batches import Batches
 from .posterior_cache import PosteriorCache
 from .trainable import TrainablePrior, networks_by_layer
+
+# Share of the dimensions that count as active which may be there by chance.
+FALSE_SHARE = 0.05
 
 
 def measure_activity(
@@ -47,17 +52,34 @@ def measure_activity(
     if not fresh or count == 0:
         return
     activity, moments, n = measure(prior, batches, count, generator, progress=progress)
-    layers = prior.split(activity[None])
+    layers = [part[0] for part in prior.split(activity[None])]
+    told = [tell_apart(part, n) for part in layers]
+    # Too few images to tell anything, or an encoder that says nothing of them: no dimension is better than another.
+    if not any(bool(part.any()) for part in told):
+        told = [torch.ones_like(part) for part in told]
     for i, network in fresh:
         if isinstance(network, LayerEnergy):
-            network.set_activity(layers[i][0])
+            network.set_activity(layers[i])
         else:
-            network.set_statistics(tell_apart(layers[i][0], n), *moments[i])
+            network.set_statistics(told[i], *moments[i])
 
 
 def tell_apart(activity: Tensor, n: int) -> Tensor:
-    """Activity, 0 where n images cannot tell it from none: these dimensions stay Gaussian."""
-    return torch.where(activity > 2 * n**-0.5, activity, 0.0)
+    """Activity, 0 where n images cannot tell it from none: these dimensions stay Gaussian.
+
+    Of a layer's dimensions those stay of which at most FALSE_SHARE are there by chance (Benjamini & Hochberg,
+    "Controlling the false discovery rate", 1995); of a layer without activity that is none, however large it is.
+
+    Args:
+        activity: correlations of a layer's dimensions.
+        n: images they were measured on, so that the std of a correlation is n^-1/2 where there is none.
+    """
+    chance = torch.erfc(activity.double() * math.sqrt(n / 2)) / 2
+    ordered = chance.flatten().sort().values
+    allowed = FALSE_SHARE * torch.arange(1, len(ordered) + 1).to(ordered) / len(ordered)
+    found = (ordered <= allowed).nonzero()
+    limit = ordered[found[-1]] if len(found) else chance.new_zeros(1)
+    return torch.where(chance <= limit, activity, 0.0)
 
 
 def measure(

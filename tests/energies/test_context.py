@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -61,6 +62,25 @@ def test_inactive_dimensions_are_left_to_the_gaussian():
     gradient = torch.autograd.grad(network(LayerState(u, *state[1:]), angles).sum(), u)[0]
     assert bool((gradient[:, activity == 0] == 0).all())
     assert bool((gradient[:, activity == 1] != 0).all())
+
+
+def test_a_layer_without_active_dimensions_runs_no_network():
+    """In whatever way it was told so, and no longer once it is told otherwise."""
+    shape, statistics = (4, 8, 8), (torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8))
+    network, other, state = learned(shape), learned(shape), random_state(2, shape)
+    angles = torch.full((2, 2), 0.5)
+    network.set_statistics(torch.zeros(shape), *statistics)
+    other.load_state_dict(network.state_dict())
+    other.network, network.network = None, None
+    for silent in (network, other, copy.deepcopy(network)):
+        u = state.u.clone().requires_grad_()
+        value = silent(LayerState(u, *state[1:]), angles)
+        assert value.tolist() == [0, 0]
+        assert not torch.autograd.grad(value.sum(), u)[0].any()
+    network = learned(shape)
+    network.set_statistics(torch.zeros(shape), *statistics)
+    network.load_state_dict(learned(shape).state_dict())
+    assert torch.equal(network(state, angles), learned(shape)(state, angles))
 
 
 def test_contexts_are_seen_in_their_own_units():

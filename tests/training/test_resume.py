@@ -62,6 +62,13 @@ def with_context_coupled():
     return prior
 
 
+def half_inactive():
+    """The second layer stays Gaussian: its network is not run."""
+    prior = with_context()
+    prior.energies[1].set_statistics(torch.zeros(3), torch.zeros(2, 3), torch.ones(2, 3))
+    return prior
+
+
 def spectral():
     torch.manual_seed(0)
     return DiffusionEBMPrior(
@@ -221,6 +228,7 @@ RUNS = {
     "ncp": (ncp, lambda: IMAGES, {}),
     "persistent chains": (persistent, lambda: IMAGES, {}),
     "context": (with_context, lambda: IMAGES, {"training": RECOVERING}),
+    "context, an inactive layer": (half_inactive, lambda: IMAGES, {"training": replace(SETTINGS, objective="score")}),
     "context, score alone": (with_context, lambda: IMAGES, {"training": replace(SETTINGS, objective="score")}),
     "context, recovery alone": (with_context, lambda: IMAGES, {"training": replace(SETTINGS, objective="recovery")}),
     "context, labels": (
