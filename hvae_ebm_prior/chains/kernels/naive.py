@@ -72,12 +72,24 @@ def naive_update(
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """Sum over the elements of every row of `x` (N, D), in the module's order, (N,)."""
-    n, dim = x.shape
-    chunks = F.pad(x * x, (0, -dim % SECTION)).reshape(n, -1, SECTION // LANES, LANES)
+    squares, whole = x * x, x.shape[1] - x.shape[1] % SECTION
+    sections = squares[:, :whole].unflatten(1, (-1, SECTION // LANES, LANES))
+    # Of the last section, with no more zeros than needed.
+    rest = squares[:, whole:]
+    if rest.shape[1] > LANES:
+        rest = F.pad(rest, (0, -rest.shape[1] % LANES)).unflatten(1, (1, -1, LANES))
+    else:
+        rest = rest[:, None, None]
+    parts = [sum_of_section(part) for part in (sections, rest) if part.numel()]
+    return sum_of_neighbours(torch.cat(parts, dim=1))
+
+
+def sum_of_section(chunks: Tensor) -> Tensor:
+    """Sums (N, S) of sections, given as chunks (N, S, C, lanes)."""
     lanes = chunks[:, :, 0]
-    for k in range(1, SECTION // LANES):
+    for k in range(1, chunks.shape[2]):
         lanes = lanes + chunks[:, :, k]
-    return sum_of_neighbours(sum_of_neighbours(lanes))
+    return sum_of_neighbours(lanes)
 
 
 def sum_of_neighbours(x: Tensor) -> Tensor:
