@@ -91,6 +91,8 @@ PLAIN_TRAINING = TrainingConfig(
 PRESETS = {
     # What every class has without settings.
     "default": Preset(DEFAULT_SCHEDULE, LangevinConfig(), EnergyConfig(), TrainingConfig()),
+    # The same with narrower networks, of less than half the size (docs/presets.md).
+    "small": Preset(DEFAULT_SCHEDULE, LangevinConfig(), EnergyConfig(width=48, vector_width=128), TrainingConfig()),
     # The paper's energies and objective, with few steps, which learn the most per gradient; the top layer, whose energy
     # is the most curved, takes shorter steps.
     "joint-recovery": Preset(

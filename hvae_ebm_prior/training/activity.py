@@ -76,7 +76,8 @@ def tell_apart(activity: Tensor, n: int) -> Tensor:
     """
     chance = torch.erfc(activity.double() * math.sqrt(n / 2)) / 2
     ordered = chance.flatten().sort().values
-    allowed = FALSE_SHARE * torch.arange(1, len(ordered) + 1).to(ordered) / len(ordered)
+    rank = torch.arange(1, len(ordered) + 1, device=ordered.device, dtype=ordered.dtype)
+    allowed = FALSE_SHARE * rank / len(ordered)
     found = (ordered <= allowed).nonzero()
     limit = ordered[found[-1]] if len(found) else chance.new_zeros(1)
     return torch.where(chance <= limit, activity, 0.0)
