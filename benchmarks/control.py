@@ -1,9 +1,9 @@
 """How well control works: conditional and composed samples, held attributes, inpainting, classification.
 
     python3 examples/conditional.py --seed 0 --out examples/output/0      # likewise 1 and 2
-    .venv/bin/python benchmarks/control.py examples/output/*/conditional.safetensors
-    .venv/bin/python benchmarks/control.py examples/output/*/conditional.safetensors --part observations --samples 64
-    .venv/bin/python benchmarks/control.py examples/output/0/conditional.safetensors --part steps --samples 12
+    .venv/bin/python benchmarks/control.py examples/output/*/conditional
+    .venv/bin/python benchmarks/control.py examples/output/*/conditional --part observations --samples 64
+    .venv/bin/python benchmarks/control.py examples/output/0/conditional --part steps --samples 12
 
 print Markdown tables, mean and range over the priors, and write benchmarks/control.json. Accuracy is the share of
 samples that the example's classifier, which is no part of the prior, assigns to the label that was asked for;
@@ -23,8 +23,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from classifier import load_classifier
-from conditional import INPAINTING, hidden_half, load_prior
+from conditional import INPAINTING, hidden_half
 from fashion_mnist import load_subset
+from quickstart import load_prior
 
 from hvae_ebm_prior import NOT, DiffusionEBMPrior, Label, LangevinConfig
 from hvae_ebm_prior.control import resample
@@ -147,9 +148,7 @@ PARTS = {"labels": measure_labels, "observations": measure_observations, "steps"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "priors", nargs="+", type=Path, help="state dicts written by examples/conditional.py, one per seed"
-    )
+    parser.add_argument("priors", nargs="+", type=Path, help="folders written by examples/conditional.py, one per seed")
     parser.add_argument("--part", choices=PARTS, default="labels", help="what is measured (%(default)s)")
     parser.add_argument("--samples", type=int, default=1000)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 r"""What trained priors of the example's HVAE gain in nats, and how many temperatures their normalisers need.
 
-    .venv/bin/python benchmarks/likelihood.py [examples/output/conditional.safetensors ...] \
+    .venv/bin/python benchmarks/likelihood.py [examples/output/conditional ...] \
         [--images 48] [--steps 1 4 16 48]
 
 prints two Markdown tables for priors that examples/conditional.py saved, over the first held-out images, and writes
@@ -25,9 +25,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from conditional import load_prior
 from fashion_mnist import load_subset
-from quickstart import HERE
+from quickstart import HERE, load_prior
 
 from hvae_ebm_prior.likelihood import AnnealingConfig, LikelihoodBound, bits_per_dimension, log_likelihood_bound
 
@@ -65,8 +64,8 @@ def main() -> None:
         "priors",
         type=Path,
         nargs="*",
-        default=[HERE / "output" / "conditional.safetensors"],
-        help="state dicts of trained priors",
+        default=[HERE / "output" / "conditional"],
+        help="folders of trained priors",
     )
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 16, 48], help="temperatures K")

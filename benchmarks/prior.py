@@ -3,10 +3,9 @@
     python3 examples/quickstart.py --seed 0 --out examples/output/0      # likewise 1, 2
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/prior.py examples/output/*/prior
 
-prints Markdown tables, mean and range over the priors, writes benchmarks/prior.json, and draws of the first prior
-hundred.png, 100 samples beside 100 real images, and nearest.png, samples beside the training images nearest to them.
-FD is the Fréchet distance over the example classifier's features, of --images samples against the training images and
-against the test images. The density's gain is what log p(u) of the prior adds to the backbone's bound of log p(x).
+prints Markdown tables, mean and range over the priors, and writes benchmarks/prior.json. FD is the Fréchet distance
+over the example classifier's features, of --images samples against the training images and against the test images. The
+density's gain is what log p(u) of the prior adds to the backbone's bound of log p(x).
 """
 
 import argparse
@@ -23,16 +22,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from classifier import load_classifier
 from fashion_mnist import load_subset
-from quickstart import load_backbone
+from quickstart import load_prior
 from transitions import spread
 
 from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, LangevinConfig
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
 from hvae_ebm_prior.evaluation.early_stopping import held_out_accuracy
-from hvae_ebm_prior.saving.grid import save_grid
 
 RESULTS = Path(__file__).with_suffix(".json")
-OUTPUT = Path(__file__).parent.parent / "examples" / "output"
 # How samples are drawn: settings of drawing, and of chains.
 WAYS = {
     "flow, 12 steps": (DrawingConfig(), {}),
@@ -67,15 +64,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="samples of every way, at most 2000")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--density", type=int, default=200, help="held-out images for the density; 0 for none")
-    parser.add_argument("--out", type=Path, default=OUTPUT)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     features = load_classifier().features
     train, test = load_subset("train")[0], load_subset("test")[0]
     targets = {"training": in_chunks(features, train), "test": in_chunks(features, test)}
     results: dict[str, list[dict[str, float]]] = {}
-    for number, folder in enumerate(args.priors):
-        prior = DiffusionEBMPrior.from_pretrained(folder, backbone=load_backbone())
+    for folder in args.priors:
+        prior = load_prior(folder)
         chains = prior.langevin
         for name in args.ways:
             drawing, changes = WAYS[name]
@@ -88,8 +83,6 @@ def main() -> None:
             figures = {target: frechet_distance(found, values) for target, values in targets.items()}
             results.setdefault(name, []).append({**figures, "seconds": seconds})
             print(f"{folder} {name} {figures} {seconds:.1f}", file=sys.stderr, flush=True)
-            if number == 0 and name == "flow, 12 steps":
-                picture(args.out, images, train)
         prior.drawing, prior.langevin = DrawingConfig(), chains
         if args.density:
             results.setdefault("density", []).append(density(prior, test[: args.density]))
@@ -104,16 +97,6 @@ def main() -> None:
         )
         print(f"\nlog p(u) - log N(u; 0, I): {spread(gain, 1)} nats on test images, {spread(noise, 1)} on pure noise;")
         print(f"a classifier tells samples from test images' noise at {spread(accuracy, 3)}")
-
-
-def picture(out: Path, images: Tensor, train: Tensor) -> None:
-    """Samples beside real images, and beside the training images nearest to them."""
-    save_grid(out / "hundred.png", [images[10 * i : 10 * i + 10] for i in range(10)], [""] * 10)
-    save_grid(out / "hundred_real.png", [train[10 * i : 10 * i + 10] for i in range(10)], [""] * 10)
-    some = images[:20]
-    nearest = train[torch.cdist(some.flatten(1), train.flatten(1)).argmin(1)]
-    rows = [some[:10], nearest[:10], some[10:], nearest[10:]]
-    save_grid(out / "nearest.png", rows, ["samples", "nearest", "samples", "nearest"])
 
 
 if __name__ == "__main__":

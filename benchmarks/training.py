@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from classifier import load_classifier
 from fashion_mnist import load_subset
 from lite0 import load_lite0
-from quickstart import load_backbone, peak_memory_gib
+from quickstart import make_prior, peak_memory_gib
 from transitions import spread
 
-from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, TrainingConfig
+from hvae_ebm_prior import DrawingConfig, TrainingConfig
 from hvae_ebm_prior.evaluation.features import extract
 from hvae_ebm_prior.evaluation.metrics import frechet_distance, moments
 from hvae_ebm_prior.evaluation.protocol import closure
@@ -65,8 +65,7 @@ def run(
     args: argparse.Namespace, iterations: int, seed: int, train: Tensor, test: Tensor, distances: Distances
 ) -> dict[str, Any]:
     """Train a prior; its figures."""
-    torch.manual_seed(seed)
-    prior = DiffusionEBMPrior(load_backbone())
+    prior = make_prior(seed, args.preset)
     start, processor = time.monotonic(), time.process_time()
     prior.fit(
         train,
@@ -120,6 +119,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, nargs="+", default=[TrainingConfig().iterations])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objective", choices=get_args(ObjectiveName), default="score-recovery")
+    parser.add_argument("--preset", choices=("default", "small"), default="default", help="size of the networks")
     parser.add_argument("--share", type=float, default=TrainingConfig().recovery_share, help="recovery_share")
     parser.add_argument("--train", help="other training images")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["flow", "chains by layer"])
@@ -131,7 +131,8 @@ def main() -> None:
     for seed in args.seeds:
         for iterations in args.iterations:
             objective = f"{args.objective} {args.share:g}" if "score-" in args.objective else args.objective
-            key = f"{objective}, {len(train)}, {iterations}, seed {seed}"
+            networks = "" if args.preset == "default" else f"{args.preset}, "
+            key = f"{networks}{objective}, {len(train)}, {iterations}, seed {seed}"
             if key not in read():
                 result = run(args, iterations, seed, train, test, distances)
                 RESULTS.write_text(json.dumps({**read(), key: result}, indent=1) + "\n")

@@ -1,9 +1,9 @@
 r"""Do chains stay where the data are when they run on? Langevin transitions of the example's trained priors.
 
-    .venv/bin/python benchmarks/transitions.py [examples/output/conditional.safetensors ...] \
+    .venv/bin/python benchmarks/transitions.py [examples/output/conditional ...] \
         [--factors 1 2 5 20] [--samples 1000]
 
-takes state dicts that examples/conditional.py saved, one per seed of training, and samples from each with so many times
+takes priors that examples/conditional.py saved, one per seed of training, and samples from each with so many times
 its steps K per level. It prints Markdown tables, mean and range over the priors: the Fréchet distance to the training
 images, the share of saturated pixels and the std of pixels beside those of real images and reconstructions, the
 acceptance probability of the matching Metropolis test (that of a plain step, see `hvae_ebm_prior.transitions`), and the
@@ -28,8 +28,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from classifier import load_classifier
-from conditional import load_prior
 from fashion_mnist import load_subset
+from quickstart import load_prior
 
 from hvae_ebm_prior import ChainDiverged, DiffusionEBMPrior
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
@@ -115,7 +115,7 @@ def print_tables(results: list[list[dict[str, Any]]], factors: list[int], images
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "priors", type=Path, nargs="*", default=[OUTPUT / "conditional.safetensors"], help="state dicts, one per seed"
+        "priors", type=Path, nargs="*", default=[OUTPUT / "conditional"], help="folders of priors, one per seed"
     )
     parser.add_argument(
         "--factors", type=int, nargs="+", default=[1, 2, 5, 20], help="multiples of K, the first one to compare with"

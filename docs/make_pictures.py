@@ -1,8 +1,8 @@
-"""The pictures of docs/gallery.md and docs/concepts.md, computed: python docs/make_pictures.py [NAME ...]
+"""The pictures of README.md, docs/gallery.md and docs/concepts.md: python docs/make_pictures.py [NAME ...]
 
-writes them to docs/images (--out), all or those named, with matplotlib, in some minutes of one core. Most are of the
-prior that `python3 examples/conditional.py` trains, by the functions that draw that example's own pictures; `chains` is
-of the one that comes with the repository, and `concept` of no model:
+writes them to docs/images (--out), all or those named, with matplotlib, in some minutes of one core. They are of the
+prior that comes with the repository (--prior), some by the functions that draw examples/conditional.py's own pictures;
+`concept` is of no model:
 
 The noise that an encoder gives is there a mixture of three Gaussians in two dimensions. Diffused to any level it is
 such a mixture again, q_t(u), so the best energies are known, F(u, t) = log q_t(u) - log N(u; 0, I). The library's own
@@ -26,13 +26,13 @@ from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.control import interpolate
 from hvae_ebm_prior.evaluation.pictures import save_histograms, save_strips
 from hvae_ebm_prior.ood import density_scores, detection
-from hvae_ebm_prior.saving.grid import COLORS, GREY, drawing, save_grid
+from hvae_ebm_prior.saving.grid import COLORS, GREY, draw, drawing, save_grid, tile
 from hvae_ebm_prior.transitions import langevin_transitions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import conditional
 from fashion_mnist import load_subset
-from quickstart import load_backbone
+from quickstart import SHIPPED, load_prior
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,6 +125,24 @@ def draw_concept(path: Path) -> None:
             axis.set_title(f"$u_{t}$ of all samples" if t < SCHEDULE.steps else "Start: $u_3$ from N(0, I)")
 
 
+def draw_before_and_after(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
+    """Real images, samples of the Gaussian prior, and of ours, n rows each."""
+    count = n * (n - 2)
+    with torch.no_grad():
+        gaussian = prior.decode(torch.randn(count, prior.dim, generator=g))
+    panels = {
+        "Real images": (load_subset("test")[0][:count], "black"),
+        "Samples of a VAE": (gaussian, GREY),
+        "The same VAE, our prior": (prior.sample(count, generator=g), OURS),
+    }
+    with drawing(path, 1, 3, size=(13.5, 6.4)) as (figure, axes):
+        figure.subplots_adjust(wspace=0.04)
+        for axis, (title, (images, colour)) in zip(axes[0], panels.items(), strict=True):
+            draw(axis, tile(images, n - 2))
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(title, color=colour, fontsize=15, pad=8)
+
+
 def draw_hole(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
     """Noise of the encoder, of the Gaussian prior and of ours in two dimensions of the top layer: the two in which the
     encoder's noise is furthest from Gaussian.
@@ -166,6 +184,21 @@ def apart(first: Tensor, second: Tensor, bins: int = 8) -> float:
     return ((one - other).abs().sum() / 2).item()
 
 
+def draw_hundred(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
+    """Samples in the order of the seed, n rows of n."""
+    with drawing(path, size=(7.5, 7.5)) as (_, axes):
+        draw(axes[0, 0], tile(prior.sample(n * n, generator=g), n))
+        axes[0, 0].set(xticks=[], yticks=[])
+
+
+def draw_nearest(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
+    """Samples above the training images nearest to them in squared error."""
+    samples, train = prior.sample(2 * n, generator=g), load_subset("train")[0]
+    nearest = train[torch.cdist(samples.flatten(1), train.flatten(1)).argmin(1)]
+    rows = [row for pair in zip(samples.split(n), nearest.split(n), strict=True) for row in pair]
+    save_grid(path, rows, ["samples", "nearest"] * 2)
+
+
 def draw_interpolated(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
     """Real images at both ends of four rows, and between them the way from one to the other in noise space."""
     real = load_subset("test")[0][:8]
@@ -177,9 +210,8 @@ def draw_interpolated(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Gen
 
 
 def draw_chains(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
-    """Langevin chains of the prior that comes with the repository, which draws all layers together."""
-    shipped = DiffusionEBMPrior.from_pretrained(ROOT / "examples" / "data" / "prior", backbone=load_backbone())
-    save_strips(path, shipped, langevin_transitions(shipped, 6, steps=5 * n, generator=g))
+    """Langevin chains of all layers together."""
+    save_strips(path, prior, langevin_transitions(prior, 6, steps=5 * n, generator=g))
 
 
 def draw_outliers(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generator) -> None:
@@ -194,8 +226,11 @@ def draw_outliers(path: Path, prior: DiffusionEBMPrior, n: int, g: torch.Generat
 # What is drawn, and how many images, or points, of each kind.
 Draw = Callable[[Path, DiffusionEBMPrior, int, torch.Generator], None]
 PICTURES: dict[str, tuple[Draw, int]] = {
+    "before_and_after": (draw_before_and_after, 8),
     **{name: (draw, 10) for name, draw in conditional.PICTURES.items()},
     "hole": (draw_hole, 600),
+    "hundred": (draw_hundred, 10),
+    "nearest": (draw_nearest, 10),
     "interpolated": (draw_interpolated, 11),
     "chains": (draw_chains, 20),
     "outliers": (draw_outliers, 300),
@@ -206,12 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("concept", *PICTURES)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names)} (all)")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        default=ROOT / "examples" / "output" / "conditional.safetensors",
-        help="what examples/conditional.py has trained (%(default)s)",
-    )
+    parser.add_argument("--prior", type=Path, default=SHIPPED, help="the folder of a trained prior (%(default)s)")
     parser.add_argument("--count", type=int, help="images, or points, of each kind (as many as the docs show)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     args = parser.parse_args()
@@ -224,7 +254,7 @@ def main() -> None:
         if name == "concept":
             draw_concept(path)
         else:
-            prior = prior or conditional.load_prior(args.weights)
+            prior = prior or load_prior(args.prior)
             draw, count = PICTURES[name]
             draw(path, prior, args.count or count, torch.Generator().manual_seed(0))
         print(f"{path} written", flush=True)

@@ -4,17 +4,19 @@ r"""Control: a prior coupled to the ten classes of Fashion-MNIST, on the pretrai
 
 trains it (some fifteen minutes of one core) and writes to examples/output: conditional.png (a row per class),
 composed.png (OR, NOT), edited.png (layers of real images held, the others drawn under another class), inpainted.png
-(the lower half hidden), and conditional.safetensors, which the command line reads:
+(the lower half hidden), and the prior itself in the folder conditional, which the command line reads:
 
-    .venv/bin/hvae-ebm-prior sample examples/conditional.py:load_prior examples/output/conditional.safetensors \
-        --labels class=sneaker --guidance 4
+    .venv/bin/hvae-ebm-prior sample hvae_ebm_prior.adapters:HVAE.load examples/data/hvae.safetensors \
+        --prior examples/output/conditional --labels class=sneaker --guidance 4
+
+With `--prior examples/data/prior` it draws the pictures of the prior that comes with the repository, without training.
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bootstrap import run_in_environment
@@ -24,15 +26,14 @@ if __name__ == "__main__":
 
 import torch
 from fashion_mnist import CLASSES, load_subset
-from quickstart import make_prior
-from safetensors.torch import load_file, save_file
+from quickstart import TRAINING, load_prior, make_prior
 from torch import Tensor
 
 from hvae_ebm_prior import NOT, Coupling, DiffusionEBMPrior, Label, LabelSet, LangevinConfig
 from hvae_ebm_prior.cli.threads import leave_busy_cores
 from hvae_ebm_prior.control import resample
-from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.saving.grid import save_grid
+from hvae_ebm_prior.training.config import ObjectiveName
 
 HERE = Path(__file__).parent
 # The class is bound to the top layer, from which it is predicted best; see docs/control.md.
@@ -41,15 +42,6 @@ GUIDANCE = 4.0
 # A sharp observation curves the density: chains take shorter and more steps. What they miss of the half that is seen is
 # mostly their step, not the observation's std: benchmarks/control.py measures both halves.
 INPAINTING = LangevinConfig(steps=60, step_size=0.03)
-
-
-def load_prior(path: str | Path | None = None, seed: int = 0, coupling: Coupling = COUPLING) -> DiffusionEBMPrior:
-    """The coupled prior: untrained, or with the weights of a file."""
-    prior = make_prior(seed=seed)
-    prior.couple(coupling)
-    if path is not None:
-        prior.load_state_dict(load_file(path))
-    return prior
 
 
 def hidden_half(images: Tensor, std: float = 0.05) -> Callable[[Tensor], Tensor]:
@@ -112,10 +104,10 @@ PICTURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=PRESETS["default"].training.iterations, help="training steps")
-    parser.add_argument(
-        "--weights", type=Path, help="a conditional.safetensors, to draw the pictures of it without training"
-    )
+    parser.add_argument("--prior", type=Path, help="a folder with a trained prior, to draw its pictures")
+    parser.add_argument("--preset", choices=("default", "small"), default="default", help="size of the networks")
+    parser.add_argument("--iterations", type=int, default=TRAINING.iterations, help="training steps")
+    parser.add_argument("--objective", choices=get_args(ObjectiveName), help="what is minimised (the default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--columns", type=int, default=12, help="images in a row of the pictures")
     parser.add_argument("--out", type=Path, default=HERE / "output")
@@ -124,12 +116,19 @@ def main() -> None:
     leave_busy_cores()
     g = torch.Generator().manual_seed(args.seed)
 
-    prior = load_prior(args.weights, args.seed)
-    if args.weights is None:
+    if args.prior is None:
         images, labels = load_subset("train")
-        training = dataclasses.replace(PRESETS["default"].training, iterations=args.iterations)
-        prior.fit(images, labels={"class": labels}, training=training, generator=g)
-        save_file(prior.state_dict(), args.out / "conditional.safetensors")
+        prior = make_prior(args.seed, args.preset, COUPLING)
+        prior.fit(
+            images,
+            labels={"class": labels},
+            iterations=args.iterations,
+            objective=args.objective,
+            generator=g,
+        )
+        prior.save_pretrained(args.out / "conditional")
+    else:
+        prior = load_prior(args.prior)
 
     for name, draw_picture in PICTURES.items():
         draw_picture(args.out / f"{name}.png", prior, args.columns, g)

@@ -6,11 +6,10 @@ couples a prior to four kinds, from Fashion-MNIST's labels, bound to the top lay
 pixels, bound to the layers below; trains it (some fifteen minutes of one core), draws samples under a kind, holds their
 top layer, and draws the rest under a texture. It prints how often the texture is what was asked for and the kind is
 what it was, by the example's classifier, which is no part of the prior; and how much of the texture the top layer
-decides by itself. It writes in_turn.png, in_turn.json and in_turn.safetensors to examples/output.
+decides by itself. It writes in_turn.png and in_turn.json to examples/output, and the prior to its folder in_turn.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -23,16 +22,14 @@ if __name__ == "__main__":
 
 import torch
 from classifier import load_classifier
-from conditional import load_prior
 from fashion_mnist import load_subset
-from safetensors.torch import save_file
+from quickstart import TRAINING, load_prior, make_prior
 from torch import Tensor
 
 from hvae_ebm_prior import Coupling, DiffusionEBMPrior, LabelSet
 from hvae_ebm_prior.cli.threads import leave_busy_cores
 from hvae_ebm_prior.control import sample_in_turn
 from hvae_ebm_prior.evaluation import in_chunks
-from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.saving.grid import save_grid
 
 HERE = Path(__file__).parent
@@ -78,8 +75,8 @@ def decided_above(prior: DiffusionEBMPrior, images: Tensor, seed: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=PRESETS["default"].training.iterations, help="training steps")
-    parser.add_argument("--weights", type=Path, help="an in_turn.safetensors, to draw from it without training")
+    parser.add_argument("--prior", type=Path, help="a folder with a trained prior, to draw from it without training")
+    parser.add_argument("--iterations", type=int, default=TRAINING.iterations, help="training steps")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--samples", type=int, default=250, help="samples of every kind and texture that are counted")
     parser.add_argument("--seed", type=int, default=0)
@@ -92,12 +89,13 @@ def main() -> None:
     images, classes = load_subset("train")
     kinds = kinds_of(classes)
     thresholds = torch.stack([roughness(images[kinds == kind]).median() for kind in range(len(KINDS))])
-    prior = load_prior(args.weights, args.seed, COUPLING)
-    if args.weights is None:
+    if args.prior is None:
         labels = {"kind": kinds, "texture": textures_of(images, kinds, thresholds)}
-        training = dataclasses.replace(PRESETS["default"].training, iterations=args.iterations)
-        prior.fit(images, labels=labels, training=training, generator=g)
-        save_file(prior.state_dict(), args.out / "in_turn.safetensors")
+        prior = make_prior(args.seed, coupling=COUPLING)
+        prior.fit(images, labels=labels, iterations=args.iterations, generator=g)
+        prior.save_pretrained(args.out / "in_turn")
+    else:
+        prior = load_prior(args.prior)
 
     classifier = load_classifier()
     rows, figures = {}, {}

@@ -19,16 +19,14 @@ import spikes
 import torch
 from helpers import check_strip, find_color, read_strips, seed
 from matplotlib.image import imread
-from safetensors.torch import load_file
 
 from hvae_ebm_prior import DiffusionEBMPrior, TrainingRecord
 from hvae_ebm_prior.cli.main import main
-from hvae_ebm_prior.presets import PRESETS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # Of a tensor that the examples hand to matplotlib.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-LIMITS_MB = {"fashion_mnist.npz": 6, "hvae.safetensors": 5, "classifier.safetensors": 2, "prior/model.safetensors": 4}
+LIMITS_MB = {"fashion_mnist.npz": 6, "hvae.safetensors": 5, "classifier.safetensors": 2, "prior/model.safetensors": 7}
 
 
 def load_part(split):
@@ -38,7 +36,7 @@ def load_part(split):
 
 
 def load_shipped(*_):
-    return DiffusionEBMPrior.from_pretrained(EXAMPLES / "data" / "prior", backbone=quickstart.load_backbone())
+    return quickstart.load_prior()
 
 
 @pytest.mark.parametrize("name", LIMITS_MB)
@@ -163,9 +161,6 @@ def test_conditional_example(tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionEBMPrior, "fit", fit_and_seed)
     monkeypatch.setattr(conditional, "load_subset", load_part)
     monkeypatch.setattr(conditional, "CLASSES", classes)
-    default = PRESETS["default"]
-    training = dataclasses.replace(default.training, activity_images=64)
-    monkeypatch.setitem(PRESETS, "default", dataclasses.replace(default, training=training))
     monkeypatch.setattr(conditional, "INPAINTING", dataclasses.replace(conditional.INPAINTING, steps=15))
     monkeypatch.setattr(sys, "argv", ["conditional.py", "--iterations", "1", "--columns", "2", "--out", str(tmp_path)])
     conditional.main()
@@ -173,8 +168,7 @@ def test_conditional_example(tmp_path, monkeypatch):
         name: read_strips(tmp_path / f"{name}.png") for name in ("conditional", "composed", "edited", "inpainted")
     }
     assert [len(strips) for strips in pictures.values()] == [3, 2, 4, 5]
-    prior, generator = conditional.load_prior(tmp_path / "conditional.safetensors"), seed(0)
-    assert any(bool(load_file(tmp_path / "conditional.safetensors")[name].any()) for name in prior.state_dict())
+    prior, generator = quickstart.load_prior(tmp_path / "conditional"), seed(0)
     for strip, name in zip(pictures["conditional"], classes, strict=True):
         sampled = prior.sample(2, labels={"class": name}, guidance=conditional.GUIDANCE, generator=generator)
         check_strip(strip, sampled)
@@ -240,15 +234,12 @@ def test_labels_of_attributes_in_turn():
 
 
 def test_attributes_in_turn(tmp_path, monkeypatch, capsys):
-    default = PRESETS["default"]
-    training = dataclasses.replace(default.training, activity_images=64)
-    monkeypatch.setitem(PRESETS, "default", dataclasses.replace(default, training=training))
     monkeypatch.setattr(in_turn, "load_subset", load_part)
     monkeypatch.setattr(sys, "argv", ["in_turn.py", "--iterations", "1", "--samples", "2", "--out", str(tmp_path)])
     in_turn.main()
     assert len(read_strips(tmp_path / "in_turn.png")) == 12
     assert "| trousers, patterned |" in capsys.readouterr().out
-    prior = conditional.load_prior(tmp_path / "in_turn.safetensors", coupling=in_turn.COUPLING)
+    prior = quickstart.load_prior(tmp_path / "in_turn")
     assert {name: heads.keys() for name, heads in prior.heads.items()} == {"kind": {"0"}, "texture": {"1", "2"}}
     assert len(json.loads((tmp_path / "in_turn.json").read_text())["figures"]) == 8
 
