@@ -4,7 +4,7 @@
 
 prints a Markdown table. NVAE is the published CIFAR-10 configuration with random weights, 30 groups of 20x16x16 (see
 benchmarks/walk.py); without NVAE_REPO it is left out. Priors are untrained, which takes as long. Joint chains are those
-of PRESETS["joint-recovery"], five steps at each of three levels. The two take turns; times are processor seconds, the
+of PRESETS["joint-recovery"], five steps at each of three levels. All take turns; times are processor seconds, the
 median of --rounds, with the ratio within each round.
 """
 
@@ -26,7 +26,11 @@ from hvae_ebm_prior.adapters import NVAEAdapter
 from hvae_ebm_prior.evaluation.candidates import build
 from hvae_ebm_prior.presets import PRESETS
 
-WAYS = {"layer by layer, 12 steps of the flow": "default", "jointly, 15 gradients with walk": "joint-recovery"}
+WAYS = {
+    "layer by layer, 12 steps of the flow": "default",
+    "the same, small networks": "small",
+    "jointly, 15 gradients with walk": "joint-recovery",
+}
 MODELS = {"example, L = 3": load_backbone, "NVAE, L = 30": lambda: NVAEAdapter(make_model("NVAE").eval())}
 
 
