@@ -40,7 +40,11 @@ INSTEAD = {
         '"600 seconds", [0, 1, 2]': '"1 iterations", [0, 1, 2]',
     },
     "control.md": {"steps=60": "steps=2", "DiffusionEBMPrior(model,": "DiffusionEBMPrior(other_prior.backbone,"},
-    "gallery.md": {"steps=60": "steps=2"},
+    "gallery.md": {
+        "steps=60": "steps=2",
+        'HVAE.load("examples/data/hvae.safetensors")': "model",
+        'DiffusionEBMPrior.from_pretrained("examples/data/prior", backbone=model)': "prior",
+    },
     "hub.md": {'"me/my-prior", backbone': '"my-prior", backbone'},
     "hvae.md": {
         'HVAE.load("examples/data/hvae.safetensors")': "model",

@@ -73,6 +73,9 @@ def tell_apart(activity: Tensor, n: int) -> Tensor:
     Args:
         activity: correlations of a layer's dimensions.
         n: images they were measured on, so that the std of a correlation is n^-1/2 where there is none.
+
+    Returns:
+        Activity of the same shape.
     """
     chance = torch.erfc(activity.double() * math.sqrt(n / 2)) / 2
     ordered = chance.flatten().sort().values

@@ -2,6 +2,7 @@
 changed between calls.
 """
 
+import math
 from functools import partial
 
 import pytest
@@ -10,7 +11,15 @@ from backbones import RandomBackbone
 from helpers import TINY, seed
 from stand_ins import perturb
 
-from hvae_ebm_prior import AND, DiffusionEBMPrior, DrawingConfig, EnergyConfig, ExecutionConfig, LangevinConfig
+from hvae_ebm_prior import (
+    AND,
+    DiffusionEBMPrior,
+    DrawingConfig,
+    EnergyConfig,
+    ExecutionConfig,
+    LangevinConfig,
+    TrainingConfig,
+)
 from hvae_ebm_prior.chains.autograd import walk_gradient
 from hvae_ebm_prior.chains.graphs import KEPT, Graphs
 from hvae_ebm_prior.chains.langevin import langevin_chain
@@ -157,9 +166,7 @@ def test_training_from_graphs_is_the_plain_one(context, objective, recorder):
         prior = make_prior(context, graph)
         prior.fit(
             torch.rand(12, 1, 2, 2, generator=seed(0)),
-            iterations=4,
-            batch_size=4,
-            objective=objective,
+            training=TrainingConfig(iterations=4, batch_size=4, objective=objective, gap_limit=math.inf),
             generator=seed(1),
             progress=False,
         )
