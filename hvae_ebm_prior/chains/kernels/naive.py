@@ -80,7 +80,7 @@ def sum_of_squares(x: Tensor) -> Tensor:
         rest = F.pad(rest, (0, -rest.shape[1] % LANES)).unflatten(1, (1, -1, LANES))
     else:
         rest = rest[:, None, None]
-    parts = [sum_of_section(part) for part in (sections, rest) if part.numel()]
+    parts = [sum_of_section(part) for part in (sections, rest) if part.shape[1] and part.shape[-1]]
     return sum_of_neighbours(torch.cat(parts, dim=1))
 
 
