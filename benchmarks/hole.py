@@ -1,6 +1,6 @@
 """Where the prior hole of the example's HVAE is: in which layers, and between which noise levels.
 
-    .venv/bin/python benchmarks/hole.py [--prior examples/output/prior/model.safetensors]
+    .venv/bin/python benchmarks/hole.py [--prior examples/output/prior]
 
 prints Markdown tables of Fréchet distances, mean and range over seeds. In the first, the noise of some layers comes
 from the posterior, the rest from N(0, I): a layer whose replacement costs much is where the prior has most to learn. In
@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from classifier import load_classifier
 from fashion_mnist import load_subset
-from quickstart import make_prior
-from safetensors.torch import load_file
+from quickstart import load_prior, make_prior
 
 from hvae_ebm_prior.evaluation import frechet_distance, in_chunks
 
@@ -34,7 +33,7 @@ RATIOS = (200, 60, 30, 15, 10, 6, 3, 2, 1, 0.3)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prior", type=Path, help="a trained prior, for the third table")
+    parser.add_argument("--prior", type=Path, help="the folder of a trained prior, for the third table")
     args = parser.parse_args()
     prior, features = make_prior(), load_classifier().features
     images, layers = load_subset("test")[0], range(len(prior.latent_shapes))
@@ -76,7 +75,7 @@ def main() -> None:
 
     if args.prior is None:
         return
-    prior.load_state_dict(load_file(args.prior))
+    prior = load_prior(args.prior)
     print("\n| held at the posterior, the others from the trained prior | FD |\n|---|---|")
     for held in ((), (0,), (0, 1)):
 

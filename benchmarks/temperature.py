@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from classifier import load_classifier
 from fashion_mnist import load_subset
 from lite0 import load_lite0
-from quickstart import load_backbone
+from quickstart import load_prior
 
-from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.density.sampling import Tempering
 from hvae_ebm_prior.evaluation.features import extract
 from hvae_ebm_prior.evaluation.metrics import frechet_distance
@@ -41,7 +40,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("temperature.png"))
     args = parser.parse_args()
-    prior = DiffusionEBMPrior.from_pretrained(args.prior, backbone=load_backbone())
+    prior = load_prior(args.prior)
     extractors = {"classifier": load_classifier().features, "lite0": load_lite0().features}
     train = load_subset("train")[0]
     real = {name: extract(features, train, CPU)[0] for name, features in extractors.items()}

@@ -43,11 +43,8 @@ def run_info(options: argparse.Namespace) -> None:
         if options.json:
             print_json({**to_json(config), "bytes": size})
         else:
-            print(
-                "\n".join(
-                    [*summary(config), f"{'weights':14}{'not there' if size is None else f'{size / 1e6:.1f} MB'}"]
-                )
-            )
+            weights = "not there" if size is None else f"{size / 1e6:.1f} MB"
+            print(*summary(config), f"{'weights':14}{weights}", sep="\n")
         return
     versions, backends = find_installation()
     chosen = os.environ.get(VARIABLE)

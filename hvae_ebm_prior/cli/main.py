@@ -29,7 +29,6 @@ OTHERS_CODE = [
     Path(__file__).parents[2] / "adapters",
     *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")),
 ]
-# What the user can mend, and so a message is enough.
 # What one types first, and what scripts look at.
 EXAMPLES = """examples, where the function load of mine.py returns your model:
   hvae-ebm-prior demo                      (the shipped prior, in a clone)
@@ -40,6 +39,7 @@ EXAMPLES = """examples, where the function load of mine.py returns your model:
 
 hvae-ebm-prior COMMAND --help says what a command takes. Exit status: 0 done,
 2 for what you can mend, 130 after Ctrl-C, 1 for an error nobody foresaw."""
+# What the user can mend, and so a message is enough.
 MISTAKES = (ValueError, TypeError, ImportError, OSError, AttributeError, ChainDiverged, TrainingDiverged)
 
 
