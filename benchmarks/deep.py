@@ -1,4 +1,4 @@
-"""Deep backbones on Fashion-MNIST: a small VDVAE of 13 layers and a small NVAE of 12, of the official code, on the CPU.
+"""Deep backbones on Fashion-MNIST: a small VDVAE of 13 layers and a small NVAE of 10, of the official code, on the CPU.
 
     VDVAE_REPO=.../vdvae .venv/bin/python benchmarks/deep.py vdvae --train fashion60k.npz:train_images
     NVAE_REPO=.../NVAE .venv/bin/python benchmarks/deep.py nvae --train fashion60k.npz:train_images
@@ -61,10 +61,12 @@ VDVAE_SETTINGS = {
 SHIFT, SCALE = -73.0, 1 / 90.0
 NVAE_SETTINGS = NVAE_CIFAR10 | {
     "num_latent_scales": 2,
-    "num_groups_per_scale": 6,
+    "num_groups_per_scale": 5,
     "num_latent_per_group": 8,
-    "num_channels_enc": 24,
-    "num_channels_dec": 24,
+    "num_channels_enc": 16,
+    "num_channels_dec": 16,
+    "num_preprocess_blocks": 2,
+    "num_postprocess_blocks": 2,
     "num_preprocess_cells": 1,
     "num_postprocess_cells": 1,
     "num_cell_per_cond_enc": 1,
@@ -114,7 +116,9 @@ def make_vdvae() -> nn.Module:
 
 def make_nvae() -> nn.Module:
     """The small NVAE with random weights, of the clone that NVAE_REPO names."""
-    return make_portable(official_nvae(os.environ["NVAE_REPO"], NVAE_SETTINGS))
+    model = make_portable(official_nvae(os.environ["NVAE_REPO"], NVAE_SETTINGS))
+    # A quarter off the time of its depthwise convolutions on a CPU.
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def vdvae_loss(model: nn.Module, images: Tensor, progress: float) -> Tensor:

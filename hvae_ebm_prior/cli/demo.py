@@ -320,7 +320,7 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
         if len(breaks) == len(levels) - 1:
             breaks = []
         strip = screen_grid(frames.transpose(0, 1).flatten(0, 1), len(frames), breaks=breaks)
-        return animate(frames), strip, f"Levels {', '.join(str(t) for t in dict.fromkeys(levels))}"
+        return animate(frames), strip, f"Noise levels {', '.join(str(t) for t in dict.fromkeys(levels))}"
 
     with gr.Blocks(title=title or "hvae-ebm-prior", fill_width=True, analytics_enabled=False) as page:
         gr.HTML(STYLE)
@@ -337,7 +337,7 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
                     on(go.click, on_sample, controls, shown, "sample")
                     on(page.load, on_sample, controls, shown, False)
                     on(controls[1].submit, on_sample, controls, shown, False)  # Enter in the field of the seed
-                with gr.Tab("Hold layers"):
+                with gr.Tab("Hold layers") as hold_tab:
                     with gr.Row():
                         number = gr.Slider(1, MAX_COUNT, 1, step=1, label="Sample, by its number")
                         held = gr.CheckboxGroup(layers, value=layers[:1], label="Layers to hold")
@@ -348,14 +348,21 @@ def build_demo(prior: LearnedPrior, *, title: str | None = None) -> "gradio.Bloc
                             upload = upload_area(gr)
                         with gr.Column(scale=5):
                             varied = picture(gr, "The rest drawn anew")
-                    on(again.click, on_hold, [number, upload, held, *controls], [original, varied], "hold")
-                with gr.Tab("Watch a chain"):
-                    steps = gr.Slider(1, MAX_STEPS, 15, step=1, label="Langevin steps per level")
+                    chosen = [number, upload, held, *controls]
+                    on(again.click, on_hold, chosen, [original, varied], "hold")
+                    on(hold_tab.select, on_hold, chosen, [original, varied], False)
+                with gr.Tab("From noise to samples") as watch_tab:
+                    # Energies with context are drawn by the flow.
+                    steps = gr.Slider(
+                        1, MAX_STEPS, 15, step=1, label="Langevin steps per level", visible=not prior.has_context
+                    )
                     run = gr.Button("Run", variant="primary", elem_classes="go")
                     moving = gr.HTML(elem_classes="strip")
                     note = gr.Markdown(elem_classes="quiet")
-                    strip = picture(gr, "From noise, left, to samples, right")
-                    on(run.click, on_watch, [steps, *controls], [moving, strip, note], "watch")
+                    strip = picture(gr, "Level after level")
+                    shown = [moving, strip, note]
+                    on(run.click, on_watch, [steps, *controls], shown, "watch")
+                    on(watch_tab.select, on_watch, [steps, *controls], shown, False)
     # One request computes at a time, whoever asks; so many may wait.
     return page.queue(max_size=32)
 

@@ -26,17 +26,17 @@ def on(event: Any, compute: Callable[..., Any], inputs: list[Any], outputs: list
 
 def picture(gr: Any, label: str) -> Any:
     """A place for a picture, kept as it is, under its name."""
-    return picture_with_figure(gr, label)[0]
+    with gr.Column(min_width=160):
+        gr.Markdown(f"**{label}**")
+        return gr.Image(
+            label=label, show_label=False, format="png", image_mode="RGBA", interactive=False, elem_classes="crisp"
+        )
 
 
 def picture_with_figure(gr: Any, label: str) -> tuple[Any, Any]:
-    """The same, and one below it for a line about the picture."""
+    """The same, and a place below it for a line about the picture."""
     with gr.Column(min_width=160):
-        gr.Markdown(f"**{label}**", elem_classes="quiet")
-        image = gr.Image(
-            label=label, show_label=False, format="png", image_mode="RGBA", interactive=False, elem_classes="crisp"
-        )
-        return image, gr.Markdown(elem_classes="quiet")
+        return picture(gr, label), gr.Markdown(elem_classes="quiet")
 
 
 def upload_area(gr: Any) -> Any:

@@ -256,7 +256,7 @@ class TestApp:
         moving, strip, note = client.predict(2, 3, 0, 1.0, 1.0, "any", "any", api_name="/watch")
         assert "data:image/webp;base64," in str(moving)
         assert Image.open(strip).size[1] > 300
-        assert "Levels" in str(note)
+        assert "Noise levels" in str(note)
 
     @pytest.mark.parametrize(
         ("controls", "message"),
