@@ -392,7 +392,7 @@ def test_sir_takes_many_proposals_in_parts(monkeypatch):
 @pytest.mark.parametrize("sampler", ["sir", "langevin"])
 def test_untrained_ncp_is_the_backbones_prior_at_a_temperature(sampler):
     """Held layers are exact at any."""
-    prior = NCPPrior(RandomBackbone([(3,), (1, 2, 2)]), energy=SMALL, sampler=sampler, proposals=4)
+    prior = NCPPrior(RandomBackbone([(3,), (1, 2, 2)]), energy=SMALL, sampler=sampler, proposals=4, langevin=SHORT)
     u = prior.sample_noise(4000, temperature=0.5, generator=seed(0))
     assert u.std(0).tolist() == pytest.approx([0.5] * 7, abs=0.03)
     held = prior.sample_noise(4000, fixed={0: torch.full((1, 3), 1.5)}, temperature=0.5, generator=seed(0))

@@ -281,7 +281,9 @@ class TestApp:
         (seed,) = [each["id"] for each in config["components"] if each["props"].get("label") == "Seed"]
         assert any([seed, "submit"] in [list(target) for target in each["targets"]] for each in config["dependencies"])
 
-    def test_labels_are_hidden_where_there_are_none(self, prior):
+    def test_controls_are_hidden_where_they_do_nothing(self, prior):
+        """Labels of a prior that knows none, and Langevin steps where the flow draws."""
+
         def shown(app, label):
             return [
                 each["props"].get("visible", True)
@@ -294,6 +296,7 @@ class TestApp:
         plain = build_demo(make_prior(coupled=False))
         assert shown(plain, "Guidance") == [False]
         assert shown(plain, "Smile") == []
+        assert shown(build_demo(prior), "Langevin steps per level") == [not prior.has_context]
 
     def test_the_space_serves_a_saved_prior(self, tmp_path):
         """As a Space does: `app.py` by itself, with the prior's place in the environment."""
