@@ -229,6 +229,7 @@ def serve():
 
 
 @needs_gradio
+@pytest.mark.usefixtures("serve")
 @pytest.mark.filterwarnings("ignore")
 class TestApp:
     def test_pictures_come_through_the_client(self, prior, serve, tmp_path):
