@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +26,9 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
 T = TypeVar("T")
+# A progress bar in a log: seconds between lines, and a line.
+LOG_SECONDS = 30.0
+LOG_LINE = "{desc}: {n_fmt}/{total_fmt} after {elapsed}, {remaining} left{postfix}\n"
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 by_itself: ContextVar[bool] = ContextVar("by_itself", default=False)
 
@@ -76,14 +80,17 @@ def progress_bar(total: int, what: str, *, done: int = 0, shown: bool | None = N
         total: how many there are to do.
         what: their name.
         done: how many are done already.
-        shown: whether it is shown, by the first process; None shows it where stderr is a terminal.
+        shown: whether it is shown, by the first process, and where stderr is no terminal (nor a notebook's) as a line
+            now and then; None shows it on a terminal alone.
         leave: whether it stays when all is done.
 
     Returns:
         The bar.
     """
     hidden = rank() > 0 or (None if shown is None else not shown)
-    return tqdm(total=total, initial=done, desc=what, disable=hidden, leave=leave)
+    log = sys.stderr is not None and not sys.stderr.isatty() and "ipykernel" not in sys.modules
+    lines: dict[str, Any] = {"mininterval": LOG_SECONDS, "miniters": 1, "bar_format": LOG_LINE} if log else {}
+    return tqdm(total=total, initial=done, desc=what, disable=hidden, leave=leave, **lines)
 
 
 class Failure(NamedTuple):

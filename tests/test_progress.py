@@ -65,10 +65,17 @@ def test_work_is_shown_on_a_terminal_and_nowhere_else(name, capsys, monkeypatch)
     assert [name for name, done in bars(capsys.readouterr().err) if done.startswith("0/")] == expected
 
 
-def test_a_bar_that_is_asked_for_is_shown_to_its_end(capsys):
-    with progress_bar(5, "images", done=2, shown=True, leave=True) as bar:
-        bar.update(3)
-    assert bars(capsys.readouterr().err) == [("images", "2/5"), ("images", "5/5")]
+def test_a_bar_that_is_asked_for_is_shown_to_its_end(capsys, monkeypatch):
+    """In a log as lines."""
+
+    def show():
+        with progress_bar(5, "images", done=2, shown=True, leave=True) as bar:
+            bar.update(3)
+        return capsys.readouterr().err
+
+    assert re.findall(r"images: (\d/\d) after 00:00, [\d?:]+ left\n", show()) == ["2/5", "5/5"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert bars(show()) == [("images", "2/5"), ("images", "5/5")]
     with progress_bar(5, "images", shown=False) as bar:
         bar.update(5)
     assert capsys.readouterr().err == ""

@@ -86,16 +86,22 @@ def check_frozen(ran: Sequence[nn.Module]) -> None:
         ValueError: a module is in train mode, or has parameters that require gradients.
     """
     loose = [
-        type(module).__name__
+        module
         for module in dict.fromkeys(ran)
         if module.training or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     ]
-    if loose:
+    if not loose:
+        return
+    names = ", ".join(type(each).__name__ for each in loose[:3]) + (f" and {len(loose) - 3} more" if loose[3:] else "")
+    if all(id(module) in _held for module in loose):
         raise ValueError(
-            f"backbone: it runs modules that are not frozen, as they were not found: {', '.join(loose[:3])}"
-            f"{f' and {len(loose) - 3} more' if len(loose) > 3 else ''}; keep the model as an attribute of the "
-            "adapter, or freeze it yourself by model.eval().requires_grad_(False)"
+            f"backbone: it runs modules in train mode, or with gradients, that were frozen before: {names}; does the "
+            "adapter call train() or requires_grad_()?"
         )
+    raise ValueError(
+        f"backbone: it runs modules that are not frozen, as they were not found: {names}; keep the model as an "
+        "attribute of the adapter, or freeze it yourself by model.eval().requires_grad_(False)"
+    )
 
 
 def check_autograd(adapter: BackboneAdapter) -> None:

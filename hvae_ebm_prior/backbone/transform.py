@@ -142,9 +142,12 @@ class NoiseTransform:
                     f"data: this model takes tensors {('N', *self.image_shape)}, as it decodes to, "
                     f"got {tuple(images.shape)}"
                 )
+            advice = "it takes what it decodes to: resize, crop or convert them as for its training (or does the "
+            advice += "adapter's top_down take its layers in another order than the model, and so decode wrongly?)"
+            if images[:1].permute(0, 3, 1, 2).shape[1:] == self.image_shape:
+                advice = "channels come first: images.permute(0, 3, 1, 2)"
             raise ValueError(
-                f"images: this model takes images {self.image_shape}, got {tuple(images.shape[1:])}; it takes what "
-                "it decodes to: resize, crop or convert them as for its training"
+                f"images: this model takes images {self.image_shape}, got {tuple(images.shape[1:])}; {advice}"
             )
         return images.to(self.device, self.dtype)
 
@@ -389,5 +392,6 @@ def check_gaussian(i: int, mean: Tensor, std: Tensor) -> None:
     if not bool((torch.isfinite(std) & (std > 0)).all()):
         raise ValueError(
             f"layer {i}: the backbone's std must be positive and finite, got values from {std.min().item():.3g} to "
-            f"{std.max().item():.3g}; yield the standard deviation, not its logarithm"
+            f"{std.max().item():.3g}; yield the standard deviation, not its logarithm or that of a variance: (0.5 * "
+            "log_variance).exp()"
         )

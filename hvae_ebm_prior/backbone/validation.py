@@ -56,7 +56,8 @@ def check_images(images: Tensor, adapter: object = None) -> None:
     tensors = takes_tensors(adapter)
     name, form = ("data", "(N, ...)") if tensors else ("images", "(N, C, H, W)")
     if not isinstance(images, Tensor):
-        raise TypeError(f"{name}: expected a tensor {form}, got {type(images).__name__}")
+        advice = f"; convert them with torch.from_numpy({name})" if isinstance(images, np.ndarray) else ""
+        raise TypeError(f"{name}: expected a tensor {form}, got {type(images).__name__}{advice}")
     if not images.is_floating_point():
         wanted, advice = ("", ".float()") if tensors else (" in [0, 1]", ".float() / 255")
         raise TypeError(

@@ -23,6 +23,11 @@ GLOBAL_GENERATORS = threading.RLock()
 
 def draw_key(generator: torch.Generator | None) -> int:
     """One random integer of `generator`, or of torch's default generator, from which all noise of a call follows."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            "generator: expected a torch.Generator, as torch.Generator().manual_seed(0), got "
+            f"{type(generator).__name__}"
+        )
     device = "cpu" if generator is None else generator.device
     with contextlib.nullcontext() if generator else GLOBAL_GENERATORS:
         return int(torch.randint(2**62, (), generator=generator, device=device))

@@ -56,3 +56,7 @@ def run_diagnose(options: argparse.Namespace) -> None:
     if faults:
         print(fault_list(adapter, faults), end="\n\n")
     print(layer_table(reports))
+    if samples is None:
+        print("Whether stds are the model's own shows against samples of its own alone: --samples")
+    elif not faults:
+        print(f"{len(samples)} samples of the model's own agree with the adapter's layers.")

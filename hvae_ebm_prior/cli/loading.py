@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,7 +63,14 @@ def add_loader(
 def load_model(options: argparse.Namespace) -> Any:
     """What the loader returns for the checkpoint, on the device if it is a module."""
     load = load_function(options.loader)
-    model = load(options.checkpoint) if options.checkpoint else load()
+    given = [options.checkpoint] if options.checkpoint else []
+    with suppress(ValueError):  # functions whose signature is not known
+        try:
+            inspect.signature(load).bind(*given)
+        except TypeError as error:
+            what = f"with {options.checkpoint}" if given else "without a CHECKPOINT, which goes after it"
+            raise TypeError(f"loader: {options.loader} cannot be called {what}: {error}") from None
+    model = load(*given)
     return model.to(options.device) if isinstance(model, nn.Module) else model
 
 

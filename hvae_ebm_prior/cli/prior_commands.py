@@ -143,7 +143,7 @@ def run_prior_command(draw: Draw, options: argparse.Namespace) -> None:
     if not isinstance(prior, LearnedPrior):
         raise TypeError(
             "loader: expected a function that returns a trained DiffusionEBMPrior, "
-            f"got {type(prior).__name__}; load its weights there"
+            f"got {type(prior).__name__}; name a saved prior of it with --prior, or load its weights there"
         )
     if options.command not in ("sample", "ood"):
         check_pictures(prior.backbone, options.command)

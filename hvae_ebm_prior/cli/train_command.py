@@ -18,6 +18,7 @@ from ..presets import PRESETS
 from ..prior import DiffusionEBMPrior
 from ..processes import rank
 from ..saving.files import write_json
+from ..saving.folder import check_free
 from ..saving.grid import check_matplotlib
 from ..training.array_data import split_array
 from ..training.callbacks import LOGS, open_log
@@ -127,6 +128,7 @@ def run_train(options: argparse.Namespace) -> None:
         check_count(options.card_samples, "card-samples")
         check_matplotlib()  # which may not be there, and that should be known before training
     out = options.out.expanduser()
+    check_free(out)
     backbone = load_model(options)
     preset = PRESETS[options.preset]
     # The first weights follow from the seed as well.
@@ -160,6 +162,7 @@ def run_train(options: argparse.Namespace) -> None:
             checkpoint_dir=folder,
             checkpoint_every=options.checkpoint_every,
             resume=True,
+            progress=True,
             generator=torch.Generator().manual_seed(options.seed),
         )
     except KeyboardInterrupt:

@@ -32,6 +32,8 @@ from .networks import EnergyConfig, LayerEnergy
 
 # Labels of one call: a tensor (N,) per set, with -1 where unknown.
 Labels = Mapping[str, Tensor]
+# What to do about a prior that knows no labels.
+COUPLE = "see DiffusionEBMPrior.couple, or `hvae-ebm-prior train --labels`"
 # Networks by set and by layer.
 Heads = Mapping[str, Mapping[str, Callable[[Any, Tensor], Tensor]]]
 
@@ -251,7 +253,7 @@ def check_labels(labels: Tensor | Labels, coupling: Coupling | None, n: int, dev
         TypeError, ValueError: no coupling, an unknown set, a wrong length, or an index out of range.
     """
     if coupling is None:
-        raise ValueError("labels: this prior is not coupled to labels; see DiffusionEBMPrior.couple")
+        raise ValueError(f"labels: this prior is not coupled to labels; {COUPLE}")
     if isinstance(labels, Tensor):
         if len(coupling.sets) > 1:
             raise TypeError(
@@ -270,7 +272,7 @@ def check_labels(labels: Tensor | Labels, coupling: Coupling | None, n: int, dev
 def find_set(name: str, coupling: Coupling | None) -> LabelSet:
     """The label set of this name; ValueError where there is none."""
     if coupling is None:
-        raise ValueError(f"label {name!r}: this prior is not coupled to labels; see DiffusionEBMPrior.couple")
+        raise ValueError(f"label {name!r}: this prior is not coupled to labels; {COUPLE}")
     if name not in coupling.sets:
         raise ValueError(f"label {name!r}: expected one of the label sets {', '.join(coupling.sets)}")
     return coupling.sets[name]
@@ -281,7 +283,10 @@ def check_values(name: str, values: Tensor, labels: LabelSet, n: int, device: to
     `labels`.
     """
     if not isinstance(values, Tensor) or values.is_complex():
-        raise TypeError(f"label {name!r}: expected a tensor of indices, got {type(values).__name__}")
+        raise TypeError(
+            f"label {name!r}: expected a tensor of indices, got {type(values).__name__}; convert them with "
+            "torch.as_tensor(labels)"
+        )
     if tuple(values.shape) != (n,):
         raise ValueError(
             f"label {name!r}: expected one label for each of {n} images, shape ({n},), got {tuple(values.shape)}"

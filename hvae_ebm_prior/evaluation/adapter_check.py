@@ -65,7 +65,8 @@ def check_adapter(
 
 def fault_list(adapter: BackboneAdapter, faults: Sequence[str]) -> str:
     """What `find_faults` found, as text."""
-    return "\n- ".join([f"{type(adapter).__name__} breaks {len(faults)} promise(s):", *faults])
+    promises = "1 promise" if len(faults) == 1 else f"{len(faults)} promises"
+    return "\n- ".join([f"{type(adapter).__name__} breaks {promises}:", *faults])
 
 
 def find_faults(
@@ -143,7 +144,7 @@ def seeded_infer(transform: NoiseTransform, seed: int, images: Tensor) -> list[T
     """The same posterior draws of the same images at every call."""
     with seeded(seed, transform.device):
         z = transform.infer(images)
-    transform.check_layers(z, f"infer with {len(images)} image(s)")
+    transform.check_layers(z, f"infer with a batch of {len(images)}")
     if not all(bool(torch.isfinite(part).all()) for part in z):
         raise ValueError("infer: its latents are not finite; check the weights, and that the images suit the model")
     return list(z)
@@ -255,8 +256,9 @@ def inversion(probe: Probe) -> Iterator[str]:
         error = ((transform.to_noise(transform.to_latents(noise)) - noise).abs().max() / noise.abs().max()).item()
         if not error <= probe.tolerance:
             yield (
-                f"top_down: the inverse of T is off by {error:.1g} of the largest entry on {what}: do means or stds "
-                "depend on more than the latents above them, or is a latent changed in place, by .data or NumPy?"
+                f"top_down: the inverse of T is off by {error:.1g} of the largest entry on {what}: does it take its "
+                "layers in another order than the model, do means or stds depend on more than the latents above them, "
+                "or is a latent changed in place, by .data or NumPy?"
             )
             return
 
@@ -328,7 +330,7 @@ def gradients(probe: Probe) -> Iterator[str]:
         others = [leaf for leaf in leaves(images) if leaf is not u]
         if others:
             yield (
-                f"autograd also reaches {len(others)} other tensor(s): "
+                f"autograd also reaches other tensors, {len(others)} of them: "
                 "keep the model as an attribute of the adapter, so that it is frozen"
             )
         # Random weights, as a plain sum may not depend on u.

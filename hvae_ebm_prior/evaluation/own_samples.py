@@ -71,8 +71,8 @@ def compare_samples(transform: NoiseTransform, samples: Tensor, seed: int) -> It
         yield (
             f"samples: {len(own)} images of the layers differ from the model's own (mean {drawn.mean():.3f} and "
             f"{own.mean():.3f}, spread {spreads[0]:.4f} and {spreads[1]:.4f}, p < {1 / DIVISIONS:.1g}): does a layer "
-            "yield a variance or a log-std for its std, or are the samples of another temperature, or draws of p(x|z) "
-            "where decode gives means?"
+            "yield a variance or a log-std for its std, does top_down take its layers in another order than the model, "
+            "or are the samples of another temperature, or draws of p(x|z) where decode gives means?"
         )
 
 

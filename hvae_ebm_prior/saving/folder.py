@@ -68,9 +68,11 @@ def save(
         TypeError: a class, or networks, that cannot be described in `config.json`.
         InvalidPrior: settings, figures or weights that could not be loaded again, such as numbers that are not finite.
         ValueError: a card that could not be read again.
+        FileExistsError: files of these names are there that are none of a prior's.
         OSError: the folder cannot be written.
     """
     folder = Path(folder).expanduser()
+    check_free(folder)
     config = make_config(prior, fingerprint(prior), installed(LIBRARY) or "unknown", trained, metrics)
     # Whoever loads it must be able to read what is written, with a digest of the weights in it.
     read_config(parse_json(json_bytes(to_json(replace(config, weights=64 * "0"))), CONFIG))
@@ -87,13 +89,31 @@ def save(
         read_tensors(weights, prior)
         if samples:
             save_samples(folder / SAMPLES, prior, samples, seed)
-        digest = digest_file(weights)
+        settings = to_json(replace(config, weights=digest_file(weights)))
+        if not (folder / CONFIG).exists():
+            # By which `check_free` knows the folder as a prior's, should saving end here.
+            write_json(folder / CONFIG, settings)
         # Settings name the weights that they go with; until they are replaced the former weights stay.
         keep_previous(folder)
         os.replace(weights, folder / WEIGHTS)
-        write_json(folder / CONFIG, to_json(replace(config, weights=digest)))
+        write_json(folder / CONFIG, settings)
     (folder / PREVIOUS).unlink(missing_ok=True)
     write_atomically(folder / CARD, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError where a folder is a file, or holds files of a prior's names that are none of a prior's."""
+    if folder.is_file():
+        raise FileExistsError(f"{folder}: expected a folder to write to, got a file")
+    there = [name for name in FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    try:
+        if there:
+            read_settings(folder)
+    except (InvalidPrior, OSError) as error:
+        raise FileExistsError(
+            f"{folder} holds {', '.join(there)}, which would be overwritten, and no saved prior ({error}); nothing is "
+            "overwritten: choose another folder"
+        ) from error
 
 
 def keep_previous(folder: Path) -> None:

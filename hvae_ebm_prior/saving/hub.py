@@ -12,12 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from .card import LIBRARY
 from .digest import digest_file
 from .files import write_atomically
-from .folder import CARD, CONFIG, FILES, PREVIOUS, SAMPLES, WEIGHTS, keep_previous, load_config, read_settings
+from .folder import (
+    CARD,
+    CONFIG,
+    FILES,
+    PREVIOUS,
+    SAMPLES,
+    WEIGHTS,
+    check_free,
+    keep_previous,
+    load_config,
+    read_settings,
+)
 from .typed_json import LARGEST_FILE, InvalidPrior
 
 # Base class of the errors of each HTTP library that a version of huggingface_hub is built on.
@@ -51,7 +67,11 @@ def fetch(repo_or_dir: str | Path, *, subfolder: str = "", files: Sequence[str] 
     if isinstance(repo_or_dir, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: there is no such folder, and no repository of the Hub has such a name")
     check_sizes(name, files, subfolder=subfolder, **options)
-    folder = download(name, [CONFIG], subfolder, options)
+    try:
+        folder = download(name, [CONFIG], subfolder, options)
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
+        error.add_note(f"{name} was looked for on the Hub, as there is no folder of this name")
+        raise
     if len(files) == 1 or not (folder / CONFIG).is_file():
         return folder
     read_settings(folder)
@@ -118,26 +138,15 @@ def pull(repo_id: str, folder: str | Path, *, subfolder: str = "", **options: An
     source = fetch(repo_id, subfolder=subfolder, **options)
     check_weights(source)
     target.mkdir(parents=True, exist_ok=True)
-    # As in `save`: until the settings are there, the former weights stay.
+    # As in `save`: settings come first where there are none, and else after the weights, of which the former stay till
+    # then.
+    first = () if (target / CONFIG).exists() else (CONFIG,)
     keep_previous(target)
-    for name in (WEIGHTS, CONFIG, CARD, SAMPLES):
+    for name in (*first, WEIGHTS, CONFIG, CARD, SAMPLES):
         if (source / name).is_file():
             write_atomically(target / name, partial(shutil.copyfile, source / name))
     (target / PREVIOUS).unlink(missing_ok=True)
     return target
-
-
-def check_free(folder: Path) -> None:
-    """Raise FileExistsError where a folder holds files of a prior's names that are none of a prior's."""
-    there = [name for name in FILES if (folder / name).exists() or (folder / name).is_symlink()]
-    try:
-        if there:
-            read_settings(folder)
-    except (InvalidPrior, OSError) as error:
-        raise FileExistsError(
-            f"{folder} holds {', '.join(there)}, which would be overwritten, and no saved prior ({error}); nothing is "
-            "overwritten: choose another folder"
-        ) from error
 
 
 def check_weights(folder: Path) -> None:

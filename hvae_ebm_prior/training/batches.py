@@ -125,6 +125,9 @@ class Batches:
             )
         self.index += 1
         images, *rest = batch if isinstance(batch, tuple | list) else (batch,)
+        if isinstance(images, Mapping):
+            keys = ", ".join(map(str, images))
+            raise TypeError(f"data: expected batches of images, or of (images, labels), got a mapping of {keys}")
         if not isinstance(self.data, PosteriorCache):
             self.check(images)
         return images, rest[0] if rest else None, self.epoch

@@ -185,7 +185,8 @@ class LearnedPrior(TrainablePrior):
             checkpoint_dir: a folder for checkpoints, each the whole state of the run; None for none.
             checkpoint_every: steps between checkpoints; one more is made at the last step.
             resume: go on from the newest checkpoint there, if any, as if never interrupted (guide, "Long runs").
-            generator: source of all randomness; None takes torch's global generators.
+            generator: source of all randomness of training; None takes torch's global generators. From these come the
+                first weights too, when the prior is made, as those of any module: call `torch.manual_seed` before.
 
         Returns:
             One record per step.
@@ -231,7 +232,8 @@ class LearnedPrior(TrainablePrior):
         """Write `config.json`, `model.safetensors` and the model card, `README.md`, to a folder.
 
         Args:
-            save_directory: the folder, made if need be; files of these names are replaced, each whole or not at all.
+            save_directory: the folder, made if need be; a prior that lies there is replaced, each file whole or not at
+                all.
             metrics: figures of quality, for the card.
             card: title, data sets, licence and the like, for the card.
             samples: how many samples of the Gaussian prior and of this one the card shows, as `samples.png`; 0 for
@@ -240,6 +242,7 @@ class LearnedPrior(TrainablePrior):
 
         Raises:
             TypeError: a class, or networks, that cannot be described in `config.json`.
+            FileExistsError: files of these names are there that are none of a prior's, as those of a model.
             OSError: the folder cannot be written.
         """
         shown = 0 if takes_tensors(self.backbone) else samples

@@ -128,6 +128,13 @@ def train(
         TypeError, ValueError, OSError: as of `LearnedPrior.fit`.
         TrainingDiverged: training blew up again and again.
     """
+    if labels is None and prior.coupling is not None and isinstance(data, Tensor):
+        warnings.warn(
+            f"this prior is coupled to {', '.join(prior.coupling.sets)}, of which it will learn nothing, as no labels "
+            "are given: fit(images, labels=...)",
+            UserWarning,
+            stacklevel=3,
+        )
     if labels is not None:
         labels = check_labels(labels, prior.coupling, len(data), prior.device)  # type: ignore[arg-type]
         warn_of_signs(labels)
@@ -227,7 +234,7 @@ def finish_step(run: Run, callbacks: Sequence[Callback], folder: Path | None) ->
 def progress_text(record: TrainingRecord) -> str:
     """A record as the progress bar shows it."""
     chains = not all(math.isnan(gap) for gap in record.gaps)
-    gaps = f", gap per t {' '.join(f'{gap:.1f}' for gap in record.gaps)}" if chains else ""
+    gaps = f", gap {max((gap for gap in record.gaps if not math.isnan(gap)), key=abs):.1f}" if chains else ""
     labels = "" if math.isnan(record.cross_entropy) else f", labels {record.cross_entropy:.2f}"
     return f"loss {record.loss:.2f}{gaps}{labels}"
 

@@ -40,7 +40,8 @@ def test_every_kind_of_whole_number_counts(two, tmp_path):
     )
     images = torch.rand(6, 1, 2, 2, generator=seed(1))
     training = TrainingConfig(batch_size=two, activity_images=0)
-    assert len(made.fit(images, iterations=two, training=training, generator=seed(2), progress=False)) == 2
+    given = {"labels": torch.arange(6) % 3, "generator": seed(2), "progress": False}
+    assert len(made.fit(images, iterations=two, training=training, **given)) == 2
     made.save_pretrained(tmp_path / "prior")
     again = DiffusionEBMPrior.from_pretrained(tmp_path / "prior", backbone=RandomBackbone([(2,), (3,)]))
     assert again.langevin == LangevinConfig(steps=2)

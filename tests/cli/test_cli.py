@@ -70,6 +70,7 @@ def test_diagnose_prints_the_table(files, capsys):
     assert "2x2x2" in printed
     assert "1x4x4" in printed
     assert "rior hole" in printed
+    assert "shows against samples of its own alone: --samples" in printed
 
 
 def test_diagnose_says_what_is_wrong_before_the_table(files, capsys):
@@ -78,7 +79,7 @@ def test_diagnose_says_what_is_wrong_before_the_table(files, capsys):
     load, images = f"{files / 'broken.py'}:load", str(files / "images.npy")
     assert main(["diagnose", load, "--images", images]) == 0
     printed = capsys.readouterr().out
-    assert "Means breaks 1 promise(s):\n- infer: two seeds gave equal latents in all layers" in printed
+    assert "Means breaks 1 promise:\n- infer: two seeds gave equal latents in all layers" in printed
     assert printed.count("two seeds") == 1
     assert printed.index("two seeds") < printed.index("layer  shape") < printed.index(" inf ")
     own, wrong = str(files / "own.npy"), str(files / "wrong.npy")
@@ -86,10 +87,16 @@ def test_diagnose_says_what_is_wrong_before_the_table(files, capsys):
     np.save(own, (255 / (1 + np.exp(-samples[0]))).astype(np.uint8))
     np.save(wrong, (255 / (1 + np.exp(-samples[1]))).astype(np.uint8))
     assert main(["diagnose", load, "--images", images, "--samples", own]) == 0
-    assert "breaks 1 promise(s)" in capsys.readouterr().out
+    assert "breaks 1 promise" in capsys.readouterr().out
     assert main(["diagnose", load, "--images", images, "--samples", wrong]) == 0
-    assert "breaks 2 promise(s)" in (printed := capsys.readouterr().out)
+    assert "breaks 2 promises" in (printed := capsys.readouterr().out)
     assert "- samples: 200 images of the layers differ from the model's own" in printed
+
+
+def test_a_checkpoint_that_is_missing_is_asked_for(files, capsys):
+    (files / "needs.py").write_text("def load(checkpoint): ...")
+    assert main(["diagnose", f"{files / 'needs.py'}:load", "--images", str(files / "images.npy")]) == 2
+    assert "load cannot be called without a CHECKPOINT, which goes after it" in capsys.readouterr().err
 
 
 def test_diagnose_of_images_of_another_size(files, capsys):

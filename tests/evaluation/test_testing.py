@@ -39,6 +39,12 @@ class Reversed(Good):
         return super().infer(images)[::-1]
 
 
+class Trains(Good):
+    def infer(self, images):
+        self.model.train()
+        return super().infer(images)
+
+
 class WrongShape(Good):
     def infer(self, images):
         return [z.flatten(1) for z in super().infer(images)]
@@ -248,12 +254,13 @@ def test_a_good_adapter_passes_and_is_described(images, capsys):
     ("adapter", "message"),
     [
         (Reversed, "reverse the list"),
-        (WrongShape, "infer with 1 image"),
+        (WrongShape, "infer with a batch of 1"),
         (Stochastic, "draws from the global generator"),
         (StochasticMean, "draws from the global generator .* by torch.randn_like"),
         (Batched, "depends on the others in its batch"),
         (Hidden, "modules that are not frozen, as they were not found: Conv2d, BatchNorm2d; keep the model"),
-        (HiddenParameter, r"autograd also reaches 1 other tensor\(s\)"),
+        (Trains, r"that were frozen before: .* does the adapter call train\(\)"),
+        (HiddenParameter, r"autograd also reaches other tensors, 1 of them"),
         (Detached, "autograd does not reach u"),
         (Unused, "layer 1: the image does not depend on its noise"),
         (WrongRange, r"must return images in \[0, 1\], got .*rescale them in its decode"),
@@ -276,7 +283,7 @@ def test_a_good_adapter_passes_and_is_described(images, capsys):
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_broken_promises_are_named(adapter, message, images):
-    with pytest.raises(ValueError, match=r"breaks 1 promise\(s\):\n- .*" + message):
+    with pytest.raises(ValueError, match=r"breaks 1 promise:\n- .*" + message):
         check_adapter(adapter(), images, generator=seed(1))
 
 

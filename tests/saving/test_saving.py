@@ -385,3 +385,31 @@ def test_a_missing_folder_is_said(tmp_path):
         DiffusionEBMPrior.from_pretrained(tmp_path / "nothing", backbone=RandomBackbone(SHAPES))
     with pytest.raises(FileNotFoundError, match=r"there is no config\.json"):
         DiffusionEBMPrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md"])
+def test_files_that_are_none_of_a_priors_are_not_overwritten(name, tmp_path):
+    """As those of a model that lies in a folder of its own."""
+    prior = make_prior()
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError, match=rf"holds {name}, which would be overwritten, and no saved prior"):
+        prior.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "{}"
+    with pytest.raises(FileExistsError, match="expected a folder to write to, got a file"):
+        prior.save_pretrained(tmp_path / name)
+
+
+def test_a_folder_in_which_the_first_saving_was_killed_can_be_saved_to(tmp_path, monkeypatch):
+    prior = make_prior()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr("hvae_ebm_prior.saving.folder.keep_previous", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prior.save_pretrained(tmp_path)
+    prior.save_pretrained(tmp_path)
+    assert DiffusionEBMPrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES)).dim == prior.dim

@@ -2,6 +2,7 @@ import math
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from backbones import IdentityBackbone, Quadratic, RandomBackbone, images_of
@@ -10,12 +11,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hvae_ebm_prior import (
+    Coupling,
     DiffusionEBMPrior,
     DiffusionSchedule,
     EnergyConfig,
+    LabelSet,
     LangevinConfig,
     TrainingConfig,
     TrainingDiverged,
+    processes,
 )
 from hvae_ebm_prior.training import recovery
 from hvae_ebm_prior.training.batches import Batches
@@ -454,13 +458,14 @@ def test_networks_without_parameters_cannot_be_trained():
         DiffusionEBMPrior(IdentityBackbone((2,)), energy=[Fixed()]).fit(torch.full((4, 1, 1, 2), 0.5), progress=False)
 
 
-def test_progress_bar_shows_loss_gap_and_time_left(capsys):
+def test_progress_in_a_log_has_lines_with_loss_gap_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(processes, "LOG_SECONDS", 0.0)
     tiny_prior().fit(IMAGES, iterations=3, batch_size=8, generator=seed(0), progress=True)
     shown = capsys.readouterr().err
     assert "3/3" in shown
     assert "loss" in shown
-    assert "gap per t" in shown
-    assert re.search(r"\d\d:\d\d<\d\d:\d\d", shown), "time passed < time left"
+    assert "gap " in shown
+    assert re.search(r"prior: 2/3 after \d\d:\d\d, \d\d:\d\d left, loss [-\d.]+, gap [-\d.]+\n", shown)
     tiny_prior().fit(IMAGES, iterations=3, batch_size=8, generator=seed(0))
     assert capsys.readouterr().err == ""
     with_context().fit(IMAGES, iterations=3, batch_size=8, generator=seed(0), progress=True)
@@ -497,3 +502,31 @@ def test_quadratic_energy_is_learned_in_closed_form():
     u = prior.sample_noise(4000, generator=seed(2))
     assert u.mean().item() == pytest.approx(m, abs=0.1)
     assert u.std().item() == pytest.approx(variance**0.5, abs=0.1)
+
+
+def test_a_coupled_prior_without_labels_is_warned_of():
+    prior = DiffusionEBMPrior(RandomBackbone([(2,)]), energy=TINY, coupling=Coupling({"kind": LabelSet(3)}))
+    with pytest.warns(UserWarning, match="coupled to kind, of which it will learn nothing, as no labels are given"):
+        prior.fit(torch.rand(4, 1, 2, 2, generator=seed(0)), iterations=1, generator=seed(0), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.zeros((4, 1, 1, 2), np.float32), r"convert them with torch.from_numpy\(images\)"),
+        (
+            [{"pixels": torch.rand(4, 1, 1, 2)}],
+            r"batches of images, or of \(images, labels\), got a mapping of pixels",
+        ),
+    ],
+)
+def test_other_data_are_refused_with_advice(data, message):
+    with pytest.raises(TypeError, match=message):
+        DiffusionEBMPrior(RandomBackbone([(2,)]), energy=TINY).fit(data, iterations=1, progress=False)
+
+
+def test_a_seed_in_the_place_of_a_generator_is_told():
+    with pytest.raises(
+        TypeError, match=r"a torch.Generator, as torch.Generator\(\).manual_seed\(0\), got int"
+    ):
+        DiffusionEBMPrior(RandomBackbone([(2,)]), energy=TINY).sample(2, generator=0)
