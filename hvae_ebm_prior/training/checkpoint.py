@@ -103,7 +103,7 @@ def load_checkpoint(folder: Path, run: Run) -> None:
         except BrokenCheckpoint as error:
             if path == paths[-1]:
                 raise ValueError(
-                    f"{error}; {folder} holds no whole checkpoint: begin anew in another checkpoint_dir"
+                    f"{error}; {folder} holds no whole checkpoint: begin anew in another checkpoint_dir, or --out"
                 ) from error
             warnings.warn(f"{error}; going on from the checkpoint before", RuntimeWarning, stacklevel=4)
         else:
@@ -167,7 +167,7 @@ def read_numbers(path: Path, run: Run) -> tuple[str, dict[str, Any]]:
         shown = visible("; ".join([*differences[:SHOWN], *more]))
         raise ValueError(
             f"{path}: this checkpoint is of another run: {shown}. Give what it was begun with (the learning rate "
-            "depends on iterations at every step), or another checkpoint_dir"
+            "depends on iterations at every step), or another checkpoint_dir, or --out"
         )
     return digest, numbers
 

@@ -526,7 +526,5 @@ def test_other_data_are_refused_with_advice(data, message):
 
 
 def test_a_seed_in_the_place_of_a_generator_is_told():
-    with pytest.raises(
-        TypeError, match=r"a torch.Generator, as torch.Generator\(\).manual_seed\(0\), got int"
-    ):
+    with pytest.raises(TypeError, match=r"a torch.Generator, as torch.Generator\(\).manual_seed\(0\), got int"):
         DiffusionEBMPrior(RandomBackbone([(2,)]), energy=TINY).sample(2, generator=0)
