@@ -4,6 +4,7 @@ A saved prior is three files, and a picture where there is one. Files from elsew
 against types and bounds, and the weights against the shapes that follow from it.
 """
 
+import contextlib
 import os
 import shutil
 import warnings
@@ -85,10 +86,13 @@ def save(
         tensors=tensors,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with scratch_file(folder / WEIGHTS, partial(save_weights, prior.state_dict(), {"format": "pt"})) as weights:
+    with contextlib.ExitStack() as scratch:
+        write = partial(save_weights, prior.state_dict(), {"format": "pt"})
+        weights = scratch.enter_context(scratch_file(folder / WEIGHTS, write))
         read_tensors(weights, prior)
         if samples:
-            save_samples(folder / SAMPLES, prior, samples, seed)
+            write = partial(save_samples, prior=prior, count=samples, seed=seed)
+            picture = scratch.enter_context(scratch_file(folder / SAMPLES, write))
         settings = to_json(replace(config, weights=digest_file(weights)))
         if not (folder / CONFIG).exists():
             # By which `check_free` knows the folder as a prior's, should saving end here.
@@ -97,6 +101,8 @@ def save(
         keep_previous(folder)
         os.replace(weights, folder / WEIGHTS)
         write_json(folder / CONFIG, settings)
+        if samples:
+            os.replace(picture, folder / SAMPLES)
     (folder / PREVIOUS).unlink(missing_ok=True)
     write_atomically(folder / CARD, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
@@ -159,7 +165,7 @@ def save_samples(path: Path, prior: EnergyModel, count: int, seed: int, columns:
         gaussian = prior.decode(noise)
     above, below = gaussian.split(columns), prior.sample(count, generator=generator).split(columns)
     names = ["Gaussian prior"] * len(above) + ["this prior"] * len(below)
-    write_atomically(path, lambda scratch: save_grid(scratch, [*above, *below], names))
+    save_grid(path, [*above, *below], names)
 
 
 def load(
