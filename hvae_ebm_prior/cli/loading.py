@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 
+from ..saving.hub import NOT_FOUND
 from ..training.learned_prior import LearnedPrior
 from .options import read_device
 
@@ -88,7 +88,7 @@ def folder_or_repository(name: str) -> Iterator[None]:
     """Where the Hub has no repository of this name, or cannot be asked, say that there is no folder of it either."""
     try:
         yield
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
+    except NOT_FOUND as error:
         raise FileNotFoundError(f"there is no folder {name}; as a repository of the Hub: {error}") from error
 
 

@@ -94,17 +94,25 @@ def save(
             write = partial(save_samples, prior=prior, count=samples, seed=seed)
             picture = scratch.enter_context(scratch_file(folder / SAMPLES, write))
         settings = to_json(replace(config, weights=digest_file(weights)))
-        if not (folder / CONFIG).exists():
-            # By which `check_free` knows the folder as a prior's, should saving end here.
-            write_json(folder / CONFIG, settings)
-        # Settings name the weights that they go with; until they are replaced the former weights stay.
         keep_previous(folder)
-        os.replace(weights, folder / WEIGHTS)
-        write_json(folder / CONFIG, settings)
+        for name in in_order(folder):
+            if name == WEIGHTS:
+                os.replace(weights, folder / WEIGHTS)
+            else:
+                write_json(folder / CONFIG, settings)
         if samples:
             os.replace(picture, folder / SAMPLES)
     (folder / PREVIOUS).unlink(missing_ok=True)
     write_atomically(folder / CARD, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def in_order(folder: Path) -> tuple[str, str]:
+    """Settings and weights in the order in which they are written.
+
+    Over a prior settings come last: they name the weights that they go with, of which the former stay till then. Where
+    there is none they come first: by them `check_free` knows the folder as a prior's, should saving end in between.
+    """
+    return (WEIGHTS, CONFIG) if (folder / CONFIG).exists() else (CONFIG, WEIGHTS)
 
 
 def check_free(folder: Path) -> None:

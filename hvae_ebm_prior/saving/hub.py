@@ -30,12 +30,15 @@ from .folder import (
     SAMPLES,
     WEIGHTS,
     check_free,
+    in_order,
     keep_previous,
     load_config,
     read_settings,
 )
 from .typed_json import LARGEST_FILE, InvalidPrior
 
+# What says that the Hub has no repository of a name, or cannot be asked.
+NOT_FOUND = (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError)
 # Base class of the errors of each HTTP library that a version of huggingface_hub is built on.
 HTTP_ERRORS = {"httpx2": "HTTPError", "httpx": "HTTPError", "requests": "RequestException"}
 
@@ -69,7 +72,7 @@ def fetch(repo_or_dir: str | Path, *, subfolder: str = "", files: Sequence[str] 
     check_sizes(name, files, subfolder=subfolder, **options)
     try:
         folder = download(name, [CONFIG], subfolder, options)
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
+    except NOT_FOUND as error:
         error.add_note(f"{name} was looked for on the Hub, as there is no folder of this name")
         raise
     if len(files) == 1 or not (folder / CONFIG).is_file():
@@ -138,11 +141,8 @@ def pull(repo_id: str, folder: str | Path, *, subfolder: str = "", **options: An
     source = fetch(repo_id, subfolder=subfolder, **options)
     check_weights(source)
     target.mkdir(parents=True, exist_ok=True)
-    # As in `save`: settings come first where there are none, and else after the weights, of which the former stay till
-    # then.
-    first = () if (target / CONFIG).exists() else (CONFIG,)
     keep_previous(target)
-    for name in (*first, WEIGHTS, CONFIG, CARD, SAMPLES):
+    for name in (*in_order(target), CARD, SAMPLES):
         if (source / name).is_file():
             write_atomically(target / name, partial(shutil.copyfile, source / name))
     (target / PREVIOUS).unlink(missing_ok=True)

@@ -401,15 +401,17 @@ def test_files_that_are_none_of_a_priors_are_not_overwritten(name, tmp_path):
 
 
 def test_a_folder_in_which_the_first_saving_was_killed_can_be_saved_to(tmp_path, monkeypatch):
-    prior = make_prior()
+    prior, replace = make_prior(), os.replace
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def replace_or_die(old, new):
+        if new.name == "model.safetensors":
+            raise KeyboardInterrupt
+        replace(old, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        patch.setattr("hvae_ebm_prior.saving.folder.keep_previous", killed)
+        patch.setattr(os, "replace", replace_or_die)
         with pytest.raises(KeyboardInterrupt):
             prior.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     prior.save_pretrained(tmp_path)
     assert DiffusionEBMPrior.from_pretrained(tmp_path, backbone=RandomBackbone(SHAPES)).dim == prior.dim

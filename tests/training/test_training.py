@@ -1,5 +1,6 @@
 import math
 import re
+import sys
 import warnings
 
 import numpy as np
@@ -472,6 +473,9 @@ def test_progress_in_a_log_has_lines_with_loss_gap_and_time_left(capsys, monkeyp
     shown = capsys.readouterr().err
     assert "loss" in shown
     assert "gap" not in shown, "there are no chains"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with_context().fit(IMAGES, iterations=3, batch_size=8, generator=seed(0), progress=True)
+    assert re.search(r"3/3 .*\d\d:\d\d<\d\d:\d\d", capsys.readouterr().err), "on a terminal"
 
 
 @pytest.mark.usefixtures("counters")
