@@ -26,7 +26,7 @@ from ..chains.streams import draw_key, open_streams
 from ..density.latent_prior import LatentPrior
 from ..energies.build import usual_defaults
 from ..processes import progress_bar
-from ..training.activity import measure, tell_apart
+from ..training.activity import estimate_layers, measure
 from ..training.batches import Batches
 from ..training.config import TrainingConfig
 from ..training.optimizer import learning_rate, make_optimizer, update_average
@@ -106,9 +106,10 @@ class FlowMatchingPrior(LatentPrior):
         denoiser = make_denoiser(trainee)
         batches = Batches(data, training.batch_size, generator, check=partial(check_images, adapter=self.backbone))
         if training.activity_images and bool((self.network.activity == 1).all()):
-            activity, _, n = measure(self, batches, training.activity_images, generator, progress=progress)
+            correlation, _, n = measure(self, batches, training.activity_images, generator, progress=progress)
+            activity = torch.cat([part.flatten() for part in estimate_layers(self, correlation, n)])
             for network in (self.network, trainee):
-                network.activity.copy_(tell_apart(activity, n))
+                network.activity.copy_(activity)
         history: list[TrainingRecord] = []
         began = time.monotonic()
         with progress_bar(training.iterations, "flow", shown=progress, leave=True) as bar:

@@ -19,8 +19,9 @@ from .batches import Batches
 from .posterior_cache import PosteriorCache
 from .trainable import TrainablePrior, networks_by_layer
 
-# Share of the dimensions that count as active which may be there by chance.
-FALSE_SHARE = 0.05
+# Weights of activities: steps of their fit, and dimensions without activity that are counted beside those there are.
+EM_STEPS = 300
+NULL_COUNT = 9
 
 
 def measure_activity(
@@ -51,39 +52,67 @@ def measure_activity(
     ]
     if not fresh or count == 0:
         return
-    activity, moments, n = measure(prior, batches, count, generator, progress=progress)
-    layers = [part[0] for part in prior.split(activity[None])]
-    told = [tell_apart(part, n) for part in layers]
-    # Too few images to tell anything, or an encoder that says nothing of them: no dimension is better than another.
-    if not any(bool(part.any()) for part in told):
-        told = [torch.ones_like(part) for part in told]
+    correlation, moments, n = measure(prior, batches, count, generator, progress=progress)
+    estimated = estimate_layers(prior, correlation, n)
     for i, network in fresh:
         if isinstance(network, LayerEnergy):
-            network.set_activity(layers[i])
+            network.set_activity(prior.split(correlation[None])[i][0].clamp(min=0))
         else:
-            network.set_statistics(told[i], *moments[i])
+            network.set_statistics(estimated[i], *moments[i])
 
 
-def tell_apart(activity: Tensor, n: int) -> Tensor:
-    """Activity, 0 where n images cannot tell it from none: these dimensions stay Gaussian.
+def estimate_layers(prior: LatentPrior, correlation: Tensor, n: int) -> list[Tensor]:
+    """`estimate` of every layer from the correlation (D,) of all dimensions; ones where no layer has activity."""
+    estimated = [estimate(part[0], n) for part in prior.split(correlation[None])]
+    # Too few images to tell anything, or an encoder that says nothing of them: no dimension is better than another.
+    if not any(bool(part.any()) for part in estimated):
+        return [torch.ones_like(part) for part in estimated]
+    return estimated
 
-    Of a layer's dimensions those stay of which at most FALSE_SHARE are there by chance (Benjamini & Hochberg,
-    "Controlling the false discovery rate", 1995); of a layer without activity that is none, however large it is.
+
+def estimate(correlation: Tensor, n: int) -> Tensor:
+    """Activity of a layer's dimensions from measured correlations: 0 where it is as likely as not that there is none,
+    and elsewhere its mean given them.
+
+    Activities of a channel of a map, or of another latent, are taken for a mixture of 0 and half-normals of several
+    scales, with those weights under which its correlations, each with the std n^-1/2, are likeliest; weight goes to 0
+    before all (Stephens, "False discovery rates: a new deal", 2017). So where few dimensions say much, these alone
+    stay; where many say little, of which none could be told from noise by itself, all stay, shrunk to what noise leaves
+    of them; and of a layer without activity nothing stays, however large it is.
 
     Args:
-        activity: correlations of a layer's dimensions.
-        n: images they were measured on, so that the std of a correlation is n^-1/2 where there is none.
+        correlation: of a layer's dimensions, in [-1, 1].
+        n: images they were measured on.
 
     Returns:
-        Activity of the same shape.
+        Activity of the same shape, in [0, 1].
     """
-    chance = torch.erfc(activity.double() * math.sqrt(n / 2)) / 2
-    ordered = chance.flatten().sort().values
-    rank = torch.arange(1, len(ordered) + 1, device=ordered.device, dtype=ordered.dtype)
-    allowed = FALSE_SHARE * rank / len(ordered)
-    found = (ordered <= allowed).nonzero()
-    limit = ordered[found[-1]] if len(found) else chance.new_zeros(1)
-    return torch.where(chance <= limit, activity, 0.0)
+    shape = correlation.shape
+    groups = shape[0] if len(shape) == 3 and math.prod(shape[1:]) > 1 else 1
+    z = correlation.double().reshape(groups, -1, 1) * math.sqrt(n)
+    # Scales of the half-normals in stds of a correlation, up to an activity of 1.
+    scale = 2.0 ** torch.arange(-1, math.log2(n) / 2, device=z.device, dtype=z.dtype)
+    # Given its half-normal, an activity is normal, cut off at 0.
+    shrunk = scale**2 / (1 + scale**2)
+    mean, std = z * shrunk, shrunk.sqrt()
+    square, log_positive = 0.5 * (mean / std) ** 2, torch.special.log_ndtr(mean / std)
+    # Log-likelihoods of the correlations, less that of no activity.
+    log_ratio = math.log(2) - 0.5 * (1 + scale**2).log() + square + log_positive
+    log_ratio = torch.cat((torch.zeros_like(z), log_ratio), dim=2)
+    largest = log_ratio.amax(2, keepdim=True)
+    likelihood = (log_ratio - largest).exp()
+    shares = torch.ones_like(likelihood)
+    for _ in range(EM_STEPS):
+        weights = shares.sum(1, keepdim=True)
+        weights[..., 0] += NULL_COUNT
+        weighted = likelihood * weights / weights.sum(2, keepdim=True)
+        shares = weighted / weighted.sum(2, keepdim=True)
+    # Means of these normals.
+    expected = mean + std * (-square - log_positive).exp() / math.sqrt(2 * math.pi)
+    activity = (shares[..., 1:] * expected).sum(2) / math.sqrt(n)
+    gain = (weighted.sum(2, keepdim=True).log() + largest).sum(1)
+    active = (shares[..., 0] < 0.5) & (gain > math.log(z.numel()))
+    return torch.where(active, activity.clamp(0, 1), 0.0).to(correlation.dtype).reshape(shape)
 
 
 def measure(
@@ -104,7 +133,7 @@ def measure(
         progress: show a progress bar; None shows one on a terminal only.
 
     Returns:
-        Correlation (D,) of two posterior draws of an image, in [0, 1], 0 for constants; for every layer the mean and
+        Correlation (D,) of two posterior draws of an image, in [-1, 1], 0 for constants; for every layer the mean and
         the std of the backbone's means and log stds, (2, *latent_shapes[i]), those of a map over its positions too; and
         the number of images.
 
@@ -137,7 +166,7 @@ def measure(
     mean_a, mean_b, product, square_a, square_b = sums / n
     correlation = (product - mean_a * mean_b) / ((square_a - mean_a**2) * (square_b - mean_b**2)).sqrt()
     moments = [context_moments(*each / n) for each in contexts]
-    return correlation.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1), moments, n
+    return correlation.nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1), moments, n
 
 
 def context_moments(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:

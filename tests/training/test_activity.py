@@ -1,13 +1,17 @@
 """Which dimensions count as active, and what becomes of layers where none is."""
 
+import pytest
 import torch
 from backbones import Seeing
 from helpers import IMAGES, TINY, seed, state
+from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, TrainingConfig
-from hvae_ebm_prior.training.activity import tell_apart
+from hvae_ebm_prior.training.activity import estimate
 
 SHAPES = [(2,), (3,)]
+# Images that activity is measured on.
+N = 1024
 SETTINGS = TrainingConfig(iterations=10, batch_size=8, recovery_share=0.5, activity_images=0)
 
 
@@ -19,20 +23,58 @@ class HalfSeeing(Seeing):
         return [first, second + 2 - 4 * images.flatten(1)[:, :3]]
 
 
-def test_a_large_layer_of_chance_has_no_active_dimension():
-    """Of 20,000 correlations of noise 2 % are above two standard errors, and nearly always none is by our rule; of a
-    hundred that are more than noise nearly all are, and few others beside them.
-    """
-    n = 1024
-    found = [
-        tell_apart(torch.randn(20_000, generator=seed(i)).clamp(min=0) * n**-0.5, n).count_nonzero() for i in range(40)
-    ]
-    assert sum(bool(count) for count in found) <= 6  # of 40, with a chance of .05 each
-    noise = torch.randn(20_000, generator=seed(50)) * n**-0.5
-    noise[:100] += 0.2
-    active = tell_apart(noise.clamp(0, 1), n) > 0
-    assert active[:100].sum() >= 90
-    assert active[100:].sum() <= 15
+def measured(activity, *, layer):
+    """Correlations of dimensions of these activities, as measured on N images."""
+    return activity + torch.randn(activity.shape, generator=seed(layer)) * N**-0.5
+
+
+@pytest.mark.parametrize("shape", [(20_000,), (8, 16, 16), (512, 2, 2), (4,)])
+def test_a_layer_of_chance_has_no_active_dimension(shape):
+    assert sum(bool(estimate(measured(torch.zeros(shape), layer=i), N).any()) for i in range(40)) <= 1
+
+
+def test_few_dimensions_that_say_much_are_told_from_the_rest():
+    activity = torch.zeros(20_000)
+    activity[:100] = 0.2
+    found = estimate(measured(activity, layer=0), N)
+    assert found[:100].count_nonzero() >= 95
+    assert found[100:].count_nonzero() <= 15
+    torch.testing.assert_close(found[found > 0.1], torch.full_like(found[found > 0.1], 0.2), atol=0.12, rtol=0)
+
+
+def test_many_dimensions_that_say_little_are_all_found():
+    """One by one they are no further from 0 than noise."""
+    activity = torch.zeros(8, 16, 16)
+    activity[3] = 0.03
+    found = estimate(measured(activity, layer=0), N)
+    assert found[3].count_nonzero() > 230
+    assert not found[[0, 1, 2, 4, 5, 6, 7]].any()
+    assert 0.02 < found[3].mean() < 0.035
+
+
+def test_activity_is_its_mean_given_the_correlation():
+    """Against numerical integration with the distribution that activities were drawn from."""
+    share, scale, count = 0.4, 0.15, 10_000
+    drawn = scale * torch.randn(count, generator=seed(1)).abs()
+    activity = torch.where(torch.rand(count, generator=seed(2)) < share, drawn, 0.0)
+    correlation = measured(activity, layer=3)
+    found = estimate(correlation, N)
+    grid = torch.linspace(0, 6 * scale, 2000, dtype=torch.float64)
+    density = 2 * share * torch.exp(Normal(0, scale).log_prob(grid)) * (grid[1] - grid[0])
+    r = torch.tensor([0.06, 0.1, 0.2, 0.4], dtype=torch.float64)
+    likelihood = Normal(r[:, None], N**-0.5).log_prob(grid).exp()
+    active = (density * likelihood).sum(1)
+    null = (1 - share) * Normal(0, N**-0.5).log_prob(r).exp()
+    expected = (grid * density * likelihood).sum(1) / (active + null)
+    for value, mean in zip(r, expected, strict=True):
+        nearest = (correlation - value).abs().argmin()
+        assert found[nearest] == pytest.approx(float(mean), abs=0.01)
+    # Where they are as likely as not inactive.
+    r = torch.linspace(0, 0.1, 1001, dtype=torch.float64)
+    likelihood = Normal(r[:, None], N**-0.5).log_prob(grid).exp()
+    odds = (density * likelihood).sum(1) / ((1 - share) * Normal(0, N**-0.5).log_prob(r).exp())
+    boundary = float(r[odds > 1][0])
+    assert correlation[found > 0].min() == pytest.approx(boundary, abs=0.01)
 
 
 def test_a_layer_that_says_nothing_of_images_stays_gaussian():
