@@ -6,7 +6,8 @@ Gaussian.
 
 prints, layer by layer, how many dimensions are active and the mean activity of these, and Fréchet distances to the
 training images, by the example's classifier, of reconstructions, of Gaussian samples, and of images whose active
-dimensions are those of the posterior and the others Gaussian: the best that a prior of the active ones can do.
+dimensions are those of the posterior and the others Gaussian: about the best that a prior of the active ones can do,
+or less, as layers below inactive dimensions are then not those that go with their noise.
 """
 
 import argparse

@@ -107,7 +107,8 @@ class FlowMatchingPrior(LatentPrior):
         batches = Batches(data, training.batch_size, generator, check=partial(check_images, adapter=self.backbone))
         if training.activity_images and bool((self.network.activity == 1).all()):
             correlation, _, n = measure(self, batches, training.activity_images, generator, progress=progress)
-            activity = torch.cat([part.flatten() for part in estimate_layers(self, correlation, n)])
+            layers = [part[0] for part in self.split(correlation[None])]
+            activity = self.join([part[None] for part in estimate_layers(layers, n)])[0]
             for network in (self.network, trainee):
                 network.activity.copy_(activity)
         history: list[TrainingRecord] = []

@@ -7,6 +7,7 @@ them.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,17 +54,18 @@ def measure_activity(
     if not fresh or count == 0:
         return
     correlation, moments, n = measure(prior, batches, count, generator, progress=progress)
-    estimated = estimate_layers(prior, correlation, n)
+    layers = [part[0] for part in prior.split(correlation[None])]
+    estimated = estimate_layers(layers, n)
     for i, network in fresh:
         if isinstance(network, LayerEnergy):
-            network.set_activity(prior.split(correlation[None])[i][0].clamp(min=0))
+            network.set_activity(layers[i].clamp(min=0))
         else:
             network.set_statistics(estimated[i], *moments[i])
 
 
-def estimate_layers(prior: LatentPrior, correlation: Tensor, n: int) -> list[Tensor]:
-    """`estimate` of every layer from the correlation (D,) of all dimensions; ones where no layer has activity."""
-    estimated = [estimate(part[0], n) for part in prior.split(correlation[None])]
+def estimate_layers(layers: Sequence[Tensor], n: int) -> list[Tensor]:
+    """`estimate` of the correlations of every layer; ones where no layer has activity."""
+    estimated = [estimate(correlation, n) for correlation in layers]
     # Too few images to tell anything, or an encoder that says nothing of them: no dimension is better than another.
     if not any(bool(part.any()) for part in estimated):
         return [torch.ones_like(part) for part in estimated]
@@ -110,6 +112,7 @@ def estimate(correlation: Tensor, n: int) -> Tensor:
     # Means of these normals.
     expected = mean + std * (-square - log_positive).exp() / math.sqrt(2 * math.pi)
     activity = (shares[..., 1:] * expected).sum(2) / math.sqrt(n)
+    # What a channel's weights add must outweigh that they were looked for in all channels.
     gain = (weighted.sum(2, keepdim=True).log() + largest).sum(1)
     active = (shares[..., 0] < 0.5) & (gain > math.log(z.numel()))
     return torch.where(active, activity.clamp(0, 1), 0.0).to(correlation.dtype).reshape(shape)
