@@ -7,7 +7,8 @@ Gaussian.
 prints, layer by layer, how many dimensions are active and the mean activity of these, and Fréchet distances to the
 training images, by the example's classifier, of reconstructions, of Gaussian samples, and of images whose active
 dimensions are those of the posterior and the others Gaussian: about the best that a prior of the active ones can do,
-or less, as layers below inactive dimensions are then not those that go with their noise.
+or less, as layers below inactive dimensions are then not those that go with their noise. --iterations trains a prior of
+the active ones too.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from classifier import load_classifier
 from fashion_mnist import load_subset
 from torch import Tensor
 
-from hvae_ebm_prior import DiffusionEBMPrior
+from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig
 from hvae_ebm_prior.cli.loading import load_function
 from hvae_ebm_prior.evaluation.features import extract
 from hvae_ebm_prior.evaluation.metrics import frechet_distance, moments
@@ -40,8 +41,10 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", help="what it is given")
     parser.add_argument("--count", type=int, default=1000, help="images (%(default)s)")
     parser.add_argument("--activity-images", type=int, default=1024, help="as of TrainingConfig (%(default)s)")
+    parser.add_argument("--iterations", type=int, default=0, help="of the score, for a prior's row (none)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.manual_seed(args.seed)
     prior = DiffusionEBMPrior(load_function(args.loader)(*([args.checkpoint] if args.checkpoint else [])))
     train, test = load_subset("train")[0], load_subset("test")[0][: args.count]
     generator = torch.Generator().manual_seed(args.seed)
@@ -63,6 +66,10 @@ def main() -> None:
 
     kinds = {"reconstructions": u, "Gaussian": noise, "active of the posterior": torch.where(active, u, noise)}
     distances = {name: distance(each) for name, each in kinds.items()}
+    if args.iterations:
+        training = TrainingConfig(iterations=args.iterations, activity_images=0)
+        prior.fit(train, training=training, objective="score", generator=generator)
+        distances["ours"] = distance(prior.sample_noise(len(test), generator=generator))
     print("\n| | FD | closure |\n|---|---|---|")
     for name, found in distances.items():
         print(f"| {name} | {found:.2f} | {closure(found, distances['Gaussian'], distances['reconstructions']):.2f} |")
