@@ -106,8 +106,7 @@ class FlowMatchingPrior(LatentPrior):
         denoiser = make_denoiser(trainee)
         batches = Batches(data, training.batch_size, generator, check=partial(check_images, adapter=self.backbone))
         if training.activity_images and bool((self.network.activity == 1).all()):
-            correlation, _, n = measure(self, batches, training.activity_images, generator, progress=progress)
-            layers = [part[0] for part in self.split(correlation[None])]
+            layers, _, n = measure(self, batches, training.activity_images, generator, progress=progress)
             activity = self.join([part[None] for part in estimate_layers(layers, n)])[0]
             for network in (self.network, trainee):
                 network.activity.copy_(activity)

@@ -53,8 +53,7 @@ def measure_activity(
     ]
     if not fresh or count == 0:
         return
-    correlation, moments, n = measure(prior, batches, count, generator, progress=progress)
-    layers = [part[0] for part in prior.split(correlation[None])]
+    layers, moments, n = measure(prior, batches, count, generator, progress=progress)
     estimated = estimate_layers(layers, n)
     for i, network in fresh:
         if isinstance(network, LayerEnergy):
@@ -125,7 +124,7 @@ def measure(
     generator: torch.Generator | None,
     *,
     progress: bool | None = None,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]], int]:
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], int]:
     """Statistics of `count` images or more.
 
     Args:
@@ -136,9 +135,9 @@ def measure(
         progress: show a progress bar; None shows one on a terminal only.
 
     Returns:
-        Correlation (D,) of two posterior draws of an image, in [-1, 1], 0 for constants; for every layer the mean and
-        the std of the backbone's means and log stds, (2, *latent_shapes[i]), those of a map over its positions too; and
-        the number of images.
+        For every layer the correlation of two posterior draws of an image, latent_shapes[i], in [-1, 1], 0 for
+        constants; the mean and the std of the backbone's means and log stds, (2, *latent_shapes[i]), those of a map
+        over its positions too; and the number of images.
 
     Raises:
         ValueError: the images come from a posterior cache of one draw each.
@@ -168,8 +167,8 @@ def measure(
                 contexts[i] = contexts[i] + torch.stack((context, context.square())).sum(2)
     mean_a, mean_b, product, square_a, square_b = sums / n
     correlation = (product - mean_a * mean_b) / ((square_a - mean_a**2) * (square_b - mean_b**2)).sqrt()
-    moments = [context_moments(*each / n) for each in contexts]
-    return correlation.nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1), moments, n
+    layers = [part[0] for part in prior.split(correlation.nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1)[None])]
+    return layers, [context_moments(*each / n) for each in contexts], n
 
 
 def context_moments(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
