@@ -162,4 +162,7 @@ def interrupt(folder: Path) -> None:
 
 if __name__ == "__main__":
     interrupt(CHECKPOINT)
-    save_file(numbers(), FILE)
+    found = numbers()
+    # Kept apart: a checkpoint of before goes on as it did, whatever a training gives that begins now.
+    later = {f"resumed/{name}": found[f"coupled/trained/{name}"].clone() for name in ("loss", "weights")}
+    save_file(found | later, FILE)

@@ -106,8 +106,8 @@ class FlowMatchingPrior(LatentPrior):
         denoiser = make_denoiser(trainee)
         batches = Batches(data, training.batch_size, generator, check=partial(check_images, adapter=self.backbone))
         if training.activity_images and bool((self.network.activity == 1).all()):
-            layers, _, n = measure(self, batches, training.activity_images, generator, progress=progress)
-            activity = self.join([part[None] for part in estimate_layers(layers, n)])[0]
+            layers, _, pairs = measure(self, batches, training.activity_images, generator, progress=progress)
+            activity = self.join([part[None] for part in estimate_layers(layers, pairs)])[0]
             for network in (self.network, trainee):
                 network.activity.copy_(activity)
         history: list[TrainingRecord] = []

@@ -1,9 +1,10 @@
 """The activity of latent dimensions: what part of each one's variance images determine.
 
-    activity_d = corr(u_d, u_d')  over images, for two posterior draws u, u' of each
+    activity_d = corr(u_d, u_d')  over images, for posterior draws u, u' of each
 
 In a deep VAE most dimensions are inactive: their posterior is the prior for every image, and energies need not look at
-them.
+them. Others say little each and much together, and are told from noise by many draws of an image, all pairs of which
+count (Fisher's intraclass correlation).
 """
 
 import math
@@ -19,6 +20,9 @@ from ..processes import progress_bar
 from .batches import Batches
 from .posterior_cache import PosteriorCache
 from .trainable import TrainablePrior, networks_by_layer
+
+# Posterior draws of an image: 3.5 pairs a draw, in the place of half a pair of two draws.
+DRAWS = 8
 
 # Weights of activities: steps of their fit, and dimensions without activity that are counted beside those there are.
 EM_STEPS = 300
@@ -38,7 +42,7 @@ def measure_activity(
     Args:
         prior: the prior; networks whose activity was set before, and the user's own, are left alone.
         batches: the images.
-        count: how many images to take.
+        count: how many images to take, with eight posterior draws each, or those of a posterior cache if it has fewer.
         generator: source of the posterior draws.
         progress: show a progress bar; None shows one on a terminal only.
 
@@ -53,8 +57,8 @@ def measure_activity(
     ]
     if not fresh or count == 0:
         return
-    layers, moments, n = measure(prior, batches, count, generator, progress=progress)
-    estimated = estimate_layers(layers, n)
+    layers, moments, pairs = measure(prior, batches, count, generator, progress=progress)
+    estimated = estimate_layers(layers, pairs)
     for i, network in fresh:
         if isinstance(network, LayerEnergy):
             network.set_activity(layers[i].clamp(min=0))
@@ -62,37 +66,37 @@ def measure_activity(
             network.set_statistics(estimated[i], *moments[i])
 
 
-def estimate_layers(layers: Sequence[Tensor], n: int) -> list[Tensor]:
+def estimate_layers(layers: Sequence[Tensor], pairs: int) -> list[Tensor]:
     """`estimate` of the correlations of every layer; ones where no layer has activity."""
-    estimated = [estimate(correlation, n) for correlation in layers]
+    estimated = [estimate(correlation, pairs) for correlation in layers]
     # Too few images to tell anything, or an encoder that says nothing of them: no dimension is better than another.
     if not any(bool(part.any()) for part in estimated):
         return [torch.ones_like(part) for part in estimated]
     return estimated
 
 
-def estimate(correlation: Tensor, n: int) -> Tensor:
+def estimate(correlation: Tensor, pairs: int) -> Tensor:
     """Activity of a layer's dimensions from measured correlations: 0 where it is as likely as not that there is none,
     and elsewhere its mean given them.
 
     Activities of a channel of a map, or of another latent, are taken for a mixture of 0 and half-normals of several
-    scales, with those weights under which its correlations, each with the std n^-1/2, are likeliest; weight goes to 0
-    before all (Stephens, "False discovery rates: a new deal", 2017). So where few dimensions say much, these alone
+    scales, with those weights under which its correlations, each with the std pairs^-1/2, are likeliest; weight goes to
+    0 before all (Stephens, "False discovery rates: a new deal", 2017). So where few dimensions say much, these alone
     stay; where many say little, of which none could be told from noise by itself, all stay, shrunk to what noise leaves
     of them; and of a layer without activity nothing stays, however large it is.
 
     Args:
         correlation: of a layer's dimensions, in [-1, 1].
-        n: images they were measured on.
+        pairs: pairs of posterior draws of one image that they were measured on.
 
     Returns:
         Activity of the same shape, in [0, 1].
     """
     shape = correlation.shape
     groups = shape[0] if len(shape) == 3 and math.prod(shape[1:]) > 1 else 1
-    z = correlation.double().reshape(groups, -1, 1) * math.sqrt(n)
+    z = correlation.double().reshape(groups, -1, 1) * math.sqrt(pairs)
     # Scales of the half-normals in stds of a correlation, up to an activity of 1.
-    scale = 2.0 ** torch.arange(-1, math.log2(n) / 2, device=z.device, dtype=z.dtype)
+    scale = 2.0 ** torch.arange(-1, math.log2(pairs) / 2, device=z.device, dtype=z.dtype)
     # Given its half-normal, an activity is normal, cut off at 0.
     shrunk = scale**2 / (1 + scale**2)
     mean, std = z * shrunk, shrunk.sqrt()
@@ -110,7 +114,7 @@ def estimate(correlation: Tensor, n: int) -> Tensor:
         shares = weighted / weighted.sum(2, keepdim=True)
     # Means of these normals.
     expected = mean + std * (-square - log_positive).exp() / math.sqrt(2 * math.pi)
-    activity = (shares[..., 1:] * expected).sum(2) / math.sqrt(n)
+    activity = (shares[..., 1:] * expected).sum(2) / math.sqrt(pairs)
     # What a channel's weights add must outweigh that they were looked for in all channels.
     gain = (weighted.sum(2, keepdim=True).log() + largest).sum(1)
     active = (shares[..., 0] < 0.5) & (gain > math.log(z.numel()))
@@ -137,38 +141,45 @@ def measure(
     Returns:
         For every layer the correlation of two posterior draws of an image, latent_shapes[i], in [-1, 1], 0 for
         constants; the mean and the std of the backbone's means and log stds, (2, *latent_shapes[i]), those of a map
-        over its positions too; and the number of images.
+        over its positions too; and the number of pairs of draws.
 
     Raises:
         ValueError: the images come from a posterior cache of one draw each.
     """
-    if isinstance(batches.data, PosteriorCache) and batches.data.index.draws == 1:
+    held = batches.data.index.draws if isinstance(batches.data, PosteriorCache) else 0
+    draws = min(DRAWS, held or DRAWS)
+    if draws == 1:
         raise ValueError(
-            "activity_images: activity is the correlation of two posterior draws of an image, and this cache has one "
-            "of each; build it with draws=2 or more, call measure_activity on images before, or set "
+            "activity_images: activity is the correlation of posterior draws of an image, and this cache has one of "
+            "each; build it with draws=2 or more, call measure_activity on images before, or set "
             "TrainingConfig(activity_images=0)"
         )
-    # Running sums over images of a, b, a b, a^2 and b^2, a and b being the two draws.
-    sums = torch.zeros(5, prior.dim, device="cpu", dtype=torch.float64)
+    # Running sums over images of the means of draws, of pairs' products and of squares.
+    sums = torch.zeros(3, prior.dim, device="cpu", dtype=torch.float64)
     # Likewise of a layer's contexts and their squares.
     contexts: list[Tensor] = [torch.zeros((), device="cpu", dtype=torch.float32)] * len(prior.latent_shapes)
     n = 0
     with progress_bar(count, "activity", shown=progress) as bar:
         while n < count:
             images = next(batches)[0]
-            a, b = (batches.noise(prior, images, draw, generator).cpu().double() for draw in range(2))
-            sums += torch.stack((a, b, a * b, a * a, b * b)).sum(1)
+            u = torch.zeros((), device="cpu", dtype=torch.float64)
+            total, squares = u, u
+            for draw in range(draws):
+                u = batches.noise(prior, images, draw, generator).cpu().double()
+                total, squares = total + u, squares + u.square()
+            products = (total.square() - squares) / (draws - 1)
+            sums += torch.stack((total, products, squares)).sum(1) / draws
             n += len(images)
             bar.update(len(images))
             with torch.no_grad():
-                states = prior.transform.states(a.to(prior.device, prior.dtype))
+                states = prior.transform.states(u.to(prior.device, prior.dtype))
             for i, state in enumerate(states):
                 context = torch.stack((state.mean, state.std.log())).cpu().double()
                 contexts[i] = contexts[i] + torch.stack((context, context.square())).sum(2)
-    mean_a, mean_b, product, square_a, square_b = sums / n
-    correlation = (product - mean_a * mean_b) / ((square_a - mean_a**2) * (square_b - mean_b**2)).sqrt()
+    mean, product, square = sums / n
+    correlation = (product - mean**2) / (square - mean**2)
     layers = [part[0] for part in prior.split(correlation.nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1)[None])]
-    return layers, [context_moments(*each / n) for each in contexts], n
+    return layers, [context_moments(*each / n) for each in contexts], n * draws * (draws - 1) // 2
 
 
 def context_moments(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ class TrainingConfig:
     ema_decay: float = 0.998
     gap_limit: float = 0.5
     restarts: int = 3
-    activity_images: int = 1024
+    activity_images: int = 512
     micro_batch: int | None = None
     encode_batch: int | None = None
     workers: int = 0

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from backbones import Seeing
+from backbones import RandomBackbone, Seeing
 from helpers import IMAGES, TINY, seed, state
 from torch.distributions import Normal
 
 from hvae_ebm_prior import DiffusionEBMPrior, DrawingConfig, TrainingConfig
-from hvae_ebm_prior.training.activity import estimate
+from hvae_ebm_prior.baselines import GaussianPrior
+from hvae_ebm_prior.training.activity import estimate, measure
+from hvae_ebm_prior.training.batches import Batches
+from hvae_ebm_prior.training.posterior_cache import PosteriorCache
 
 SHAPES = [(2,), (3,)]
-# Images that activity is measured on.
+# Pairs of posterior draws that activity is measured on.
 N = 1024
 SETTINGS = TrainingConfig(iterations=10, batch_size=8, recovery_share=0.5, activity_images=0)
 
@@ -24,8 +27,19 @@ class HalfSeeing(Seeing):
 
 
 def measured(activity, *, layer):
-    """Correlations of dimensions of these activities, as measured on N images."""
+    """Correlations of dimensions of these activities, as measured on N pairs."""
     return activity + torch.randn(activity.shape, generator=seed(layer)) * N**-0.5
+
+
+@pytest.mark.parametrize("draws", [None, 3])
+def test_noise_of_correlations_is_that_of_all_pairs_of_draws(draws, tmp_path):
+    """Draws that say nothing of their images are independent, and so are the products of their pairs."""
+    prior, images = GaussianPrior(RandomBackbone([(400,), (300,)])), torch.rand(64, 1, 2, 2, generator=seed(0))
+    data = images if draws is None else PosteriorCache.build(prior, images, tmp_path, draws=draws, generator=seed(1))
+    layers, _, pairs = measure(prior, Batches(data, 32, seed(2)), len(images), seed(3), progress=False)
+    assert pairs == 64 * {None: 28, 3: 3}[draws]
+    correlation = torch.cat([layer.flatten() for layer in layers])
+    assert correlation.square().mean().sqrt() == pytest.approx(pairs**-0.5, rel=0.15)
 
 
 @pytest.mark.parametrize("shape", [(20_000,), (8, 16, 16), (512, 2, 2), (4,)])
