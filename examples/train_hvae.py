@@ -10,14 +10,15 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from fashion_mnist import load_full
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hvae_ebm_prior.adapters import HVAE
+from hvae_ebm_prior.training.optimizer import update_average
 
 OUT = Path(__file__).parent / "data" / "hvae.safetensors"
 
@@ -51,7 +52,7 @@ def train(
         The averaged model.
     """
     device = model.start.device
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    average = deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     per_epoch = max(1, len(images) // batch_size)
     steps = epochs * per_epoch
@@ -75,7 +76,8 @@ def train(
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 200.0)
             if torch.isfinite(norm):
                 optimizer.step()
-                average.update_parameters(model)
+                # Of few steps the average is over the last tenth of them.
+                update_average(average, model, min(0.999, (1 + step) / (10 + step)))
             schedule.step()
             step += 1
             if step % 100 == 0:
@@ -86,7 +88,7 @@ def train(
                     f"{time.time() - start:.0f} s"
                 )
         with torch.no_grad():
-            parts = [average.module(x.to(device), generator=generator) for x in test_images[:2000].split(500)]
+            parts = [average(x.to(device), generator=generator) for x in test_images[:2000].split(500)]
         nll = torch.cat([p[0] for p in parts]).mean()
         divergences = torch.cat([p[1] for p in parts]).mean(0)
         kl = ", ".join(f"{d:.1f}" for d in divergences.tolist())
@@ -96,8 +98,8 @@ def train(
             f"epoch {epoch + 1}: EMA on {count:,} test images: -log p(x|z) {nll.item():.1f}, KL per layer [{kl}], "
             f"-ELBO {bound:.1f}"
         )
-        after_epoch(average.module)
-    return average.module
+        after_epoch(average)
+    return average
 
 
 def main() -> None:
