@@ -213,7 +213,8 @@ def folders_or_download(folder: Path, name: str, held_out: str) -> tuple[Any, An
     except ImportError as error:
         raise missing("this recipe's images need datasets", "recipes") from error
     if (folder / "train").is_dir():
-        splits = datasets.load_dataset("imagefolder", data_dir=str(folder))
+        # The first pictures by name, which are looked at and compared, may all show the same.
+        splits = datasets.load_dataset("imagefolder", data_dir=str(folder)).shuffle(seed=0)
     else:
         splits = datasets.load_dataset(name, cache_dir=str(folder))
     return splits["train"], splits[held_out]
