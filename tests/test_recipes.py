@@ -335,16 +335,21 @@ def test_a_missing_lmdb_is_named(tmp_path):
     [(cifar10, "uoft-cs/cifar10", "test"), (celeba_hq, "mattymchen/celeba-hq", "validation")],
 )
 def test_pictures_of_folders_go_before_a_download(tmp_path, monkeypatch, source, name, held_out):
+    """And are shuffled, as the first by name may all show the same."""
     asked = []
+
+    class Splits(dict):
+        def shuffle(self, seed):
+            return {split: [*pictures, f"shuffled by {seed}"] for split, pictures in self.items()}
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
-        return {"train": [1], held_out: [2]}
+        return Splits({"train": [1], held_out: [2]})
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert source(tmp_path) == ([1], [2])
     (tmp_path / "train").mkdir()
-    assert source(tmp_path) == ([1], [2])
+    assert source(tmp_path) == ([1, "shuffled by 0"], [2, "shuffled by 0"])
     assert asked == [((name,), {"cache_dir": str(tmp_path)}), (("imagefolder",), {"data_dir": str(tmp_path)})]
 
 

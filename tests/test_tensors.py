@@ -164,7 +164,7 @@ def test_tensors_datasets_and_loaders_are_the_same_data(shape, tmp_path):
     torch.manual_seed(0)
     quiet = DiffusionEBMPrior(Tensors(shape), energy=TINY)  # a posterior without noise, which no order can change
     learned = []
-    for data in (x, TensorDataset(x), DataLoader(x, batch_size=16), PosteriorCache.build(quiet, x, tmp_path, draws=2)):
+    for data in (x, TensorDataset(x), DataLoader(x, batch_size=16), PosteriorCache.build(quiet, x, tmp_path, draws=8)):
         torch.manual_seed(0)
         prior = DiffusionEBMPrior(Tensors(shape), energy=TINY)
         prior.fit(data, training=TrainingConfig(iterations=1, batch_size=16, activity_images=16), generator=seed(0))
