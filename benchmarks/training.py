@@ -98,14 +98,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for key, result in results.items():
         groups.setdefault(key.rsplit(", seed", 1)[0], []).append(result)
     for group, runs in groups.items():
-        for way in (name for name in WAYS if name in runs[0]["distances"]):
-            figures = [run["distances"] for run in runs]
+        for way in WAYS:
+            drawn = [run for run in runs if way in run["distances"]]
+            if not drawn:
+                continue
+            figures = [run["distances"] for run in drawn]
             cells = [
                 spread([each[way][f"classifier, {target}"] for each in figures], 2) for target in ("training", "test")
             ]
             cells += [spread([closed(each, way, name) for each in figures], 3) for name in ("classifier", "lite0")]
-            seconds = spread([run["processor seconds"] for run in runs], 0)
-            lines.append(f"| {group} | {way} | {' | '.join(cells)} | {len(runs)} | {seconds} |")
+            seconds = spread([run["processor seconds"] for run in drawn], 0)
+            lines.append(f"| {group} | {way} | {' | '.join(cells)} | {len(drawn)} | {seconds} |")
     return "\n".join(lines)
 
 
