@@ -18,11 +18,8 @@ from ..energies.context import ContextEnergy
 from ..energies.networks import LayerEnergy
 from ..processes import progress_bar
 from .batches import Batches
-from .posterior_cache import PosteriorCache
+from .posterior_cache import DRAWS, PosteriorCache
 from .trainable import TrainablePrior, networks_by_layer
-
-# Posterior draws of an image: 3.5 pairs a draw, in the place of half a pair of two draws.
-DRAWS = 8
 
 # Weights of activities: steps of their fit, and dimensions without activity that are counted beside those there are.
 EM_STEPS = 300
@@ -177,8 +174,10 @@ def measure(
                 context = torch.stack((state.mean, state.std.log())).cpu().double()
                 contexts[i] = contexts[i] + torch.stack((context, context.square())).sum(2)
     mean, product, square = sums / n
-    correlation = (product - mean**2) / (square - mean**2)
-    layers = [part[0] for part in prior.split(correlation.nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1)[None])]
+    variance = square - mean**2
+    # What is left of a constant is rounding.
+    correlation = torch.where(variance > 1e-9 * square, (product - mean**2) / variance, 0.0)
+    layers = [part[0] for part in prior.split(correlation.clamp(-1, 1)[None])]
     return layers, [context_moments(*each / n) for each in contexts], n * draws * (draws - 1) // 2
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backbones import RandomBackbone, Seeing
+from backbones import IdentityBackbone, RandomBackbone, Seeing
 from helpers import IMAGES, TINY, seed, state
 from torch.distributions import Normal
 
@@ -40,6 +40,18 @@ def test_noise_of_correlations_is_that_of_all_pairs_of_draws(draws, tmp_path):
     assert pairs == 64 * {None: 28, 3: 3}[draws]
     correlation = torch.cat([layer.flatten() for layer in layers])
     assert correlation.square().mean().sqrt() == pytest.approx(pairs**-0.5, rel=0.15)
+
+
+def test_constants_have_no_correlation():
+    """Whatever is left of them by rounding."""
+
+    class Constant(IdentityBackbone):
+        def infer(self, images):
+            return [torch.linspace(-2, 2, 300).expand(len(images), -1)]
+
+    prior, images = GaussianPrior(Constant((300,))), torch.rand(99, 1, 1, 300, generator=seed(0))
+    (correlation,), _, _ = measure(prior, Batches(images, 33, seed(1)), 500, seed(2), progress=False)
+    assert not correlation.any()
 
 
 @pytest.mark.parametrize("shape", [(20_000,), (8, 16, 16), (512, 2, 2), (4,)])
