@@ -219,7 +219,7 @@ def train(args: Namespace, images: Tensor) -> nn.Module:
         norm = nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         if torch.isfinite(norm):
             optimizer.step()
-            update_average(average, model, min(0.999, (1 + step) / (10 + step)))
+            update_average(average, model, 0.999, step)
         step += 1
         now = time.process_time()
         spent, last = spent + now - last, now

@@ -1,7 +1,7 @@
 """What the default prior closes of a model's prior hole with all cores of a machine.
 
-    OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 benchmarks/minutes.py benchmarks/deep.py:vdvae \
-        --iterations 700 --out examples/output/vdvae
+    OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 benchmarks/minutes.py benchmarks/deep.py:nvae \
+        nvae.safetensors --iterations 1050 --out out/nvae
 
 trains on the example's 10,000 images for so many --iterations, in a process for each core, and prints the minutes that
 it took and the closure by the example's classifier and by EfficientNet-lite0. The prior goes to the folder --out.
@@ -21,21 +21,19 @@ from fashion_mnist import load_subset
 from lite0 import lite0_features
 
 from hvae_ebm_prior import DiffusionEBMPrior, TrainingConfig, processes
-from hvae_ebm_prior.cli.loading import load_function
+from hvae_ebm_prior.cli.loading import add_loader, load_model
 from hvae_ebm_prior.evaluation import evaluate, table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("loader", help="module:function or file.py:function of the backbone's adapter or model")
-    parser.add_argument("checkpoint", nargs="?", help="what it is given")
+    add_loader(parser, "the backbone's adapter or model")
     parser.add_argument("--iterations", type=int, required=True)
     parser.add_argument("--count", type=int, default=500, help="test images, and samples (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the prior and minutes.json")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    prior = DiffusionEBMPrior(load_function(args.loader)(*([args.checkpoint] if args.checkpoint else [])))
+    prior = DiffusionEBMPrior(load_model(args))
     train, test = load_subset("train")[0], load_subset("test")[0][: args.count]
     generator = torch.Generator().manual_seed(args.seed)
     # Every process encodes its own images alone.

@@ -71,7 +71,7 @@ class Steps:
         self.optimizer.zero_grad()
         self.prior.batch_loss(u, None, self.generator).total.mean().backward()
         nn.utils.clip_grad_norm_(self.prior.parameters(), self.config.clip_norm)
-        update_average(self.average, self.prior, self.config.ema_decay)
+        update_average(self.average, self.prior, self.config.ema_decay, self.batches.index)
         self.optimizer.step()
         return self.clock() - start, noise
 

@@ -76,8 +76,7 @@ def train(
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 200.0)
             if torch.isfinite(norm):
                 optimizer.step()
-                # Of few steps the average is over the last tenth of them.
-                update_average(average, model, min(0.999, (1 + step) / (10 + step)))
+                update_average(average, model, 0.999, step)
             schedule.step()
             step += 1
             if step % 100 == 0:

@@ -124,7 +124,7 @@ class FlowMatchingPrior(LatentPrior):
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
-                update_average(self.network, trainee, min(training.ema_decay, (1 + step) / (10 + step)))
+                update_average(self.network, trainee, training.ema_decay, step)
                 seconds = time.monotonic() - began
                 history.append(TrainingRecord(step + 1, loss.item(), (), norm.item(), rate, seconds))
                 bar.update()

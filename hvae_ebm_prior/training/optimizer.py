@@ -34,8 +34,16 @@ def learning_rate(config: TrainingConfig, step: int, epoch: int, warmup_from: in
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, current: nn.Module, decay: float) -> None:
-    """Move the parameters of `average` towards those of `current` by 1 - decay, and copy the buffers."""
+def update_average(average: nn.Module, current: nn.Module, decay: float, step: int) -> None:
+    """Move the parameters of `average` towards those of `current`, and copy the buffers.
+
+    Args:
+        average: the moving average.
+        current: what it follows.
+        decay: the decay rate; at first it is less, so that the average is over the last tenth of few steps.
+        step: number of the update, from 0.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
     for buffer, value in zip(average.buffers(), current.buffers(), strict=True):
         buffer.copy_(value)

@@ -65,7 +65,7 @@ def training_step(run: Run, began: float) -> TrainingRecord:
         raise Unhealthy(trouble)
 
     # The batch has just shown the weights before this update to be healthy, so these enter the average.
-    update_average(prior, trainee, min(config.ema_decay, (1 + step) / (10 + step)))
+    update_average(prior, trainee, config.ema_decay, step)
     run.guard.keep(step)
     rate = run.lr_scale * learning_rate(config, step, epoch, run.warmup_from)
     for group in run.optimizer.param_groups:
