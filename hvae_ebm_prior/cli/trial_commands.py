@@ -24,7 +24,6 @@ from ..evaluation.comparison import (
 from ..evaluation.pictures import save_progress
 from ..presets import PRESETS
 from ..saving.files import write_atomically
-from ..training.config import TrainingConfig
 from .evaluate_command import find_extractor
 from .loading import FORM, Commands, add_loader, load_model
 from .options import add_images, add_json, add_out, out_file, print_json, read_given, say_written
@@ -46,8 +45,8 @@ TRIALS = {
 }
 
 
-# With fewer optimiser steps than the learning rate takes to rise, the order of priors is that of chance.
-FEWEST = TrainingConfig().warmup
+# With fewer optimiser steps the order of priors is that of chance.
+FEWEST = 100
 
 
 def add_trials(commands: Commands) -> None:
@@ -134,8 +133,8 @@ def run_trials(options: argparse.Namespace) -> None:
 def warn_of_few(budget: Budget) -> None:
     """Say on stderr that a budget is too small to tell priors apart."""
     print(
-        f"warning: {budget} are far too few to compare anything: below {FEWEST} optimiser steps the learning rate has "
-        "not risen to its value, and the order of the rows is that of chance",
+        f"warning: {budget} are far too few to compare anything: below {FEWEST} optimiser steps nothing has learned "
+        "much, and the order of the rows is that of chance",
         file=sys.stderr,
         flush=True,
     )

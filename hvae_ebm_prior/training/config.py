@@ -20,7 +20,7 @@ class TrainingConfig:
         betas: Adam's decay rates.
         weight_decay: L2 penalty, added to the gradient.
         warmup: steps over which the learning rate rises linearly from 0, at the start and after a return to a good
-            state.
+            state. None for a twentieth of the iterations, and at most 100.
         final_learning_rate: fraction of the learning rate that a cosine decay reaches at the last step; 1 for none.
         epoch_decay: factor on the learning rate after each pass over the data.
         energy_penalty: weight of mean F^2 / sqrt(D), added to the loss, which keeps energies and their curvature small
@@ -55,7 +55,7 @@ class TrainingConfig:
     learning_rate: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    warmup: int = 100
+    warmup: int | None = None
     final_learning_rate: float = 0.0
     epoch_decay: float = 1.0
     energy_penalty: float = 0.0
@@ -103,5 +103,5 @@ class TrainingConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         for name in ("energy_penalty", "weight_decay", "warmup", "restarts", "activity_images", "workers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value!r}")

@@ -7,6 +7,9 @@ from torch import nn
 
 from .config import TrainingConfig
 
+# Steps of warm-up by default, where a twentieth of the iterations is more.
+LONGEST_WARMUP = 100
+
 
 def make_optimizer(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """A fresh Adam; its learning rate is set at every step."""
@@ -27,7 +30,8 @@ def learning_rate(config: TrainingConfig, step: int, epoch: int, warmup_from: in
     Returns:
         The learning rate.
     """
-    warmup = min(1.0, (step - warmup_from + 1) / (config.warmup + 1))
+    steps = min(config.iterations // 20, LONGEST_WARMUP) if config.warmup is None else config.warmup
+    warmup = min(1.0, (step - warmup_from + 1) / (steps + 1))
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.iterations)
     decay = config.final_learning_rate + (1 - config.final_learning_rate) * cosine
     return config.learning_rate * warmup * decay * config.epoch_decay**epoch

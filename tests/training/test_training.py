@@ -222,6 +222,10 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(config, 0, 0) == pytest.approx(0.1, rel=1e-3)
     assert max(learning_rate(config, step, 0) for step in range(101)) < 1
     assert learning_rate(config, 101, 0) == pytest.approx(0.1)
+    for iterations, steps in ((19, 0), (400, 20), (2000, 100), (20_000, 100)):
+        config = TrainingConfig(iterations=iterations, learning_rate=1.0, final_learning_rate=1.0)
+        rates = [learning_rate(config, step, 0) for step in range(steps + 1)]
+        assert rates == pytest.approx([(step + 1) / (steps + 1) for step in range(steps + 1)])
     paper = TrainingConfig(warmup=0, learning_rate=4e-5, final_learning_rate=1.0, epoch_decay=0.9)
     assert learning_rate(paper, 500, 2) == pytest.approx(4e-5 * 0.81)
 
