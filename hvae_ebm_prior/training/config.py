@@ -16,7 +16,8 @@ class TrainingConfig:
     Attributes:
         iterations: optimiser steps.
         batch_size: images per step.
-        learning_rate: largest learning rate of Adam.
+        learning_rate: largest learning rate of Adam. None for .002 from 2,000 iterations on, and more for fewer, as
+            iterations^-1/2, up to .004; see `peak_learning_rate`.
         betas: Adam's decay rates.
         weight_decay: L2 penalty, added to the gradient.
         warmup: steps over which the learning rate rises linearly from 0, at the start and after a return to a good
@@ -52,7 +53,7 @@ class TrainingConfig:
 
     iterations: int = 2000
     batch_size: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup: int | None = None
@@ -90,8 +91,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         set_integers(self, dict.fromkeys(("iterations", "batch_size", "micro_batch", "encode_batch", "noise_draws"), 1))
         for name in ("learning_rate", "clip_norm", "gap_limit", "epoch_decay", "recovery_weight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}")
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate!r}")
         if self.objective not in (None, *get_args(ObjectiveName)):

@@ -35,7 +35,7 @@ from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .guard import Guard
 from .interruption import signals_wait
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, peak_learning_rate
 from .posterior_cache import PosteriorCache
 from .record import Callback, StopTraining, TrainingRecord
 from .run import Run
@@ -217,7 +217,7 @@ def go_back(run: Run, trouble: str) -> None:
     """Return to the last good state, at half the learning rate; TrainingDiverged if that happened too often."""
     run.lr_scale /= 2
     run.warmup_from = len(run.history)
-    run.guard.restore(trouble, run.history, run.lr_scale * run.config.learning_rate)
+    run.guard.restore(trouble, run.history, run.lr_scale * peak_learning_rate(run.config))
     run.optimizer = make_optimizer(run.trainee, run.config)
 
 

@@ -7,15 +7,34 @@ from torch import nn
 
 from .config import TrainingConfig
 
-# Steps of warm-up by default, where a twentieth of the iterations is more.
-LONGEST_WARMUP = 100
+# Iterations from which on the default learning rate, and warm-up, are those of a long run.
+LONG = 2000
+# Most that the default learning rate of a short run is of a long one's.
+SHORT_RUN_FACTOR = 2.0
 
 
 def make_optimizer(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """A fresh Adam; its learning rate is set at every step."""
     return torch.optim.Adam(
-        trainee.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        trainee.parameters(), lr=peak_learning_rate(config), betas=config.betas, weight_decay=config.weight_decay
     )
+
+
+def peak_learning_rate(config: TrainingConfig) -> float:
+    """The largest learning rate of a run.
+
+    A rate that falls to 0 is best in proportion to iterations^-1/2 (Defazio et al., "When, why and how much?", 2023): a
+    short run must get as far in fewer steps. Measured on deep backbones (docs/benchmarks.md, "Deep backbones").
+
+    Args:
+        config: the settings.
+
+    Returns:
+        `config.learning_rate`, or its default for so many iterations.
+    """
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return 2e-3 * min(max(1.0, math.sqrt(LONG / config.iterations)), SHORT_RUN_FACTOR)
 
 
 def learning_rate(config: TrainingConfig, step: int, epoch: int, warmup_from: int = 0) -> float:
@@ -30,11 +49,11 @@ def learning_rate(config: TrainingConfig, step: int, epoch: int, warmup_from: in
     Returns:
         The learning rate.
     """
-    steps = min(config.iterations // 20, LONGEST_WARMUP) if config.warmup is None else config.warmup
+    steps = min(config.iterations, LONG) // 20 if config.warmup is None else config.warmup
     warmup = min(1.0, (step - warmup_from + 1) / (steps + 1))
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.iterations)
     decay = config.final_learning_rate + (1 - config.final_learning_rate) * cosine
-    return config.learning_rate * warmup * decay * config.epoch_decay**epoch
+    return peak_learning_rate(config) * warmup * decay * config.epoch_decay**epoch
 
 
 @torch.no_grad()

@@ -226,6 +226,9 @@ def test_learning_rate_warms_up_and_decays():
         config = TrainingConfig(iterations=iterations, learning_rate=1.0, final_learning_rate=1.0)
         rates = [learning_rate(config, step, 0) for step in range(steps + 1)]
         assert rates == pytest.approx([(step + 1) / (steps + 1) for step in range(steps + 1)])
+    for iterations, rate in ((100, 4e-3), (500, 4e-3), (1000, 2e-3 * 2**0.5), (2000, 2e-3), (20_000, 2e-3)):
+        config = TrainingConfig(iterations=iterations, warmup=0, final_learning_rate=1.0)
+        assert learning_rate(config, 0, 0) == pytest.approx(rate)
     paper = TrainingConfig(warmup=0, learning_rate=4e-5, final_learning_rate=1.0, epoch_decay=0.9)
     assert learning_rate(paper, 500, 2) == pytest.approx(4e-5 * 0.81)
 
