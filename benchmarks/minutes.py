@@ -5,6 +5,8 @@
 
 trains on the example's 10,000 images for so many --iterations, in a process for each core, and prints the minutes that
 it took and the closure by the example's classifier and by EfficientNet-lite0. The prior goes to the folder --out.
+--learning-rate and --warmup are those of the default prior's training for so many iterations, or others. Without
+torchrun it is one process.
 """
 
 import argparse
@@ -29,6 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_loader(parser, "the backbone's adapter or model")
     parser.add_argument("--iterations", type=int, required=True)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--warmup", type=int)
     parser.add_argument("--count", type=int, default=500, help="test images, and samples (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="a folder for the prior and minutes.json")
     args = parser.parse_args()
@@ -36,13 +40,18 @@ def main() -> None:
     prior = DiffusionEBMPrior(load_model(args))
     train, test = load_subset("train")[0], load_subset("test")[0][: args.count]
     generator = torch.Generator().manual_seed(args.seed)
-    # Every process encodes its own images alone.
-    size = TrainingConfig().batch_size // processes.world()
+    config = TrainingConfig(
+        iterations=args.iterations,
+        learning_rate=args.learning_rate,
+        warmup=args.warmup,
+        # Every process encodes its own images alone.
+        encode_batch=TrainingConfig().batch_size // processes.world(),
+    )
     began = time.monotonic()
-    prior.fit(train, training=TrainingConfig(iterations=args.iterations, encode_batch=size), generator=generator)
+    prior.fit(train, training=config, generator=generator)
     minutes = (time.monotonic() - began) / 60
     found: dict[str, object] = {"processes": processes.world(), "iterations": args.iterations, "seed": args.seed}
-    found["minutes"] = minutes
+    found |= {"learning_rate": args.learning_rate, "warmup": args.warmup, "minutes": minutes}
     if processes.rank() == 0:
         prior.save_pretrained(args.out)
     for name, features in {"classifier": load_classifier().features, "lite0": lite0_features()}.items():
