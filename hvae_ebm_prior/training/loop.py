@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .guard import Guard
 from .interruption import signals_wait
-from .optimizer import make_optimizer, peak_learning_rate
+from .optimizer import make_optimizer, peak_learning_rate, warmup_steps
 from .posterior_cache import PosteriorCache
 from .record import Callback, StopTraining, TrainingRecord
 from .run import Run
@@ -138,6 +138,8 @@ def train(
     if labels is not None:
         labels = check_labels(labels, prior.coupling, len(data), prior.device)  # type: ignore[arg-type]
         warn_of_signs(labels)
+    # Checkpoints and the model card say what was taken.
+    config = replace(config, learning_rate=peak_learning_rate(config), warmup=warmup_steps(config))
     if not list(prior.parameters()):
         raise ValueError("the energy networks have no parameters, so there is nothing to learn")
     if isinstance(data, PosteriorCache):

@@ -37,6 +37,11 @@ def peak_learning_rate(config: TrainingConfig) -> float:
     return 2e-3 * min(max(1.0, math.sqrt(LONG / config.iterations)), SHORT_RUN_FACTOR)
 
 
+def warmup_steps(config: TrainingConfig) -> int:
+    """`config.warmup`, or its default for so many iterations."""
+    return min(config.iterations, LONG) // 20 if config.warmup is None else config.warmup
+
+
 def learning_rate(config: TrainingConfig, step: int, epoch: int, warmup_from: int = 0) -> float:
     """Learning rate of a step: warm-up, cosine decay and decay per pass over the data, multiplied.
 
@@ -49,8 +54,7 @@ def learning_rate(config: TrainingConfig, step: int, epoch: int, warmup_from: in
     Returns:
         The learning rate.
     """
-    steps = min(config.iterations, LONG) // 20 if config.warmup is None else config.warmup
-    warmup = min(1.0, (step - warmup_from + 1) / (steps + 1))
+    warmup = min(1.0, (step - warmup_from + 1) / (warmup_steps(config) + 1))
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.iterations)
     decay = config.final_learning_rate + (1 - config.final_learning_rate) * cosine
     return peak_learning_rate(config) * warmup * decay * config.epoch_decay**epoch

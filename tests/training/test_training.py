@@ -233,6 +233,12 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(paper, 500, 2) == pytest.approx(4e-5 * 0.81)
 
 
+def test_what_is_noted_of_a_training_has_the_numbers_that_follow_from_its_iterations():
+    prior = DiffusionEBMPrior(IdentityBackbone((1,)))
+    prior.fit(torch.full((8, 1, 1, 1), 0.5), iterations=1, objective="score", generator=seed(0), progress=False)
+    assert (prior.trained.settings["learning_rate"], prior.trained.settings["warmup"]) == (4e-3, 0)
+
+
 @EITHER
 def test_gradient_norm_is_clipped(make, monkeypatch):
     norms = []
