@@ -141,6 +141,9 @@ def test_extraction_goes_by_chunks_and_checks_shapes():
     found, logits = extract(lambda x: (x.flatten(1).double(), x.flatten(1)[:, :3]), images, CPU, chunk_size=3)
     assert torch.equal(found, images.flatten(1))
     assert torch.equal(logits, images.flatten(1)[:, :3])
+    sizes = []
+    extract(lambda x: sizes.append(len(x)) or x.flatten(1), torch.rand(60, 1, 2, 2), CPU)
+    assert sizes == [25, 25, 10]
     for bad in (lambda x: x, lambda x: x.flatten(), lambda x: (x.flatten(1), 3), lambda x: x.flatten(1)[:1]):
         with pytest.raises(ValueError, match="features: expected a matrix"):
             extract(bad, images, CPU)
