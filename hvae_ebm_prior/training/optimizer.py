@@ -24,7 +24,7 @@ def peak_learning_rate(config: TrainingConfig) -> float:
     """The largest learning rate of a run.
 
     A rate that falls to 0 is best in proportion to iterations^-1/2 (Defazio et al., "When, why and how much?", 2023): a
-    short run must get as far in fewer steps. Measured on deep backbones (docs/benchmarks.md, "Deep backbones").
+    short run must get as far in fewer steps (measured: docs/benchmarks.md, "Priors compared").
 
     Args:
         config: the settings.
