@@ -275,7 +275,7 @@ def test_another_run_in_the_same_folder_is_refused(files, capsys):
         (["--limit", "5"], "limit was None and is 5"),
         (
             ["--learning-rate", "0.1"],
-            "this checkpoint is of another run: training.learning_rate is 0.002 there and 0.1 here",
+            "this checkpoint is of another run: training.learning_rate is 0.004 there and 0.1 here",
         ),
     ):
         assert main(command("images.npz:train", *arguments)) == 2
