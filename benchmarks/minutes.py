@@ -51,7 +51,8 @@ def main() -> None:
     prior.fit(train, training=config, generator=generator)
     minutes = (time.monotonic() - began) / 60
     found: dict[str, object] = {"processes": processes.world(), "iterations": args.iterations, "seed": args.seed}
-    found |= {"learning_rate": args.learning_rate, "warmup": args.warmup, "minutes": minutes}
+    assert prior.trained is not None
+    found |= {name: prior.trained.settings[name] for name in ("learning_rate", "warmup")} | {"minutes": minutes}
     if processes.rank() == 0:
         prior.save_pretrained(args.out)
     for name, features in {"classifier": load_classifier().features, "lite0": lite0_features()}.items():

@@ -91,8 +91,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         set_integers(self, dict.fromkeys(("iterations", "batch_size", "micro_batch", "encode_batch", "noise_draws"), 1))
         for name in ("learning_rate", "clip_norm", "gap_limit", "epoch_decay", "recovery_weight"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value!r}")
+            if not (self._follows(name) or getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate!r}")
         if self.objective not in (None, *get_args(ObjectiveName)):
@@ -104,5 +104,9 @@ class TrainingConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         for name in ("energy_penalty", "weight_decay", "warmup", "restarts", "activity_images", "workers"):
-            if (value := getattr(self, name)) is not None and not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value!r}")
+            if not (self._follows(name) or getattr(self, name) >= 0):
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+
+    def _follows(self, name: str) -> bool:
+        """Whether a field is one that follows from the iterations, by None."""
+        return name in ("learning_rate", "warmup") and getattr(self, name) is None

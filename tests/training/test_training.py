@@ -338,6 +338,12 @@ def test_bad_training_configs_are_refused(settings):
         TrainingConfig(**settings)
 
 
+@pytest.mark.parametrize("name", ["clip_norm", "weight_decay", "restarts"])
+def test_none_stands_for_no_setting_but_those_that_follow_from_the_iterations(name):
+    with pytest.raises(TypeError):
+        TrainingConfig(**{name: None})
+
+
 @EITHER
 def test_absurd_learning_rate_ends_in_training_diverged_with_a_good_prior(make):
     prior = make()
