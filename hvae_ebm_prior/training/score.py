@@ -3,9 +3,11 @@
     u_phi = cos(phi) u_i + sin(phi) eps,      v = cos(phi) eps - sin(phi) u_i
     loss = sum_i |grad Phi_i(u_phi, phi; c_i) - v|^2,      grad Phi_i = -tan(phi) grad f_i
 
-with phi uniform over a quarter turn, and every layer given the data's own layers above it: there are no chains, and one
-walk through the backbone, without its gradient, serves all layers and noise levels. The minimum is E[v | u_phi]
-(Vincent 2011; in terms of v: Salimans & Ho 2022).
+with the share of noise in the variance, sin(phi)^2, uniform: more levels than in a quarter turn's uniform angles are in
+the middle, where there is the most to learn (as in Esser et al., "Scaling rectified flow transformers", 2024; measured:
+docs/prior.md). Every layer is given the data's own layers above it: there are no chains, and one walk through the
+backbone, without its gradient, serves all layers and noise levels. The minimum is E[v | u_phi] (Vincent 2011; in terms
+of v: Salimans & Ho 2022).
 
 Score matching leaves open what f_i is worth as a whole at every level and context, and sees the weights of distant
 modes badly. The cross-entropy of noise levels settles both: which of two levels is this u_phi from, by f_i at either?
@@ -149,8 +151,8 @@ def noisy_contexts(
     Returns:
         States of all layers, and the angle of the noise in them (N,), 0 for none.
     """
-    chosen = spread_angles(key, samples, 2, 2 * len(prior.latent_shapes)).to(u)
-    angle = torch.where(chosen[:, 0] < objective.noisy_context * math.pi / 2, chosen[:, 1], 0.0)
+    chosen, angle = spread(key, samples, 2, 2 * len(prior.latent_shapes)).unbind(1)
+    angle = torch.where(chosen < objective.noisy_context, noise_angle(angle), 0.0).to(u)
     noisy = angle.cos()[:, None] * u + angle.sin()[:, None] * streams.normal(prior.dim)
     return [state.to(prior.dtype) for state in prior.transform.states(noisy)], angle
 
@@ -289,11 +291,21 @@ def draws_of(prior: EnergyModel, i: int, objective: Objective) -> int:
 
 
 def spread_angles(key: int, samples: range, draws: int, sequence: int) -> Tensor:
-    """Angles (N, draws), uniform over a quarter turn but for its ends, spread evenly over samples and independent of
-    one another over draws and sequences; a sample's do not depend on which others there are.
+    """Angles (N, draws) of noise levels; arguments as of `spread`."""
+    return noise_angle(spread(key, samples, draws, sequence))
+
+
+def noise_angle(share: Tensor) -> Tensor:
+    """Angles at which noise has such shares of the variance, 0 to 1, but for the ends."""
+    least, most = math.sin(SMALLEST_ANGLE) ** 2, math.sin(LARGEST_ANGLE) ** 2
+    return (least + (most - least) * share).sqrt().asin()
+
+
+def spread(key: int, samples: range, draws: int, sequence: int) -> Tensor:
+    """Numbers (N, draws) uniform over [0, 1), spread evenly over samples and independent of one another over draws and
+    sequences; a sample's do not depend on which others there are.
     """
     generator = torch.Generator().manual_seed(sample_seeds(key, range(sequence, sequence + 1))[0])
     start = torch.rand(draws, generator=generator, device="cpu", dtype=torch.float64)
     numbers = torch.arange(samples.start, samples.stop, device="cpu", dtype=torch.float64)[:, None]
-    fraction = (start + GOLDEN * numbers).remainder(1)
-    return SMALLEST_ANGLE + (LARGEST_ANGLE - SMALLEST_ANGLE) * fraction
+    return (start + GOLDEN * numbers).remainder(1)

@@ -10,11 +10,12 @@ from helpers import seed, state
 from torch import Tensor, nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, Expert, LangevinConfig, TrainingConfig
+from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.energies.context import SMALLEST_ANGLE
 from hvae_ebm_prior.training.config import ObjectiveName
 from hvae_ebm_prior.training.objective import SCORE, Objective
 from hvae_ebm_prior.training.recovery import teacher_forced_loss
-from hvae_ebm_prior.training.score import score_loss, spread_angles
+from hvae_ebm_prior.training.score import noisy_contexts, score_loss, spread_angles
 
 SCHEDULE = DiffusionSchedule.from_snr([200, 15, 3, 0])
 MIXTURE = ExactMixture((0.9, 0.1), ((-0.8, 0.0), (1.2, 0.6)), 0.3)
@@ -73,7 +74,7 @@ def test_the_loss_of_the_exact_energy_is_minus_the_mean_square_of_the_velocity()
     prior = DiffusionEBMPrior(IdentityBackbone((1,)), energy=[ExactGaussian(0.0, 0.0, s)])
     u = s * torch.randn(8000, 1, generator=seed(0))
     found = score_loss(prior, u, None, seed(1), None, Objective(score=1.0, noisy_context=0.0)).score.mean().item()
-    phi = torch.linspace(SMALLEST_ANGLE, math.pi / 2, 10_000, dtype=torch.float64)
+    phi = torch.linspace(math.sin(SMALLEST_ANGLE) ** 2, 1, 10_000, dtype=torch.float64).sqrt().asin()
     variance = (s * phi.cos()) ** 2 + phi.sin() ** 2
     expected = -((phi.sin() * phi.cos() * (1 - s**2)) ** 2 / variance).mean().item()
     assert found == pytest.approx(expected, rel=0.05)
@@ -202,13 +203,29 @@ def test_no_objective_touches_the_backbone_or_global_randomness(objective):
     assert math.isnan(history[-1].gaps[0]) == (objective == "score") or objective != "score"
 
 
-def test_angles_cover_a_quarter_turn_and_belong_to_samples():
+def test_shares_of_noise_are_uniform_and_angles_belong_to_samples():
     angles = spread_angles(7, range(1000), 4, 0)
     assert torch.equal(spread_angles(7, range(10, 20), 4, 0), angles[10:20])
     assert not torch.equal(spread_angles(7, range(1000), 4, 1), angles)
-    counts = torch.histc(angles.float(), bins=10, min=0, max=math.pi / 2)
+    counts = torch.histc(angles.sin().square().float(), bins=10, min=0, max=1)
     assert counts.std() < 0.05 * counts.mean()
     assert abs(torch.corrcoef(angles[:, :2].T)[0, 1].item()) < 1
+
+
+def test_contexts_of_an_eighth_of_the_images_are_noisy():
+    """At shares of noise that are uniform over batches; the others are the data's own."""
+    prior, u = DiffusionEBMPrior(Pair((1,), (1,))), pair_noise(80, seed(0))
+    shares = []
+    for key in range(300):
+        streams = open_streams(key, range(80), u.device, u.dtype, prior.execution.backend)
+        states, angle = noisy_contexts(prior, u, key, range(80), streams, SCORE)
+        noisy = angle > 0
+        assert noisy.float().mean().item() == pytest.approx(SCORE.noisy_context, abs=0.03)
+        assert torch.equal(states[0].z[~noisy], u[~noisy, :1])
+        assert not torch.equal(states[0].z[noisy], u[noisy, :1])
+        shares.append(angle[noisy].sin().square())
+    counts = torch.histc(torch.cat(shares), bins=5, min=0, max=1)
+    assert counts.std() < 0.15 * counts.mean()
 
 
 def test_objectives_need_energies_with_context():
