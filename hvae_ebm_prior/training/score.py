@@ -3,11 +3,11 @@
     u_phi = cos(phi) u_i + sin(phi) eps,      v = cos(phi) eps - sin(phi) u_i
     loss = sum_i |grad Phi_i(u_phi, phi; c_i) - v|^2,      grad Phi_i = -tan(phi) grad f_i
 
-with the share of noise in the variance, sin(phi)^2, uniform: more levels than in a quarter turn's uniform angles are in
-the middle, where there is the most to learn (as in Esser et al., "Scaling rectified flow transformers", 2024; measured:
-docs/prior.md). Every layer is given the data's own layers above it: there are no chains, and one walk through the
-backbone, without its gradient, serves all layers and noise levels. The minimum is E[v | u_phi] (Vincent 2011; in terms
-of v: Salimans & Ho 2022).
+with the share of noise in the variance, sin(phi)^2, uniform. With uniform angles fewer levels would be in the middle,
+where there is the most to learn (as in Esser et al., "Scaling rectified flow transformers for high-resolution image
+synthesis", 2024; measured: docs/benchmarks.md, "Longer training"). Every layer is given the data's own layers above it:
+there are no chains, and one walk through the backbone, without its gradient, serves all layers and noise levels. The
+minimum is E[v | u_phi] (Vincent 2011; in terms of v: Salimans & Ho 2022).
 
 Score matching leaves open what f_i is worth as a whole at every level and context, and sees the weights of distant
 modes badly. The cross-entropy of noise levels settles both: which of two levels is this u_phi from, by f_i at either?
@@ -296,7 +296,7 @@ def spread_angles(key: int, samples: range, draws: int, sequence: int) -> Tensor
 
 
 def noise_angle(share: Tensor) -> Tensor:
-    """Angles at which noise has such shares of the variance, 0 to 1, but for the ends."""
+    """Angles at which noise has such shares of the variance, from 0 to 1; 0 and 1 are the smallest and largest angle."""
     least, most = math.sin(SMALLEST_ANGLE) ** 2, math.sin(LARGEST_ANGLE) ** 2
     return (least + (most - least) * share).sqrt().asin()
 
