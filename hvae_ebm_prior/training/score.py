@@ -296,7 +296,7 @@ def spread_angles(key: int, samples: range, draws: int, sequence: int) -> Tensor
 
 
 def noise_angle(share: Tensor) -> Tensor:
-    """Angles at which noise has such shares of the variance, from 0 to 1; 0 and 1 are the smallest and largest angle."""
+    """Angles at which noise has such shares of the variance, from 0, at the smallest angle, to 1, at the largest."""
     least, most = math.sin(SMALLEST_ANGLE) ** 2, math.sin(LARGEST_ANGLE) ** 2
     return (least + (most - least) * share).sqrt().asin()
 
