@@ -101,7 +101,8 @@ def one_by_one(energies: Sequence[Callable[[Any, Tensor], Tensor]], inputs: Sequ
 def group_networks(
     energies: Sequence[nn.Module], shapes: Sequence[Sequence[int]], n: int, device: torch.device
 ) -> tuple[tuple[int, ...], ...]:
-    """Which networks run as one call: default ones of equal shape, where that is faster.
+    """Which networks run as one call: default ones of equal shape, and of as many active channels, where that is
+    faster.
 
     Args:
         energies: one network per layer.
@@ -116,7 +117,8 @@ def group_networks(
     for i, (network, shape) in enumerate(zip(energies, shapes, strict=True)):
         small = device.type != "cpu" or n * math.prod(shape) <= BATCHED_INPUTS
         alike = isinstance(network, LayerEnergy | ContextEnergy) and not getattr(network, "inactive", False)
-        groups[tuple(shape) if small and alike else i].append(i)
+        active = len(network.active) if isinstance(network, ContextEnergy) else 0
+        groups[(*shape, active) if small and alike else i].append(i)
     return tuple(map(tuple, groups.values()))
 
 

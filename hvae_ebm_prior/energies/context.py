@@ -106,16 +106,29 @@ class VectorField(nn.Module):
     def __init__(self, shape: Sequence[int], config: EnergyConfig, categories: int | None) -> None:
         super().__init__()
         dim = math.prod(shape)
+        self.logits = categories is not None
         self.inputs = nn.Linear(dim, config.vector_width)
         self.context = nn.Linear(2 * dim, config.vector_width, bias=False)
         self.blocks = nn.ModuleList(Block(config.vector_width, nn.Linear) for _ in range(config.blocks))
         self.readout = zero(nn.Linear(config.vector_width, categories or dim))
 
-    def forward(self, u: Tensor, context: Tensor, condition: Tensor) -> Tensor:
-        h = self.inputs(u.flatten(1)) + self.context(context.flatten(1))
+    def forward(self, u: Tensor, active: Tensor, context: Tensor, condition: Tensor) -> Tensor:
+        """n_i (N, A), or logits.
+
+        Args:
+            u: inputs of the active dimensions alone (N, A).
+            active: their numbers (A,).
+            context: (N, 2 C, *sides).
+            condition: (N, CONDITION).
+
+        Returns:
+            One number for each of these dimensions, or for each category.
+        """
+        h = F.linear(u, self.inputs.weight[:, active], self.inputs.bias) + self.context(context.flatten(1))
         for block in self.blocks:
             h = block(h, condition)
-        return self.readout(F.silu(h))
+        h = F.silu(h)
+        return self.readout(h) if self.logits else F.linear(h, *(x[active] for x in self.readout.parameters()))
 
 
 class MapField(nn.Module):
@@ -154,10 +167,25 @@ class MapField(nn.Module):
             self.up = nn.ModuleList(Block(width, nn.Conv2d) for width in widths[:-1])
             self.head = zero(nn.Conv2d(widths[0], channels * folded, 3, padding=1))
 
-    def forward(self, u: Tensor, context: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, u: Tensor, active: Tensor, context: Tensor, condition: Tensor) -> Tensor:
+        """n_i (N, A, H, W), or logits.
+
+        Args:
+            u: inputs of the active channels alone (N, A, H, W).
+            active: their numbers (A,).
+            context: (N, 2 C, H, W).
+            condition: (N, CONDITION).
+
+        Returns:
+            A map for each of these channels, or a number for each category.
+        """
         height, width = u.shape[-2:]
-        x = F.pad(torch.cat((u, context), dim=1), (0, self.padded[1] - width, 0, self.padded[0] - height))
-        h = self.stem(F.pixel_unshuffle(x, self.fold))
+        # By channel before folding: those of u, then those of the context. As two convolutions, since no gradient of
+        # the context is asked for in training.
+        weight = self.stem.weight.unflatten(1, (-1, self.fold**2))
+        of_u, of_context = weight[:, active].flatten(1, 2), weight[:, -context.shape[1] :].flatten(1, 2)
+        h = F.conv2d(self._folded(u), of_u, self.stem.bias, padding=1)
+        h = h + F.conv2d(self._folded(context), of_context, padding=1)
         finer: list[Tensor] = []
         for block, halve in zip(self.down, self.halve, strict=True):
             finer.append(block(h, condition))
@@ -170,7 +198,13 @@ class MapField(nn.Module):
         h = h + self.spread(vector).reshape(h.shape)
         for block, refine in zip(reversed(self.up), reversed(self.refine), strict=True):
             h = block(finer.pop() + F.pixel_shuffle(refine(h), 2), condition)
-        return F.pixel_shuffle(self.head(F.silu(h)), self.fold)[..., :height, :width]
+        weight, bias = (x.unflatten(0, (-1, self.fold**2))[active].flatten(0, 1) for x in self.head.parameters())
+        return F.pixel_shuffle(F.conv2d(F.silu(h), weight, bias, padding=1), self.fold)[..., :height, :width]
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W), padded and folded into channels."""
+        height, width = x.shape[-2:]
+        return F.pixel_unshuffle(F.pad(x, (0, self.padded[1] - width, 0, self.padded[0] - height)), self.fold)
 
 
 class ContextEnergy(nn.Module):
@@ -185,11 +219,14 @@ class ContextEnergy(nn.Module):
         activity: factor a on the noise, `shape`. Ones at first.
         context_mean: mean of the backbone's means and log stds over data, (2, *shape). Zeros at first.
         context_scale: their std over data, one for the positions of a map. Ones at first.
+        active: numbers of the channels of a map, or of the dimensions of a vector, that have activity, which alone the
+            network reads and answers for (A,). All where none has any.
         inactive: whether the activity is 0 everywhere, as of many layers of a deep VAE: the energy is 0 then, and its
             network is not run.
     """
 
     context = True
+    active: Tensor
     activity: Tensor
     context_mean: Tensor
     context_scale: Tensor
@@ -198,8 +235,10 @@ class ContextEnergy(nn.Module):
         super().__init__()
         self.config, self.categories = config, categories
         self.angles = AngleFeatures()
-        kind = MapField if len(shape) == 3 and max(shape[1:]) > READOUT_SIZE else VectorField
-        self.network = kind(shape, config, categories)
+        is_map = len(shape) == 3 and max(shape[1:]) > READOUT_SIZE
+        self.network = (MapField if is_map else VectorField)(shape, config, categories)
+        # What the network takes apart: the channels of a map, or the dimensions of a vector.
+        self._parts = tuple(shape) if is_map else (math.prod(shape),)
         if categories is None:
             self.offset = Offset(shape[0])
         else:
@@ -207,6 +246,7 @@ class ContextEnergy(nn.Module):
         self.register_buffer("activity", torch.ones(*shape))
         self.register_buffer("context_mean", torch.zeros(2, *shape))
         self.register_buffer("context_scale", torch.ones(2, *shape))
+        self.register_buffer("active", torch.arange(self._parts[0]), persistent=False)
         self.inactive = False
 
     @torch.no_grad()
@@ -220,15 +260,18 @@ class ContextEnergy(nn.Module):
         """
         for buffer, value in ((self.activity, activity), (self.context_mean, mean), (self.context_scale, scale)):
             buffer.copy_(value)
-        self._set_inactive()
+        self._set_active()
 
-    def _set_inactive(self) -> None:
+    def _set_active(self) -> None:
         # Looked at here alone, as a look waits for a GPU.
-        self.inactive = not self.activity.is_meta and not bool(self.activity.any())
+        if not self.activity.is_meta:
+            active = self.activity.reshape(self._parts[0], -1).any(1)
+            self.inactive = not bool(active.any())
+            self.active = (active | self.inactive).nonzero()[:, 0]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._set_inactive()
+        self._set_active()
 
     def load_statistics(self, other: "ContextEnergy") -> None:
         """Set the statistics of another network of the same shape."""
@@ -247,12 +290,12 @@ class ContextEnergy(nn.Module):
         if self.inactive and self.categories is None:
             return 0 * state.u.flatten(1).sum(1)
         angles = angles.clamp(min=SMALLEST_ANGLE)
-        u = self.activity * state.u
+        u = (self.activity * state.u).reshape(-1, *self._parts)[:, self.active]
         seen = u * input_scale(self.activity)
         context = torch.stack((state.mean, state.std.log()), dim=1)
         context = (context - self.context_mean) / self.context_scale
         condition, own = self.angles(angles.to(u.dtype)), angles[:, 0]
-        values = self.network(seen, context.flatten(1, 2), condition)
+        values = self.network(seen, self.active, context.flatten(1, 2), condition)
         if self.categories is not None:
             return self.bias + own.cos()[:, None] * values
         potential = (u.flatten(1) * values.flatten(1)).sum(1)

@@ -199,7 +199,8 @@ def add_gradient_of_part(run: Run, u: Tensor, labels: Labels | None, rows: range
     total = losses.total
     if losses.squares is not None:
         total = total + run.config.energy_penalty / math.sqrt(run.prior.dim) * losses.squares
-    (total.sum() / n).backward()
+    # Of the weights alone: the noise asks for a gradient too, that of the energy.
+    (total.sum() / n).backward(inputs=[each for each in run.trainee.parameters() if each.requires_grad])
     return [detach_loss(losses)]
 
 

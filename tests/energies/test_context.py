@@ -64,6 +64,31 @@ def test_inactive_dimensions_are_left_to_the_gaussian():
     assert bool((gradient[:, activity == 1] != 0).all())
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 8, 8), (4, 16, 16), (4, 13, 9)])
+def test_what_has_no_activity_is_left_out_and_changes_nothing(shape):
+    """Channels of a map, dimensions of a vector: as if they were read and multiplied by 0."""
+    network, state = learned(shape), random_state(2, shape)
+    activity = torch.rand(shape, generator=seed(1))
+    activity[[0, 2]] = 0
+    network.set_statistics(activity, torch.zeros(2, *shape), torch.ones(2, *shape))
+    whole = copy.deepcopy(network)
+    whole.active = torch.arange(4)
+    assert network.active.tolist() == [1, 3]
+    angles = torch.full((2, 2), 0.5)
+    values, gradients = zip(*(value_and_gradients(each, state, angles) for each in (network, whole)), strict=True)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def value_and_gradients(
+    network: ContextEnergy, state: LayerState, angles: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The energy, and its gradient in the noise and in every weight."""
+    u = state.u.clone().requires_grad_()
+    value = network(LayerState(u, *state[1:]), angles)
+    return value, list(torch.autograd.grad(value.sum(), [u, *network.parameters()]))
+
+
 def test_a_layer_without_active_dimensions_runs_no_network():
     """In whatever way it was told so, and no longer once it is told otherwise."""
     shape, statistics = (4, 8, 8), (torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8))
@@ -101,8 +126,11 @@ def test_logits_do_not_depend_on_pure_noise():
 
 
 def test_networks_of_equal_shape_give_the_same_as_one_call():
-    shapes = [(4, 4, 4), (2, 8, 8), (2, 8, 8), (4, 4, 4)]
+    shapes = [(4, 4, 4), (2, 8, 8), (2, 8, 8), (4, 4, 4), (2, 8, 8)]
     networks = [learned(shape) for shape in shapes]
+    # One with fewer active channels is by itself.
+    activity = torch.stack((torch.zeros(8, 8), torch.ones(8, 8)))
+    networks[4].set_statistics(activity, torch.zeros(2, 2, 8, 8), torch.ones(2, 2, 8, 8))
     for i, network in enumerate(networks):
         nn.init.normal_(network.offset.readout.weight, generator=seed(i))
     states = [random_state(3, shape, i) for i, shape in enumerate(shapes)]
