@@ -89,10 +89,12 @@ def score_loss(
             layer = noisy_rows(data[i].to(prior.dtype)[image], context, image, angles, streams)
             repeated = {name: values[image] for name, values in above.items()}
             own_labels = {name: values[image] for name, values in checked.items()}
+            row = torch.arange(n * draws, device=u.device)
             # Every other noise level of an image, and those of every other image, learn the energy under its labels.
-            number = image + samples.start
-            shown = (number + torch.arange(len(image), device=u.device) % draws) % 2 == 1
-            chosen = (number % CALIBRATED == 0).nonzero()[:, 0] if objective.calibration else number[:0]
+            shown = (image + samples.start + row % draws) % 2 == 1
+            # Numbers of images that are multiples of CALIBRATED; counted, as a look would wait for a GPU.
+            first = -samples.start % CALIBRATED if objective.calibration else n
+            chosen = row.reshape(n, draws)[first::CALIBRATED].flatten()
             loss = rows_loss(prior, i, layer, repeated, own_labels, shown, chosen, other[chosen].to(prior.angle_dtype))
             parts.append(LayerLoss(*(part.to(u).reshape(n, draws).mean(1) for part in loss)))
             with torch.no_grad():
