@@ -91,6 +91,9 @@ class GreyAdapter:
     def infer_with_density(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         return self.adapter.infer_with_density(as_colour(images))
 
+    def infer_with_posterior(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor, Tensor]] | None:
+        return self.adapter.infer_with_posterior(as_colour(images))
+
     def log_likelihood(self, features: Any, images: Tensor) -> Tensor:
         """Of the images as the model sees them."""
         return self.adapter.log_likelihood(features, as_colour(images))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone.elbo import backbone_bound, density_adapter
+from .backbone.posterior import Posterior
 from .backbone.transform import BackboneAdapter
 from .backbone.validation import check_count, check_images, check_noise
 from .chains.execution import ExecutionConfig
@@ -359,6 +360,7 @@ class DiffusionEBMPrior(LearnedPrior):
         generator: torch.Generator | None,
         rows: range | None = None,
         objective: Objective | None = None,
+        posterior: Posterior | None = None,
     ) -> BatchLoss:
         """The loss that `fit` learns from; see `score_loss`, `teacher_forced_loss` and `recovery_loss`.
 
@@ -367,8 +369,8 @@ class DiffusionEBMPrior(LearnedPrior):
             labels: of the images; None for none.
             generator: source of all further noise.
             rows: numbers of these samples in a batch of which they are a part; None for a whole batch.
-            objective: what to minimise; None for score matching where energies have context, and joint recovery where
-                not.
+            objective: what to minimise; None for score matching if energies have context, else for joint recovery.
+            posterior: the Gaussians that the noise was drawn from, where they are known; for score matching.
 
         Returns:
             The loss of every sample.
@@ -382,7 +384,7 @@ class DiffusionEBMPrior(LearnedPrior):
                     "labels: teacher-forced recovery by itself learns none; take objective='score-recovery'"
                 )
             return teacher_forced_loss(self, u, generator, rows)
-        score = score_loss(self, u, labels, generator, rows, objective)
+        score = score_loss(self, u, labels, generator, rows, objective, posterior)
         if not objective.recovery:
             return score
         if objective.joint:

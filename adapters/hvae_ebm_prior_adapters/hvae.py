@@ -103,6 +103,8 @@ class PosteriorLayer(NamedTuple):
     Attributes:
         shift: d, how far the posterior's mean is from the prior's, in units of the prior's std.
         log_ratio: log r, of the posterior's std over the prior's.
+        mean: the posterior's mean.
+        std: the posterior's std.
         z: the latent.
         log_density: log q(z | z above, x) in nats, (N,).
         features: the features above the layer.
@@ -110,6 +112,8 @@ class PosteriorLayer(NamedTuple):
 
     shift: Tensor
     log_ratio: Tensor
+    mean: Tensor
+    std: Tensor
     z: Tensor
     log_density: Tensor
     features: Tensor
@@ -174,9 +178,11 @@ class HVAE(nn.Module):
             mean, std = block.prior(h)
             shift, log_ratio = block.posterior(h, features)
             noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-            z = mean + std * (shift + torch.exp(log_ratio) * noise)
+            ratio = torch.exp(log_ratio)
+            z = mean + std * (shift + ratio * noise)
             log_density = -(0.5 * noise**2 + log_ratio + std.log() + 0.5 * math.log(2 * math.pi))
-            yield PosteriorLayer(shift, log_ratio, z, log_density.flatten(1).sum(1), h)
+            log_density = log_density.flatten(1).sum(1)
+            yield PosteriorLayer(shift, log_ratio, mean + std * shift, std * ratio, z, log_density, h)
             if block is not self.blocks[-1]:  # the posterior needs no features below the last latent
                 h = block(h, z)
 
@@ -241,6 +247,9 @@ class HVAEAdapter:
 
     def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(layer.z, layer.log_density) for layer in self.model.posterior_walk(images, None)]
+
+    def infer_with_posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [(layer.z, layer.mean, layer.std) for layer in self.model.posterior_walk(images, None)]
 
     def posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         # With more layers, shift and ratio of the lower ones depend on the latents drawn above.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .hvae import soft_clamp
 from .logistic_mixture import draw_mixture, image_noise, mixture_log_likelihood, mixture_mean
-from .walk import Walk, drawn_by, normal_draw, priors, run, single
+from .walk import Walk, drawn_by, normal_draw, posteriors, priors, run, single
 
 
 class Group(NamedTuple):
@@ -80,11 +80,33 @@ class NVAEAdapter:
         return [z for z, _ in self.infer_with_density(images)]
 
     def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        model, gaussian_of = self.model, self._posterior(images)
+
+        def draw(k: int, group: Group) -> tuple[Tensor, Tensor]:
+            mean, std, condition = gaussian_of(k, group)
+            z, log_density = normal_draw(mean, std)
+            for flow in model.nf_cells[k * model.num_flows : (k + 1) * model.num_flows]:
+                z, log_det = flow(z.to(condition.dtype), condition)
+                log_density = log_density - single(log_det).flatten(1).sum(1)
+            return single(z), log_density
+
+        return drawn_by(self._walk(len(images)), draw)
+
+    def infer_with_posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]] | None:
+        if self.model.num_flows:
+            return None
+        gaussian_of = self._posterior(images)
+        return posteriors(self._walk(len(images)), lambda k, group: gaussian_of(k, group)[:2])
+
+    def _posterior(self, images: Tensor) -> Callable[[int, Group], tuple[Tensor, Tensor, Tensor]]:
+        """Mean and std of a group's posterior before flows, and what the flows are conditioned on, from the group's
+        number and state.
+        """
         model = self.model
         place_masks(model)
         features, sides = self._encode(images)
 
-        def draw(k: int, group: Group) -> tuple[Tensor, Tensor]:
+        def posterior(k: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:
             # The top group's posterior depends on the image alone, the others' on the features above them too.
             if k == 0:
                 condition = model.enc0(features)
@@ -94,13 +116,9 @@ class NVAEAdapter:
             mean, log_std = model.enc_sampler[k](condition).chunk(2, dim=1)
             if k > 0 and model.res_dist:
                 mean, log_std = group.mean + mean, group.log_std + log_std
-            z, log_density = normal_draw(*gaussian(mean, log_std))
-            for flow in model.nf_cells[k * model.num_flows : (k + 1) * model.num_flows]:
-                z, log_det = flow(z.to(condition.dtype), condition)
-                log_density = log_density - single(log_det).flatten(1).sum(1)
-            return single(z), log_density
+            return *gaussian(mean, log_std), condition
 
-        return drawn_by(self._walk(len(images)), draw)
+        return posterior
 
     def posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         model = self.model

@@ -7,7 +7,7 @@ A block's x are its resolution's features: those of the last block there, the le
 mixin adds a coarser resolution's.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .logistic_mixture import draw_mixture, mixture_log_likelihood, mixture_mean
-from .walk import Walk, posterior_draws, priors, run, single
+from .walk import Walk, posterior_draws, posteriors, priors, run, single
 
 # Shift and scale of pixels 0..255 by dataset, (x + shift) * scale, as in the published data.py; that of ffhq_1024 is
 # given there for [0, 1].
@@ -92,6 +92,13 @@ class VDVAEAdapter:
         return [z for z, _ in self.infer_with_density(images)]
 
     def infer_with_density(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return posterior_draws(self._walk(len(images)), self._posterior(images))
+
+    def infer_with_posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return posteriors(self._walk(len(images)), self._posterior(images))
+
+    def _posterior(self, images: Tensor) -> Callable[[int, BlockState], tuple[Tensor, Tensor]]:
+        """Mean and std of a block's posterior, from the block's number and state."""
         # The encoder takes NHWC.
         pixels = (images.permute(0, 2, 3, 1) * 255 + self.shift) * self.scale
         activations = self.model.encoder(pixels.to(self.model.decoder.bias_xs[0].dtype))
@@ -101,7 +108,7 @@ class VDVAEAdapter:
             mean, log_std = single(state.block.enc(merged)).chunk(2, dim=1)
             return mean, log_std.exp()
 
-        return posterior_draws(self._walk(len(images)), posterior)
+        return posterior
 
     def decode(self, features: Tensor) -> Tensor:
         parameters = self._mixture(features)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 State = TypeVar("State")
+Drawn = TypeVar("Drawn", bound=tuple[Tensor, ...])
 Walk = Generator[State, Tensor, Any]
 
 
@@ -55,17 +56,29 @@ def posterior_draws(
     return drawn_by(walk, lambda i, state: normal_draw(*gaussian(i, state)))
 
 
-def drawn_by(walk: Walk[State], draw: Callable[[int, State], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def posteriors(
+    walk: Walk[State], gaussian: Callable[[int, State], tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The result of an adapter's `infer_with_posterior`; arguments as of `posterior_draws`, whose draws it has."""
+
+    def draw(i: int, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        mean, std = gaussian(i, state)
+        return normal_draw(mean, std)[0], mean, std
+
+    return drawn_by(walk, draw)
+
+
+def drawn_by(walk: Walk[State], draw: Callable[[int, State], Drawn]) -> list[Drawn]:
     """`posterior_draws` of posteriors that are no Gaussians.
 
     Args:
         walk: the top-down pass.
-        draw: layer i's latent and its log-density (N,), from i and the walk's state.
+        draw: layer i's latent and what comes with it, as its log-density (N,), from i and the walk's state.
 
     Returns:
-        Latents and log-densities, top to bottom.
+        What was drawn, top to bottom.
     """
-    drawn: list[tuple[Tensor, Tensor]] = []
+    drawn: list[Drawn] = []
     try:
         state = next(walk)
         while True:

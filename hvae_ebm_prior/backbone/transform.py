@@ -5,8 +5,7 @@ for it. Driving that one generator gives the uni-scale reparameterisation T: u -
 
     z_i = mean_i(z_<i) + std_i(z_<i) u_i,     u_i = (z_i - mean_i) / std_i,     log|det dT/du| = sum_i sum log std_i,
 
-under which the backbone's prior over all layers is u ~ N(0, I). u is one flat tensor (N, D), all layers packed top to
-bottom; z is a tuple of tensors, one per layer.
+under which the backbone's prior is u ~ N(0, I). u is one flat tensor (N, D), all layers top to bottom, z one of each.
 """
 
 import math
@@ -192,11 +191,15 @@ class NoiseTransform:
         Raises:
             ValueError: a latent has the wrong shape, or a std is not positive.
         """
+        return self.join([(z_i - mean) / std for z_i, (mean, std) in zip(z, self.checked_gaussians(z), strict=True)])
+
+    def checked_gaussians(self, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """`gaussians` of latents of all layers; ValueError where a shape or a std is wrong."""
         self.check_layers(z, "latents")
         gaussians = self.gaussians(z)
         for i, (mean, std) in enumerate(gaussians):
             check_gaussian(i, mean, std)
-        return self.join([(z_i - mean) / std for z_i, (mean, std) in zip(z, gaussians, strict=True)])
+        return gaussians
 
     def gaussians(self, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Mean and std of every layer given the latents above it, in one teacher-forced pass.

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..backbone.posterior import Posterior
 from ..backbone.transform import BackboneAdapter, LayerState
 from ..backbone.validation import check_count
 from ..chains.execution import ExecutionConfig
@@ -129,6 +130,7 @@ class JointEBMPrior(DiffusionEBMPrior):
         generator: torch.Generator | None,
         rows: range | None = None,
         objective: Objective | None = None,
+        posterior: Posterior | None = None,
     ) -> BatchLoss:
         """The loss that `fit` learns from; see `recovery_loss`, and for persistent chains `persistent_loss`."""
         if self.chains == "noise":

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.posterior import Posterior
 from ..backbone.transform import BackboneAdapter, LayerState, drive
 from ..backbone.validation import check_count
 from ..chains.execution import ExecutionConfig
@@ -121,6 +122,7 @@ class NCPPrior(LearnedPrior):
         generator: torch.Generator | None,
         rows: range | None = None,
         objective: Objective | None = None,
+        posterior: Posterior | None = None,
     ) -> BatchLoss:
         """The classifiers' loss, less that of chance: `total` is the sum over layers, `recovery` their mean.
 
@@ -132,6 +134,7 @@ class NCPPrior(LearnedPrior):
             generator: source of all noise.
             rows: numbers of these samples in a batch of which they are a part; None for a whole batch.
             objective: of no matter, as there is one alone.
+            posterior: not used.
 
         Returns:
             The loss of every sample.

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..backbone.posterior import Posterior
 from ..backbone.transform import BackboneAdapter
 from ..backbone.validation import check_count
 from ..chains.execution import ExecutionConfig
@@ -124,6 +125,7 @@ class MultiStagePrior(LearnedPrior):
         generator: torch.Generator | None,
         rows: range | None = None,
         objective: Objective | None = None,
+        posterior: Posterior | None = None,
     ) -> BatchLoss:
         """The classifier's loss of every sample, less that of chance.
 
@@ -133,6 +135,7 @@ class MultiStagePrior(LearnedPrior):
             generator: source of the samples it is told from.
             rows: None, as a stage's samples are drawn once for all.
             objective: the stage; None for the first.
+            posterior: not used.
 
         Returns:
             The loss of every sample.

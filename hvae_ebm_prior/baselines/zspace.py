@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.lock import backbone_modules
+from ..backbone.posterior import Posterior
 from ..backbone.registry import find_adapter
 from ..backbone.transform import BackboneAdapter, LayerState, NoiseTransform, drive
 from ..chains.execution import ExecutionConfig
@@ -126,6 +127,7 @@ class LatentDiffusionPrior(LearnedPrior):
         generator: torch.Generator | None,
         rows: range | None = None,
         objective: Objective | None = None,
+        posterior: Posterior | None = None,
     ) -> BatchLoss:
         """The loss that `fit` learns from; see `recovery_loss`."""
         return recovery_loss(self, u, labels, generator, rows)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.lock import backbone_modules, check_autograd, check_frozen, lock, watch_modules
+from ..backbone.posterior import Posterior, PosteriorAdapter, posterior_to_noise
 from ..backbone.registry import find_adapter
-from ..backbone.transform import BackboneAdapter, NoiseTransform
+from ..backbone.transform import BackboneAdapter, NoiseTransform, as_layers
 from ..backbone.validation import check_count, check_decoded, check_images, check_noise
 from ..chains.langevin import ChainDiverged
 from ..chains.streams import draw_key, drawing_by, open_streams
@@ -168,6 +169,33 @@ class LatentPrior(nn.Module, ABC):
             streams = open_streams(draw_key(generator), range(len(u)), u.device, u.dtype)
             u = refine_posterior(self.transform, u, images, steps=mcmc_steps, streams=streams)
         return u
+
+    @torch.no_grad()
+    def encode_with_posterior(
+        self, images: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Posterior | None]:
+        """As `encode`, and the Gaussians that the noise was drawn from, where the adapter knows them.
+
+        Args:
+            images: as of `encode`.
+            generator: as of `encode`.
+
+        Returns:
+            Noise (N, D), and its Gaussians (`hvae_ebm_prior.backbone.posterior`) or None.
+
+        Raises:
+            TypeError, ValueError: as of `encode`, or the draws are not those of the Gaussians.
+        """
+        drawn = None
+        if isinstance(self.backbone, PosteriorAdapter):
+            check_images(images, self.backbone)
+            images = self.transform.take(images)
+            with drawing_by(generator, images.device):
+                drawn = as_layers(self.backbone.infer_with_posterior(images))
+        if drawn is None:
+            return self.encode(images, generator=generator), None
+        u, posterior = posterior_to_noise(self.transform, drawn)
+        return u.to(self.dtype), Posterior(*(part.to(self.dtype) for part in posterior))
 
     def decode(self, u: Tensor) -> Tensor:
         """The backbone's images of noise, differentiable in it.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
+from ..backbone.posterior import Posterior
 from ..backbone.validation import check_images
 from ..chains.streams import GLOBAL_GENERATORS, draw_key, sample_seeds
 from ..density.latent_prior import LatentPrior
@@ -148,6 +149,14 @@ class Batches:
         if isinstance(self.data, PosteriorCache):
             return self.data.noise(images, draw, generator).to(prior.device, prior.dtype)
         return prior.encode(images.to(prior.device, non_blocking=True), generator=generator)
+
+    def noise_with_posterior(
+        self, prior: LatentPrior, images: Tensor, draw: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Posterior | None]:
+        """As `noise`, and the Gaussians that it was drawn from where they are known; of a cache they are not."""
+        if isinstance(self.data, PosteriorCache):
+            return self.noise(prior, images, draw, generator), None
+        return prior.encode_with_posterior(images.to(prior.device, non_blocking=True), generator=generator)
 
     def summary(self) -> dict[str, Any]:
         """Kind and size of the data, as JSON values, and a digest of some images where these are always the same, as

@@ -136,7 +136,8 @@ class LearnedPrior(TrainablePrior):
             TypeError, ValueError: images of a wrong type, shape or range, or wrong labels.
             ChainDiverged: a chain left the finite numbers.
         """
-        return self.batch_loss(self.encode(images, generator=generator), labels, generator).total
+        u, posterior = self.encode_with_posterior(images, generator=generator)
+        return self.batch_loss(u, labels, generator, posterior=posterior).total
 
     def estimate(self, batch_size: int) -> MemoryEstimate:
         """Memory that `fit` takes, measured on one image and on two.

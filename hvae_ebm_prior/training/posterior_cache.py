@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from ..backbone.posterior import DEVIATIONS, deviations
 from ..backbone.validation import check_count, check_images
 from ..chains.streams import GLOBAL_GENERATORS, draw_key, sample_seeds, seeded
 from ..density.latent_prior import LatentPrior
@@ -53,8 +54,6 @@ from .cache_files import (
 
 # Draws per image by default, where the posterior of u is no Gaussian.
 DRAWS = 8
-# Standard deviations by which statistics of posterior draws may be off.
-DEVIATIONS = 6
 
 
 @runtime_checkable
@@ -385,16 +384,11 @@ def has_gaussian_posterior(prior: LatentPrior, images: Tensor, key: int) -> bool
     if (gaussian := gaussian_noise(prior, images)) is None:
         return False
     mean, std = gaussian
-    residual = (prior.encode(images.to(prior.device), generator=torch.Generator().manual_seed(key)) - mean) / std
-    # Of n standard normal numbers the mean is N(0, 1/n), and that of the squares nearly N(1, 2/n), but for the error of
-    # half precision.
-    n = residual.numel()
-    of_mean = abs(residual.mean().item()) / (1 / n) ** 0.5
-    of_square = abs(residual.square().mean().item() - 1) / ((2 / n) ** 0.5 + 0.01)
-    if max(of_mean, of_square) > DEVIATIONS:
+    drawn = prior.encode(images.to(prior.device), generator=torch.Generator().manual_seed(key))
+    if (off := deviations((drawn - mean) / std)) > DEVIATIONS:
         raise ValueError(
             f"{type(prior.backbone).__name__}.posterior: expected mean and std of the u that `infer` draws, got "
-            f"others: {max(of_mean, of_square):.3g} standard deviations apart over the first images; return None "
+            f"others: {off:.3g} standard deviations apart over the first images; return None "
             "where the layers' posteriors depend on each other"
         )
     return True

@@ -3,7 +3,15 @@
     u_phi = cos(phi) u_i + sin(phi) eps,      v = cos(phi) eps - sin(phi) u_i
     loss = sum_i |grad Phi_i(u_phi, phi; c_i) - v|^2,      grad Phi_i = -tan(phi) grad f_i
 
-with the share of noise in the variance, sin(phi)^2, uniform. With uniform angles fewer levels would be in the middle,
+of which v may be replaced by its mean given u_phi, the image and the layers above: where u_i was drawn from N(m_i,
+s_i^2), with V = cos(phi)^2 s_i^2 + sin(phi)^2,
+
+    E[v | u_phi, x, z_<i] = cos(phi) sin(phi) (1 - s_i^2) / V (u_phi - cos(phi) m_i) - sin(phi) m_i
+
+has the same mean given u_phi and c_i, and little of the variance: none where an image says nothing (Rao-Blackwell). So
+wherever the adapter knows m_i and s_i, as of every top-down model, v is that.
+
+The share of noise in the variance, sin(phi)^2, is uniform. With uniform angles fewer levels would be in the middle,
 where there is the most to learn (as in Esser et al., "Scaling rectified flow transformers for high-resolution image
 synthesis", 2024; measured: docs/benchmarks.md, "Longer training"). Every layer is given the data's own layers above it:
 there are no chains, and one walk through the backbone, without its gradient, serves all layers and noise levels. The
@@ -24,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backbone.posterior import Posterior
 from ..backbone.transform import LayerState
 from ..chains.flow import LARGEST_ANGLE
 from ..chains.streams import Streams, draw_key, open_streams, sample_seeds
@@ -50,6 +59,7 @@ def score_loss(
     generator: torch.Generator | None,
     rows: range | None,
     objective: Objective,
+    posterior: Posterior | None = None,
 ) -> BatchLoss:
     """The loss of posterior noise of images; see the module's text.
 
@@ -60,6 +70,7 @@ def score_loss(
         generator: source of all noise.
         rows: numbers of these samples in a batch of which they are a part; None for a whole batch.
         objective: weights, and the number of noise levels.
+        posterior: the Gaussians that `u` was drawn from, where they are known.
 
     Returns:
         The loss of every sample; its parts are means over noise levels and sums over layers.
@@ -73,6 +84,7 @@ def score_loss(
     streams = open_streams(key, samples, u.device, u.dtype, prior.execution.backend)
     checked = {} if labels is None else check_labels(labels, prior.coupling, n, u.device)
     data = prior.split(u)
+    gaussians = [] if posterior is None else list(zip(*map(prior.split, posterior), strict=True))
     parts: list[LayerLoss] = []
     with prior.execution.loss_precision(u.device):
         contexts, above_angle = noisy_contexts(prior, u, key, samples, streams, objective)
@@ -87,6 +99,9 @@ def score_loss(
             image = torch.arange(n, device=u.device).repeat_interleave(draws)
             angles = torch.stack((own, above_angle[image]), dim=1).to(prior.angle_dtype)
             layer = noisy_rows(data[i].to(prior.dtype)[image], context, image, angles, streams)
+            if gaussians:
+                mean, std = (part.to(prior.dtype)[image] for part in gaussians[i])
+                layer = layer._replace(velocity=mean_velocity(layer.u, angles[:, 0], mean, std))
             repeated = {name: values[image] for name, values in above.items()}
             own_labels = {name: values[image] for name, values in checked.items()}
             row = torch.arange(n * draws, device=u.device)
@@ -175,6 +190,24 @@ def noisy_rows(data: Tensor, context: LayerState, image: Tensor, angles: Tensor,
     eps = streams.normal(data.numel() // len(streams)).reshape(data.shape).to(data)
     cos, sin = (wave.to(data).reshape(-1, *[1] * (data.ndim - 1)) for wave in (angles[:, 0].cos(), angles[:, 0].sin()))
     return Rows(cos * data + sin * eps, cos * eps - sin * data, context.mean[image], context.std[image], angles)
+
+
+def mean_velocity(u: Tensor, phi: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """E[cos(phi) eps - sin(phi) u_0 | u = cos(phi) u_0 + sin(phi) eps] of u_0 ~ N(mean, std^2) and eps ~ N(0, I).
+
+    Args:
+        u: noisy states (M, *shape).
+        phi: their angles (M,).
+        mean: of the states without noise (M, *shape).
+        std: of the states without noise (M, *shape).
+
+    Returns:
+        Velocities (M, *shape).
+    """
+    cos, sin = (wave.to(u).reshape(-1, *[1] * (u.ndim - 1)) for wave in (phi.cos(), phi.sin()))
+    variance = std.square()
+    slope = cos * sin * (1 - variance) / (cos.square() * variance + sin.square())
+    return slope * (u - cos * mean) - sin * mean
 
 
 def rows_loss(

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..backbone.posterior import Posterior
 from ..chains.streams import draw_key, sample_seeds
 from ..energies.coupling import Labels, check_labels
 from ..processes import add_gradients, collect, share, world
@@ -109,8 +110,8 @@ def add_batch_gradient(run: Run, images: Tensor, labels: Tensor | Labels | None)
 
     def compute_share() -> tuple[int, float, list[BatchLoss]]:
         brightness = images.float().mean().item() if world() > 1 else 0.0
-        u = posterior_noise(run, images, rows)
-        return n, brightness, add_gradient_of_rows(run, u, own_labels, rows, n)
+        u, posterior = posterior_noise(run, images, rows)
+        return n, brightness, add_gradient_of_rows(run, u, posterior, own_labels, rows, n)
 
     shares = collect(compute_share)
     check_batches([size for size, _, _ in shares], [brightness for _, brightness, _ in shares])
@@ -118,20 +119,30 @@ def add_batch_gradient(run: Run, images: Tensor, labels: Tensor | Labels | None)
     return join_losses([part for _, _, parts in shares for part in parts])
 
 
-def posterior_noise(run: Run, images: Tensor, rows: range) -> Tensor:
-    """Posterior noise (n, D) of some rows of a batch; all processes draw the same from the run's generator."""
+def posterior_noise(run: Run, images: Tensor, rows: range) -> tuple[Tensor, Posterior | None]:
+    """Posterior noise (n, D) of some rows of a batch, with its Gaussians where they are known; all processes draw the
+    same from the run's generator.
+    """
     prior, size = run.prior, run.config.encode_batch
     try:
         if size is None or isinstance(run.batches.data, PosteriorCache):
-            return run.batches.noise(prior, images, run.batches.epoch, run.generator)[rows.start : rows.stop]
+            u, posterior = run.batches.noise_with_posterior(prior, images, run.batches.epoch, run.generator)
+            return u[rows.start : rows.stop], pick_posterior(posterior, rows)
         # Blocks of `size` images have seeds of their own: only those that the rows lie in need be encoded.
         seeds = sample_seeds(draw_key(run.generator), range(math.ceil(len(images) / size)))
         first, last = rows.start // size, math.ceil(rows.stop / size)
-        parts = [images.new_empty(0, prior.dim, device=prior.device, dtype=prior.dtype)]
+        none = images.new_empty(0, prior.dim, device=prior.device, dtype=prior.dtype)
+        parts: list[tuple[Tensor, Posterior | None]] = []
         for block in range(first, last) if rows else ():
             some = images[block * size : (block + 1) * size].to(prior.device, non_blocking=True)
-            parts.append(prior.encode(some, generator=torch.Generator().manual_seed(seeds[block])))
-        return torch.cat(parts)[rows.start - first * size :][: len(rows)]
+            own_generator = torch.Generator().manual_seed(seeds[block])
+            parts.append(prior.encode_with_posterior(some, generator=own_generator))
+        own = range(rows.start - first * size, rows.start - first * size + len(rows))
+        u = torch.cat([none, *(u for u, _ in parts)])[own.start : own.stop]
+        known = [posterior for _, posterior in parts if posterior is not None]
+        if not known:
+            return u, None
+        return u, pick_posterior(Posterior(*map(torch.cat, zip(*known, strict=True))), own)
     except Exception as error:
         if out_of_memory(error):
             images_at_a_time = size or len(images)
@@ -141,12 +152,15 @@ def posterior_noise(run: Run, images: Tensor, rows: range) -> Tensor:
         raise
 
 
-def add_gradient_of_rows(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) -> list[BatchLoss]:
+def add_gradient_of_rows(
+    run: Run, u: Tensor, posterior: Posterior | None, labels: Labels | None, rows: range, n: int
+) -> list[BatchLoss]:
     """Add the gradients of rows of a batch of `n`, in parts of `run.micro_batch`, or of half as many until they fit.
 
     Args:
         run: the run.
         u: posterior noise (len(rows), D).
+        posterior: its Gaussians where they are known.
         labels: of the rows.
         rows: numbers of the rows in the batch.
         n: size of the batch.
@@ -170,7 +184,8 @@ def add_gradient_of_rows(run: Run, u: Tensor, labels: Labels | None, rows: range
                     for buffer, value in zip(trainee.buffers(), buffers, strict=True):
                         buffer.copy_(value)
                 part_labels = labels and pick_rows(labels, range(start, stop))
-                parts += add_gradient_of_part(run, u[start:stop], part_labels, rows[start:stop], n)
+                part_posterior = pick_posterior(posterior, range(start, stop))
+                parts += add_gradient_of_part(run, u[start:stop], part_posterior, part_labels, rows[start:stop], n)
             return parts
         except Exception as error:
             if not out_of_memory(error) or size == 1:
@@ -189,13 +204,16 @@ def add_gradient_of_rows(run: Run, u: Tensor, labels: Labels | None, rows: range
         )
 
 
-def add_gradient_of_part(run: Run, u: Tensor, labels: Labels | None, rows: range, n: int) -> list[BatchLoss]:
+def add_gradient_of_part(
+    run: Run, u: Tensor, posterior: Posterior | None, labels: Labels | None, rows: range, n: int
+) -> list[BatchLoss]:
     """Add the gradient of the given rows of a batch of `n`; their loss, or none where there are no rows."""
     if not rows:  # more processes than images; the generator moves on as in the others
         draw_key(run.generator)
         return []
     objective = run.prior.objective(run.config, len(run.history))
-    losses = run.trainee.batch_loss(u, labels, run.generator, None if len(rows) == n else rows, objective)
+    own_rows = None if len(rows) == n else rows
+    losses = run.trainee.batch_loss(u, labels, run.generator, own_rows, objective, posterior)
     total = losses.total
     if losses.squares is not None:
         total = total + run.config.energy_penalty / math.sqrt(run.prior.dim) * losses.squares
@@ -218,6 +236,11 @@ def check_batches(sizes: Sequence[int], means: Sequence[float]) -> None:
 def pick_rows(labels: Labels, rows: range) -> dict[str, Tensor]:
     """Labels of consecutive rows, by label set."""
     return {name: values[rows.start : rows.stop] for name, values in labels.items()}
+
+
+def pick_posterior(posterior: Posterior | None, rows: range) -> Posterior | None:
+    """Consecutive rows of the Gaussians of posterior noise."""
+    return posterior and Posterior(*(part[rows.start : rows.stop] for part in posterior))
 
 
 def mean(values: Tensor | None) -> float:

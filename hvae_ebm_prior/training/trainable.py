@@ -5,6 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from ..backbone.posterior import Posterior
 from ..density.energy_model import EnergyModel
 from ..energies.coupling import Labels
 from ..saving.config import TrainingSummary
@@ -46,6 +47,7 @@ class TrainablePrior(EnergyModel):
         generator: torch.Generator | None,
         rows: range | None = None,
         objective: Objective | None = None,
+        posterior: Posterior | None = None,
     ) -> BatchLoss:
         """What a training step learns from.
 
@@ -55,6 +57,7 @@ class TrainablePrior(EnergyModel):
             generator: source of all further noise.
             rows: numbers of these samples in a batch of which they are a part; None for a whole batch.
             objective: what to minimise, where `objective` gives a choice; None for the default.
+            posterior: the Gaussians that the noise was drawn from, where they are known and the loss can use them.
 
         Returns:
             The loss of every sample.
