@@ -48,7 +48,16 @@ class Seeing(RandomBackbone):
     """The same with posteriors that depend on the images, so that training depends on which images it sees."""
 
     def infer(self, images: Tensor) -> list[Tensor]:
-        return [noise + 4 * images.flatten(1)[:, : noise.shape[1]] - 2 for noise in super().infer(images)]
+        return [z for z, _, _ in self.infer_with_posterior(images)]
+
+    def infer_with_posterior(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        pixels = [images.flatten(1)[:, : shape[0]] for shape in self.shapes]
+        means = [
+            4 * seen.reshape(*seen.shape, *[1] * (len(shape) - 1)).expand(-1, *shape) - 2
+            for seen, shape in zip(pixels, self.shapes, strict=True)
+        ]
+        noises = super().infer(images)
+        return [(noise + mean, mean, torch.ones_like(mean)) for noise, mean in zip(noises, means, strict=True)]
 
 
 class IdentityBackbone:

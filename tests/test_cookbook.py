@@ -145,14 +145,21 @@ def test_layers_and_images_are_the_models_own(page, name, make, image):
 
 
 def test_one_walk_gives_the_density_of_its_draws(page):
-    """The posterior's log-density by PyTorch's own distributions, of draws that follow from the seed."""
+    """The posterior's log-density by PyTorch's own distributions, of draws that follow from the seed; and its mean and
+    std.
+    """
     model = built(Tiny)
     images = torch.rand(3, *SHAPE, generator=seed(0))
     torch.manual_seed(1)
     drawn = page["OneWalk"](model).infer_with_density(images)
+    torch.manual_seed(1)
+    given = page["OneWalk"](model).infer_with_posterior(images)
     h = model.start.expand(3, -1)
-    for (z, log_density), block, feature in zip(drawn, model.blocks, model.encode(images), strict=True):
+    for (z, log_density), gaussian, block, feature in zip(
+        drawn, given, model.blocks, model.encode(images), strict=True
+    ):
         mean, log_std = block.posterior(h, feature).chunk(2, 1)
+        torch.testing.assert_close(gaussian, (z, mean, log_std.exp()))
         torch.testing.assert_close(log_density, torch.distributions.Normal(mean, log_std.exp()).log_prob(z).sum(1))
         h = block.merge(h, z)
     assert broken(page["OneWalk"](model)) == []

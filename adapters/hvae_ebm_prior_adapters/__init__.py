@@ -8,7 +8,7 @@ from .ladder import LadderAdapter
 from .logistic_mixture import mixture_mean
 from .nvae import NVAEAdapter
 from .vdvae import VDVAEAdapter
-from .walk import posterior_draws, priors
+from .walk import posterior_draws, posteriors, priors
 
 __all__ = [
     "HVAE",
@@ -21,6 +21,7 @@ __all__ = [
     "load_nvae",
     "mixture_mean",
     "posterior_draws",
+    "posteriors",
     "priors",
     "read_nvae_checkpoint",
     "recalibrate_batch_norm",

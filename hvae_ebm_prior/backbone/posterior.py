@@ -39,6 +39,19 @@ class Posterior(NamedTuple):
     std: Tensor
 
 
+def gives_posterior(adapter: BackboneAdapter) -> bool:
+    """Whether an adapter says which Gaussians its draws are from: with a method of its own, or of the class that its
+    `infer` is of too; where a subclass has another `infer`, what it inherits need not fit that.
+    """
+    if not isinstance(adapter, PosteriorAdapter):
+        return False
+    owners = [getattr(owner, "__dict__", {}) for owner in (adapter, *type(adapter).__mro__)]
+    with_posterior, without = (
+        [i for i, names in enumerate(owners) if name in names] for name in ("infer_with_posterior", "infer")
+    )
+    return bool(with_posterior) and with_posterior[0] <= min(without, default=len(owners))
+
+
 def posterior_to_noise(
     transform: NoiseTransform, drawn: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[Tensor, Posterior]:

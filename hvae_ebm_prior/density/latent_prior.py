@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.lock import backbone_modules, check_autograd, check_frozen, lock, watch_modules
-from ..backbone.posterior import Posterior, PosteriorAdapter, posterior_to_noise
+from ..backbone.posterior import Posterior, PosteriorAdapter, gives_posterior, posterior_to_noise
 from ..backbone.registry import find_adapter
 from ..backbone.transform import BackboneAdapter, NoiseTransform, as_layers
 from ..backbone.validation import check_count, check_decoded, check_images, check_noise
@@ -187,11 +187,13 @@ class LatentPrior(nn.Module, ABC):
             TypeError, ValueError: as of `encode`, or the draws are not those of the Gaussians.
         """
         drawn = None
-        if isinstance(self.backbone, PosteriorAdapter):
-            check_images(images, self.backbone)
+        adapter = self.backbone
+        if gives_posterior(adapter):
+            assert isinstance(adapter, PosteriorAdapter)
+            check_images(images, adapter)
             images = self.transform.take(images)
             with drawing_by(generator, images.device):
-                drawn = as_layers(self.backbone.infer_with_posterior(images))
+                drawn = as_layers(adapter.infer_with_posterior(images))
         if drawn is None:
             return self.encode(images, generator=generator), None
         u, posterior = posterior_to_noise(self.transform, drawn)

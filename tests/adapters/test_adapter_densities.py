@@ -14,8 +14,10 @@ from stand_ins import VDVAE, AutoEncoder, DeepVAE, perturb
 from torch import nn
 from torch.distributions import AffineTransform, Bernoulli, Normal, SigmoidTransform, TransformedDistribution, Uniform
 
+from hvae_ebm_prior import DiffusionEBMPrior
 from hvae_ebm_prior.adapters import LadderAdapter, NVAEAdapter, VDVAEAdapter
 from hvae_ebm_prior.backbone.elbo import DensityAdapter
+from hvae_ebm_prior.backbone.posterior import PosteriorAdapter
 from hvae_ebm_prior.backbone.transform import drive
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -38,7 +40,20 @@ def drawn(adapter, images):
     for (z, log_density), again in zip(pairs, adapter.infer(images), strict=True):
         assert torch.equal(z, again)
         assert log_density.shape == (len(images),)
-    return [z for z, _ in pairs], [log_density for _, log_density in pairs]
+    latents, log_densities = [z for z, _ in pairs], [log_density for _, log_density in pairs]
+    check_posterior(adapter, images, latents, log_densities)
+    return latents, log_densities
+
+
+def check_posterior(adapter, images, latents, log_densities):
+    """Where the adapter gives its Gaussians, its draws are the same, and have the density that they say."""
+    if not isinstance(adapter, PosteriorAdapter):
+        return
+    torch.manual_seed(1)
+    given = adapter.infer_with_posterior(images)
+    for (z, mean, std), again, log_density in zip(given or (), latents, log_densities, strict=given is not None):
+        assert torch.equal(z, again)
+        torch.testing.assert_close(total(Normal(mean, std).log_prob(z)), log_density, atol=1e-3, rtol=1e-4)
 
 
 def masses(parameters, images, levels):
@@ -166,6 +181,24 @@ def test_nvae_posterior_densities(res_dist):
         mean, log_std = (5 * torch.tanh(part / 5) for part in both.chunk(2, 1))
         expected = Normal(scale * mean, scale * (log_std.exp() + 0.01)).log_prob(z)
         torch.testing.assert_close(log_density, total(expected), atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("res_dist", [True, False])
+def test_nvae_posteriors_without_flows(res_dist):
+    torch.manual_seed(0)
+    adapter = NVAEAdapter(perturb(AutoEncoder(1, 2, res_dist=res_dist)))
+    images = torch.rand(3, 3, 16, 16, generator=seed(0))
+    assert adapter.infer_with_posterior(images) is not None
+    drawn(adapter, images)
+
+
+def test_flows_leave_no_gaussian():
+    torch.manual_seed(0)
+    adapter = NVAEAdapter(perturb(AutoEncoder(1, 2, flows=1)))
+    images = torch.rand(3, 3, 16, 16, generator=seed(0))
+    assert adapter.infer_with_posterior(images) is None
+    assert DiffusionEBMPrior(adapter).encode_with_posterior(images, generator=seed(1))[1] is None
 
 
 @torch.no_grad()

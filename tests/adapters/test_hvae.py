@@ -107,6 +107,18 @@ def test_wrong_config_is_refused():
         HVAEConfig(latent_channels=(1, 2), widths=(8,))
 
 
+@torch.no_grad()
+def test_posteriors_of_the_adapter_have_its_densities(model):
+    adapter, images = HVAEAdapter(model), torch.rand(3, 1, 28, 28, generator=seed(0))
+    torch.manual_seed(1)
+    drawn = adapter.infer_with_density(images)
+    torch.manual_seed(1)
+    for (z, mean, std), (again, log_density) in zip(adapter.infer_with_posterior(images), drawn, strict=True):
+        assert torch.equal(z, again)
+        expected = torch.distributions.Normal(mean, std).log_prob(z).flatten(1).sum(1)
+        torch.testing.assert_close(log_density, expected, atol=1e-3, rtol=1e-4)
+
+
 def test_densities_of_the_adapter_against_torch_distributions(model):
     adapter, images = HVAEAdapter(model), torch.rand(3, 1, 28, 28, generator=seed(0))
     assert isinstance(adapter, DensityAdapter)

@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import IdentityBackbone, RandomBackbone
+from backbones import IdentityBackbone, RandomBackbone, Seeing
 from helpers import TINY, seed
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,6 +272,9 @@ def test_posterior_draws_may_come_in_any_form(kind):
         def infer_with_density(self, images):
             return kind(super().infer_with_density(images))
 
+        def infer_with_posterior(self, images):
+            return kind(super().infer_with_posterior(images))
+
     torch.manual_seed(0)
     model = HVAE(HVAEConfig(image_size=4, latent_channels=(2, 1), widths=(4, 4)))
     images = torch.rand(8, 1, 4, 4, generator=seed(0))
@@ -288,6 +291,41 @@ def test_posterior_draws_may_come_in_any_form(kind):
     assert results[0][1] == results[1][1]
     assert torch.equal(results[0][2], results[1][2])
     assert results[0][3] == results[1][3]
+
+
+def test_gaussians_that_draws_are_not_from_are_refused():
+    images = torch.rand(4, 1, 2, 2, generator=seed(0))
+
+    class Wrong(Seeing):
+        scale, part = 2.0, slice(None)
+
+        def infer_with_posterior(self, images):
+            return [(z, mean, self.scale * std)[self.part] for z, mean, std in super().infer_with_posterior(images)]
+
+    prior = DiffusionEBMPrior(Wrong([(3, 8, 8), (2, 8, 8)]), energy=TINY)
+    for scale in (2.0, 0.5, -1.0, 0.0):
+        Wrong.scale = scale
+        with pytest.raises(ValueError, match="Wrong.infer_with_posterior: expected every z as drawn from its mean and"):
+            prior.encode_with_posterior(images)
+    Wrong.part = slice(2)
+    with pytest.raises(TypeError, match=r"Wrong.infer_with_posterior: expected \(z, mean, std\) of every layer"):
+        prior.encode_with_posterior(images)
+
+
+def test_a_subclass_with_other_draws_inherits_no_gaussians():
+    class Other(Seeing):
+        def infer(self, images):
+            return [z + 1 for z in super().infer(images)]
+
+    images = torch.rand(4, 1, 2, 2, generator=seed(0))
+    for kind, known in ((Seeing, True), (Other, False)):
+        prior = DiffusionEBMPrior(kind([(3,)]), energy=TINY)
+        u, posterior = prior.encode_with_posterior(images, generator=seed(1))
+        assert (posterior is not None) == known
+        assert torch.equal(u, prior.encode(images, generator=seed(1)))
+    patched = Seeing([(3,)])
+    patched.infer = Other([(3,)]).infer
+    assert DiffusionEBMPrior(patched, energy=TINY).encode_with_posterior(images)[1] is None
 
 
 @pytest.mark.parametrize("drawn", [None, torch.zeros(2, 2), {"z": torch.zeros(2, 2)}])

@@ -5,17 +5,27 @@ from typing import get_args
 
 import pytest
 import torch
-from backbones import PAIR_ENERGIES, ExactGaussian, ExactMixture, IdentityBackbone, Pair, RandomBackbone, images_of
+from backbones import (
+    PAIR_ENERGIES,
+    ExactGaussian,
+    ExactMixture,
+    IdentityBackbone,
+    Pair,
+    RandomBackbone,
+    Seeing,
+    images_of,
+)
 from helpers import seed, state
 from torch import Tensor, nn
 
 from hvae_ebm_prior import DiffusionEBMPrior, DiffusionSchedule, EnergyConfig, Expert, LangevinConfig, TrainingConfig
+from hvae_ebm_prior.backbone.posterior import Posterior
 from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.energies.context import SMALLEST_ANGLE
 from hvae_ebm_prior.training.config import ObjectiveName
 from hvae_ebm_prior.training.objective import SCORE, Objective
 from hvae_ebm_prior.training.recovery import teacher_forced_loss
-from hvae_ebm_prior.training.score import noisy_contexts, score_loss, spread_angles
+from hvae_ebm_prior.training.score import mean_velocity, noisy_contexts, score_loss, spread_angles
 
 SCHEDULE = DiffusionSchedule.from_snr([200, 15, 3, 0])
 MIXTURE = ExactMixture((0.9, 0.1), ((-0.8, 0.0), (1.2, 0.6)), 0.3)
@@ -78,6 +88,62 @@ def test_the_loss_of_the_exact_energy_is_minus_the_mean_square_of_the_velocity()
     variance = (s * phi.cos()) ** 2 + phi.sin() ** 2
     expected = -((phi.sin() * phi.cos() * (1 - s**2)) ** 2 / variance).mean().item()
     assert found == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.4), (-2.0, 0.05)])
+def test_the_mean_velocity_is_that_of_numerical_integration(mean, std):
+    """Over u_0 given u: eps is (u - cos u_0) / sin, and densities are those of u_0 and eps."""
+    u, phi = torch.tensor([-1.5, 0.0, 0.3, 2.0]).double(), torch.tensor([0.1, 0.5, 1.0, 1.4]).double()
+    u_0 = torch.linspace(mean - 10 * std, mean + 10 * std, 20_001, dtype=torch.float64)[:, None]
+    eps = (u - phi.cos() * u_0) / phi.sin()
+    weights = (-0.5 * ((u_0 - mean) / std) ** 2 - 0.5 * eps**2).softmax(0)
+    expected = (weights * (phi.cos() * eps - phi.sin() * u_0)).sum(0)
+    found = mean_velocity(u[:, None], phi, torch.full((4, 1), mean).double(), torch.full((4, 1), std).double())
+    torch.testing.assert_close(found[:, 0], expected, atol=1e-6, rtol=1e-4)
+    if (mean, std) == (0.0, 1.0):
+        assert not found.any()
+
+
+def test_a_known_posterior_takes_the_noise_from_the_gradient_and_not_its_mean():
+    """Of images whose noise is N(.2 y, .95^2) with y = -1 or 1: as without knowing it on average, in a fraction of the
+    variance; and a posterior without width is the draw itself.
+    """
+    prior = DiffusionEBMPrior(IdentityBackbone((2,)), energy=[Scaled(ExactGaussian(0.0, 0.1, 0.8), 0.9)])
+    mean = 0.2 * (1 - 2 * (torch.arange(20_000) % 2).float())[:, None].expand(-1, 2)
+    u = mean + 0.95 * torch.randn(mean.shape, generator=seed(0))
+    clean = Objective(score=1.0, noisy_context=0.0)
+    known, plain, narrow = (
+        score_loss(prior, u, None, seed(1), None, clean, posterior).score.detach()
+        for posterior in (Posterior(mean, torch.full_like(u, 0.95)), None, Posterior(u, torch.full_like(u, 1e-6)))
+    )
+    assert abs((known - plain).mean()) < 4 * (known - plain).std() / len(u) ** 0.5
+    assert known.var() < plain.var() / 4
+    torch.testing.assert_close(narrow, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_training_takes_the_posterior_of_an_adapter(monkeypatch):
+    """Of a whole batch, of its parts, and of images that are encoded a few at a time."""
+    prior = DiffusionEBMPrior(Seeing([(3,), (2, 2)]), energy=EnergyConfig(vector_width=8))
+    images = torch.rand(6, 1, 2, 2, generator=seed(0))
+    assert torch.equal(
+        prior.encode_with_posterior(images, generator=seed(1))[0], prior.encode(images, generator=seed(1))
+    )
+    seen, plain = [], DiffusionEBMPrior.batch_loss
+
+    def loss(self, u, *others):
+        seen.append((u, *others[-1]))
+        return plain(self, u, *others)
+
+    monkeypatch.setattr(DiffusionEBMPrior, "batch_loss", loss)
+    for settings in ({}, {"micro_batch": 2}, {"encode_batch": 4}):
+        training = TrainingConfig(iterations=1, batch_size=6, activity_images=0, **settings)
+        prior.fit(images, training=training, generator=seed(2), progress=False)
+    (whole, *parts, blocks) = seen
+    torch.testing.assert_close(tuple(map(torch.cat, zip(*parts, strict=True))), whole)
+    # The noise is drawn from these Gaussians, which are not one for all images.
+    for u, mean, std in (whole, blocks):
+        assert mean.std() > 0.5
+        assert ((u - mean) / std).std().item() == pytest.approx(1, abs=0.3)
 
 
 def test_a_known_density_is_learned(learned):
