@@ -1,8 +1,9 @@
 """Posterior draws with the Gaussians that they are from, of a top-down model.
 
-q(z|x) = prod_i N(z_i; m_i(z_<i, x), s_i(z_<i, x)^2),     so in units of the prior's mean_i and std_i
+    q(z|x) = prod_i N(z_i; m_i(z_<i, x), s_i(z_<i, x)^2)
+    u_i = (z_i - mean_i) / std_i  ~  N((m_i - mean_i) / std_i, (s_i / std_i)^2)
 
-u_i = (z_i - mean_i) / std_i  ~  N((m_i - mean_i) / std_i, (s_i / std_i)^2)     given x and the draws above.
+given the image x and the draws above, with mean_i and std_i of the prior.
 """
 
 from collections.abc import Iterable, Sequence

@@ -153,9 +153,21 @@ class Batches:
     def noise_with_posterior(
         self, prior: LatentPrior, images: Tensor, draw: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Posterior | None]:
-        """As `noise`, and the Gaussians that it was drawn from where they are known; of a cache they are not."""
+        """As `noise`, and the Gaussians that it was drawn from where they are known: of a cache of draws they are not.
+
+        Args:
+            prior: as of `noise`.
+            images: as of `noise`.
+            draw: as of `noise`.
+            generator: as of `noise`.
+
+        Returns:
+            Noise (N, D), and its Gaussians or None.
+        """
         if isinstance(self.data, PosteriorCache):
-            return self.noise(prior, images, draw, generator), None
+            known = None if self.data.index.draws else self.data.gaussians(images)
+            gaussians = known and Posterior(*(part.to(prior.device, prior.dtype) for part in known))
+            return self.noise(prior, images, draw, generator), gaussians
         return prior.encode_with_posterior(images.to(prior.device, non_blocking=True), generator=generator)
 
     def summary(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from ..backbone.posterior import DEVIATIONS, deviations
+from ..backbone.posterior import DEVIATIONS, Posterior, deviations
 from ..backbone.validation import check_count, check_images
 from ..chains.streams import GLOBAL_GENERATORS, draw_key, sample_seeds, seeded
 from ..density.latent_prior import LatentPrior
@@ -128,8 +128,12 @@ class PosteriorCache(Dataset[Tensor]):
         if self.index.draws:
             return self._read(rows, "draws", draw % self.index.draws)
         noise = torch.Generator().manual_seed(draw_key(generator))
-        mean, std = (self._read(rows, name) for name in ("mean", "std"))
+        mean, std = self.gaussians(rows)
         return mean + std * torch.randn(mean.shape, generator=noise, device="cpu", dtype=mean.dtype)
+
+    def gaussians(self, rows: Tensor) -> Posterior:
+        """The Gaussians of images of numbers `rows` (N,), where the cache holds mean and std."""
+        return Posterior(*(self._read(rows, name) for name in ("mean", "std")))
 
     def labels(self, rows: Tensor) -> Tensor | dict[str, Tensor] | None:
         """Labels of the images of numbers `rows` (N,), as the data had them: one tensor, tensors by name, or none."""

@@ -23,6 +23,7 @@ from hvae_ebm_prior import (
     TrainingConfig,
 )
 from hvae_ebm_prior.adapters import HVAE, HVAEAdapter, HVAEConfig, NVAEAdapter
+from hvae_ebm_prior.backbone.posterior import Posterior
 from hvae_ebm_prior.baselines import GaussianPrior
 from hvae_ebm_prior.saving.fingerprint import BackboneMismatch
 from hvae_ebm_prior.training import posterior_cache
@@ -97,6 +98,11 @@ def test_the_gaussian_cache_holds_mean_and_std_and_draws_anew(tmp_path):
     assert torch.equal(cache.noise(rows, 0, seed(1)).unflatten(0, (2000, 5)), first)
     assert ((first.mean(0) - mean).abs() < 5 * std / math.sqrt(2000)).all()
     assert ((first.std(0) / std - 1).abs() < 5 / math.sqrt(4000)).all()
+    # Score matching learns from them too.
+    prior, chosen = GaussianPrior(Exact()), torch.tensor([3, 1])
+    u, gaussians = Batches(cache, 2, seed(1)).noise_with_posterior(prior, chosen, 0, seed(2))
+    assert torch.equal(u, cache.noise(chosen, 0, seed(2)))
+    torch.testing.assert_close(gaussians, Posterior(mean[chosen], std[chosen]))
 
 
 def hvae(layers):
