@@ -42,7 +42,7 @@ def randomised(prior, scale=0.2):
         for parameter in prior.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         for network in prior.energies:
-            for value in network.buffers():
+            for value in (buffer for buffer in network.buffers() if buffer.is_floating_point()):
                 value.copy_(0.1 + 0.9 * torch.rand(value.shape, generator=generator))
     return prior
 

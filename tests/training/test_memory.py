@@ -226,8 +226,8 @@ def test_bfloat16_is_for_what_is_computed_and_not_for_what_is_kept(kind, context
     for autocast in (None, "bfloat16"):
         made = prior(autocast)
         seen = []
-        readout = made.energies[1].network.readout if context else made.energies[1].readout
-        readout.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out.dtype))
+        linear = made.energies[1].network.blocks[0].first if context else made.energies[1].readout
+        linear.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out.dtype))
         u = torch.randn(32, made.dim, generator=seed(0))
         losses = made.batch_loss(u, None, seed(1), objective=made.objective(TrainingConfig(), 10**6))
         losses.total.mean().backward()

@@ -229,12 +229,12 @@ def test_posterior_draws_in_parts_do_not_depend_on_the_processes():
     settings = replace(SETTINGS, encode_batch=2)
 
     def work(rank):
-        sizes, plain = [], Seeing.infer
-        Seeing.infer = lambda self, images: (sizes.append(len(images)), plain(self, images))[1]
+        sizes, plain = [], Seeing.infer_with_posterior
+        Seeing.infer_with_posterior = lambda self, images: (sizes.append(len(images)), plain(self, images))[1]
         try:
             return *train(diffusion, replace(settings, activity_images=0)), sizes
         finally:
-            Seeing.infer = plain
+            Seeing.infer_with_posterior = plain
 
     _, weights, sizes = work(0)
     assert not close(weights, train(diffusion, replace(SETTINGS, activity_images=0))[1])
@@ -286,8 +286,8 @@ def test_trouble_in_one_process_is_trouble_in_all():
 def test_an_error_in_one_process_ends_all():
     def work(rank):
         prior = diffusion()
-        plain = prior.encode
-        prior.encode = lambda images, generator: (
+        plain = prior.encode_with_posterior
+        prior.encode_with_posterior = lambda images, generator: (
             1 / 0 if rank == 1 and len(images) == 9 else plain(images, generator=generator)
         )
         prior.fit(IMAGES, training=replace(SETTINGS, activity_images=0), generator=seed(1), progress=False)
