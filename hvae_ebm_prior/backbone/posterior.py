@@ -7,7 +7,7 @@ given the image x and the draws above, with mean_i and std_i of the prior.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Posterior(NamedTuple):
     std: Tensor
 
 
-def gives_posterior(adapter: BackboneAdapter) -> bool:
+def gives_posterior(adapter: BackboneAdapter) -> TypeGuard[PosteriorAdapter]:
     """Whether an adapter says which Gaussians its draws are from: with a method of its own, or of the class that its
     `infer` is of too; where a subclass has another `infer`, what it inherits need not fit that.
     """
@@ -89,11 +89,10 @@ def posterior_to_noise(
 
 
 def deviations(residual: Tensor) -> float:
-    """How many standard deviations mean or mean square of residuals are off those of as many standard normal numbers,
-    with room for the error of half precision.
-    """
+    """How many standard deviations mean or mean square of residuals are off those of standard normal numbers."""
     n = residual.numel()
-    # Of n of them the mean is N(0, 1/n), and that of the squares nearly N(1, 2/n).
-    of_mean = abs(residual.mean().item()) / ((1 / n) ** 0.5 + 0.01)
+    # Of n such numbers the mean is N(0, 1/n), and that of the squares nearly N(1, 2/n), but for the error of half
+    # precision.
+    of_mean = abs(residual.mean().item()) / (1 / n) ** 0.5
     of_square = abs(residual.square().mean().item() - 1) / ((2 / n) ** 0.5 + 0.01)
     return max(of_mean, of_square)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.lock import backbone_modules, check_autograd, check_frozen, lock, watch_modules
-from ..backbone.posterior import Posterior, PosteriorAdapter, gives_posterior, posterior_to_noise
+from ..backbone.posterior import Posterior, gives_posterior, posterior_to_noise
 from ..backbone.registry import find_adapter
 from ..backbone.transform import BackboneAdapter, NoiseTransform, as_layers
 from ..backbone.validation import check_count, check_decoded, check_images, check_noise
@@ -189,7 +189,6 @@ class LatentPrior(nn.Module, ABC):
         drawn = None
         adapter = self.backbone
         if gives_posterior(adapter):
-            assert isinstance(adapter, PosteriorAdapter)
             check_images(images, adapter)
             images = self.transform.take(images)
             with drawing_by(generator, images.device):
