@@ -119,8 +119,7 @@ def throughput(args: argparse.Namespace) -> Rows:
         rows.append((f"{job.name}, batch {job.batch}: published loop", f"{value:.2f} it/s"))
     # What there is no time for is of half precision.
     for dtype, job, (preset, objective), graph in itertools.product((None, "bfloat16"), args.jobs, ways, (False, True)):
-        # Scores are matched without chains, so there is nothing to capture.
-        if late(args) or (graph and objective == "score"):
+        if late(args):
             continue
         shown = f"{dtype or 'float32'}, {'graphs' if graph else 'eager'}"
         reset_peak(args.device)
@@ -151,10 +150,10 @@ def peak(device: torch.device) -> float:
 
 
 def same_samples(args: argparse.Namespace) -> Rows:
-    """Samples and losses from graphs beside the eager ones."""
+    """Samples, and gradients of the score, from graphs beside the eager ones."""
     rows: Rows = []
     for job, preset in itertools.product(args.jobs, ("default", "paper-cifar10")):
-        found = []
+        found: list[list[Tensor]] = []
         for graph in (False, True):
             prior = make_prior(job, preset, args.execution(graph=graph), args.quick)
             for network in prior.energies:
@@ -164,11 +163,24 @@ def same_samples(args: argparse.Namespace) -> Rows:
                         with torch.no_grad():
                             parameter.add_(0.02 * torch.randn(parameter.shape).to(parameter))
             found.append([prior.sample_noise(2, generator=torch.Generator().manual_seed(k)) for k in range(3)])
+            if preset == "default":
+                found[-1] += [score_gradient(prior, job, seed) for seed in range(3)]
         error = max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
         if not error <= 1e-3:
-            raise AssertionError(f"{job.name}, {preset}: samples from graphs differ from eager ones by {error:.1e}")
+            raise AssertionError(f"{job.name}, {preset}: graphs differ from eager ones by {error:.1e}")
         rows.append((f"graphs = eager, {job.name}, {preset}", f"largest difference {error:.0e}"))
     return rows
+
+
+def score_gradient(prior: Any, job: Any, seed: int) -> Tensor:
+    """The gradient of the score loss of a batch, over its norm."""
+    generator = torch.Generator().manual_seed(seed)
+    u = prior.encode(job.images[: job.batch].to(prior.device), generator=generator)
+    objective = prior.objective(dataclasses.replace(training_config(job, "default"), objective="score"), 0)
+    prior.zero_grad()
+    prior.batch_loss(u, None, generator, None, objective).total.mean().backward()
+    gradient = torch.cat([x.grad.flatten() for x in prior.parameters() if x.grad is not None])
+    return gradient / gradient.norm()
 
 
 def resumed(args: argparse.Namespace) -> Rows:

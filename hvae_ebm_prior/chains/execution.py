@@ -51,9 +51,10 @@ class ExecutionConfig:
             CPU may be slower with it.
         compile: compile the gradient with torch.compile. Its first result is compared with the plain one, which is
             used, with a warning, if they differ.
-        graph: on CUDA, capture chains, and the flow of a layer, as graphs that later ones of the same shapes replay.
-            For small networks, whose step is many small launches. It takes counted noise, a backend other than "torch";
-            chains under labels, other priors and observations run as without.
+        graph: on CUDA, capture chains, the flow of a layer, and the score loss with its gradient, as graphs that later
+            ones of the same shapes replay. For small networks, whose step is many small launches. A graph whose first
+            replay gives other numbers is not used, with a warning. It takes counted noise, a backend other than
+            "torch"; chains under labels, other priors and observations run as without.
     """
 
     backend: Backend = "auto"

@@ -13,10 +13,12 @@ from stand_ins import perturb
 
 from hvae_ebm_prior import (
     AND,
+    Coupling,
     DiffusionEBMPrior,
     DrawingConfig,
     EnergyConfig,
     ExecutionConfig,
+    LabelSet,
     LangevinConfig,
     TrainingConfig,
 )
@@ -26,12 +28,16 @@ from hvae_ebm_prior.chains.langevin import langevin_chain
 from hvae_ebm_prior.chains.schedule import DiffusionSchedule
 from hvae_ebm_prior.chains.streams import open_streams
 from hvae_ebm_prior.density import energy_model
+from hvae_ebm_prior.training.objective import SCORE
+from hvae_ebm_prior.training.score import score_loss
 
 CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Captures by running; a replay runs again and writes where the first results are."""
+    """Captures by running; a replay runs again and writes where the first results are. Every graph is replayed once
+    to be checked.
+    """
 
     def __init__(self):
         self.captured = self.replayed = 0
@@ -69,7 +75,7 @@ def test_inputs_are_copied_and_results_are_the_callers_own():
     # What stays in place is read anew.
     weight.fill_(3.0)
     assert graphs.run("double", None, (torch.ones(2, 3), None))[0][0, 0] == 3.0
-    assert (recorder.captured, recorder.replayed) == (1, 3)
+    assert (recorder.captured, recorder.replayed) == (1, 4)
     graphs.run("double", lambda x, nothing: [x], (torch.ones(3, 3), None))
     graphs.run("other", lambda x, nothing: [x], (torch.ones(2, 3), None))
     assert recorder.captured == 3
@@ -80,7 +86,7 @@ def test_graphs_that_were_not_used_for_long_are_dropped():
     graphs = Graphs(recorder)
     for i in (*range(KEPT), 0, KEPT, 0, 1):
         graphs.run(i, lambda x: [x + 1], (torch.zeros(1),))
-    assert (recorder.captured, recorder.replayed) == (KEPT + 2, 2)
+    assert (recorder.captured, recorder.replayed) == (KEPT + 2, KEPT + 2 + 2)
 
 
 @pytest.mark.parametrize("integrator", ["exponential", "strang", "leimkuhler-matthews"])
@@ -112,7 +118,7 @@ def test_a_kept_chain_has_the_bits_of_a_plain_one(integrator, top_steps, split):
             ends += [end, streams.normal(2)]
         results.append(ends)
     assert all(map(torch.equal, *results))
-    assert (recorder.captured, recorder.replayed) == (1, 2)
+    assert (recorder.captured, recorder.replayed) == (1, 3)
 
 
 def make_prior(context, graph, drawing=None, **langevin):
@@ -155,24 +161,41 @@ def test_samples_from_graphs_are_the_plain_ones(context, drawing, settings, reco
     assert not torch.equal(results[1][0], results[1][2])
     # By layer three networks and two sizes of chunks, together one size and all levels alike; nothing again.
     assert recorder.captured == (6 if context and drawing.ancestral is None else 1)
-    assert recorder.replayed > 2 * recorder.captured
+    assert recorder.replayed > 3 * recorder.captured
 
 
-@pytest.mark.parametrize(("context", "objective"), [(True, "recovery"), (True, "joint-recovery"), (False, None)])
+def train(graph, context=True, **settings):
+    """Weights after four iterations."""
+    prior = make_prior(context, graph)
+    prior.fit(
+        torch.rand(12, 1, 2, 2, generator=seed(0)),
+        training=TrainingConfig(iterations=4, gap_limit=math.inf, **{"batch_size": 4} | settings),
+        generator=seed(1),
+        progress=False,
+    )
+    return list(prior.parameters())
+
+
+@pytest.mark.parametrize(
+    ("context", "objective"), [(True, "score"), (True, "recovery"), (True, "joint-recovery"), (False, None)]
+)
 def test_training_from_graphs_is_the_plain_one(context, objective, recorder):
-    """Weights after some iterations, in which a graph of the first one's chain serves all."""
-    results = []
-    for graph in (False, True):
-        prior = make_prior(context, graph)
-        prior.fit(
-            torch.rand(12, 1, 2, 2, generator=seed(0)),
-            training=TrainingConfig(iterations=4, batch_size=4, objective=objective, gap_limit=math.inf),
-            generator=seed(1),
-            progress=False,
-        )
-        results.append(list(prior.parameters()))
+    """Weights after some iterations, in which a graph of the first one's chain, or loss, serves all."""
+    results = [train(graph, context, objective=objective) for graph in (False, True)]
     assert all(map(torch.equal, *results))
-    assert (recorder.captured, recorder.replayed) == (1, 3)
+    assert (recorder.captured, recorder.replayed) == (1, 4)
+
+
+def test_scores_from_graphs_by_parts_and_with_chains_beside(recorder):
+    """Parts of a batch calibrate other images, so each has a graph of its own; then the chains have one more."""
+    plain, parts = train(False, objective="score"), {"objective": "score", "batch_size": 6, "micro_batch": 3}
+    assert recorder.captured == 0
+    torch.testing.assert_close(train(True, **parts), train(False, **parts))
+    assert (recorder.captured, recorder.replayed) == (2, 8)
+    beside = {"objective": "score-recovery", "recovery_share": 0.5}
+    torch.testing.assert_close(train(True, **beside), train(False, **beside))
+    assert (recorder.captured, recorder.replayed) == (4, 8 + 4 + 2)
+    assert not all(map(torch.equal, plain, train(True, **beside)))
 
 
 def test_networks_in_other_memory_are_captured_anew(recorder):
@@ -196,3 +219,38 @@ def test_conditions_run_without_a_graph(recorder):
 def test_gradients_take_inputs():
     u, a = torch.randn(2, 3, generator=seed(0)), torch.randn(2, 3, generator=seed(1))
     torch.testing.assert_close(walk_gradient(lambda u, a: (a * u**2).sum(), u, a), 2 * a * u)
+
+
+def test_scores_of_labels_from_graphs(recorder):
+    """Gradients of a loss of other noise and labels than the graph was captured with, some of them unknown."""
+    coupling = Coupling({"kind": LabelSet(3, layers=(0, 1)), "smile": LabelSet(2, layers=(2,))}, networks=TINY)
+    found = []
+    for graph in (False, True):
+        execution = ExecutionConfig(backend="naive", graph=graph)
+        torch.manual_seed(0)
+        backbone = RandomBackbone([(2,), (1, 5, 5), (1, 5, 5)])
+        prior = perturb(DiffusionEBMPrior(backbone, energy=TINY, coupling=coupling, execution=execution))
+        for labels in ([0, 1, 2, -1], [2, -1, 0, 1]):
+            u = torch.randn(4, prior.dim, generator=seed(labels[0]))
+            prior.zero_grad()
+            loss = score_loss(prior, u, {"kind": torch.tensor(labels)}, seed(labels[1]), None, SCORE)
+            (2.5 * loss.total.mean()).backward()
+        found.append([loss.total.detach(), loss.cross_entropy, *(x.grad for x in prior.parameters())])
+    for plain, from_graph in zip(*found, strict=True):
+        if plain is None or from_graph is None:  # those of "smile", of which no labels are given, say nothing alone
+            assert plain is from_graph
+        else:
+            torch.testing.assert_close(from_graph, plain)
+    assert (recorder.captured, recorder.replayed) == (1, 2)
+
+
+def test_a_graph_that_gives_other_numbers_is_not_used():
+    def record(function):
+        results = [x + 1 for x in function()]
+        return (lambda: None), results
+
+    graphs = Graphs(record)
+    with pytest.warns(RuntimeWarning, match=r"graph \(chain\) gives other numbers .* without a graph"):
+        first = graphs.run(("chain", 3), lambda x: [2 * x], (torch.ones(2),))
+    second = graphs.run(("chain", 3), lambda x: [2 * x], (torch.full((2,), 4.0),))
+    assert [first[0].tolist(), second[0].tolist()] == [[2, 2], [8, 8]]

@@ -4,8 +4,10 @@ Counted on the CPU with counted noise, where operations are those of a GPU but f
 levels). What the fused kernel launches for an update, one or two kernels, is counted in interpreted.py.
 """
 
+import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvae_ebm_prior import DiffusionEBMPrior, ExecutionConfig, LangevinConfig
 from hvae_ebm_prior.chains import streams as streams_module
+from hvae_ebm_prior.chains.graphs import Graphs
 from hvae_ebm_prior.chains.langevin import langevin_chain
 from hvae_ebm_prior.chains.streams import open_streams
+from hvae_ebm_prior.density import energy_model
 from hvae_ebm_prior.presets import PRESETS
 from hvae_ebm_prior.training import loop
 from hvae_ebm_prior.training.step import training_step
@@ -70,8 +74,8 @@ def test_a_step_is_its_updates_and_nothing_else(config, updates):
     assert launches(2).total() - 2 * updates <= 24
 
 
-def count_iterations(preset, iterations, monkeypatch, **settings):
-    """Launches of every iteration of training on a small backbone, by name."""
+def count_iterations(preset, iterations, monkeypatch, graph=False, **settings):
+    """Launches of every iteration of training on a small backbone, by name; those of a graph are not counted."""
     counts, step = [], training_step
 
     def counting(run, began):
@@ -91,10 +95,10 @@ def count_iterations(preset, iterations, monkeypatch, **settings):
             schedule=preset.schedule,
             langevin=replace(preset.langevin, **settings),
             energy=energy,
-            execution=ExecutionConfig(backend="naive"),
+            execution=ExecutionConfig(backend="naive", graph=graph),
         )
     )
-    training = replace(preset.training, batch_size=4, activity_images=0)
+    training = replace(preset.training, batch_size=4, activity_images=0, gap_limit=math.inf)
     images = torch.rand(8, 1, 2, 2, generator=seed(0))
     prior.fit(images, training=training, iterations=iterations, generator=seed(1), progress=False)
     return counts
@@ -120,4 +124,36 @@ def test_a_whole_iteration(monkeypatch):
     default = [counted.total() for counted in count_iterations(PRESETS["default"], 10, monkeypatch)]
     paper = [count_iterations(PRESETS["paper-cifar10"], 4, monkeypatch, steps=steps)[3].total() for steps in (3, 4)]
     found = SimpleNamespace(score=default[7], recovery=default[9], paper=paper[0], paper_step=paper[1] - paper[0])
-    assert found == SimpleNamespace(score=2159, recovery=3834, paper=2540, paper_step=168)
+    assert found == SimpleNamespace(score=2154, recovery=3829, paper=2540, paper_step=168)
+
+
+@THIS_TORCH
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_whole_iteration_with_adam_as_on_a_gpu(graph, monkeypatch):
+    """Beside the graphs, which replay nothing here: posterior draws, the walk, noise, copies and Adam."""
+    monkeypatch.setattr(energy_model, "Graphs", partial(Graphs, lambda function: ((lambda: None), function())))
+    # On a GPU Adam moves all weights by a few launches.
+    monkeypatch.setattr(torch.optim, "Adam", partial(torch.optim.Adam, foreach=True))
+    counts = count_iterations(PRESETS["default"], 20, monkeypatch, graph)
+    found = SimpleNamespace(score=counts[10].total(), recovery=counts[19].total())
+    expected = {False: SimpleNamespace(score=1682, recovery=3354), True: SimpleNamespace(score=421, recovery=921)}
+    assert found == expected[graph]
+    # Of them numbers that are read: those of the record and the checks, and of Adam, which has its own on the host.
+    assert counts[10]["_local_scalar_dense"] == 158
+
+
+def test_what_a_graph_captures_waits_for_nothing(monkeypatch):
+    """No number is read, and nothing is brought from the host: a capture would fail of it."""
+    names = Counter()
+
+    def record(function):
+        with Launches() as counted:
+            results = function()
+        names.update(counted.names)
+        return (lambda: None), results
+
+    monkeypatch.setattr(energy_model, "Graphs", partial(Graphs, record))
+    count_iterations(PRESETS["default"], 10, monkeypatch, graph=True)
+    assert names["drawn_update"] == 5
+    assert names["convolution"] > 20
+    assert not names.keys() & {"_local_scalar_dense", "nonzero", "masked_select", "_to_copy", "lift_fresh_copy"}

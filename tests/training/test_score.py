@@ -25,7 +25,8 @@ from hvae_ebm_prior.energies.context import SMALLEST_ANGLE
 from hvae_ebm_prior.training.config import ObjectiveName
 from hvae_ebm_prior.training.objective import SCORE, Objective
 from hvae_ebm_prior.training.recovery import teacher_forced_loss
-from hvae_ebm_prior.training.score import mean_velocity, noisy_contexts, score_loss, spread_angles
+from hvae_ebm_prior.training.score import score_loss
+from hvae_ebm_prior.training.score_data import mean_velocity, noisy_contexts, spread_angles
 
 SCHEDULE = DiffusionSchedule.from_snr([200, 15, 3, 0])
 MIXTURE = ExactMixture((0.9, 0.1), ((-0.8, 0.0), (1.2, 0.6)), 0.3)
