@@ -53,8 +53,9 @@ class ExecutionConfig:
             used, with a warning, if they differ.
         graph: on CUDA, capture chains, the flow of a layer, and the score loss with its gradient, as graphs that later
             ones of the same shapes replay. For small networks, whose step is many small launches. A graph whose first
-            replay gives other numbers is not used, with a warning. It takes counted noise, a backend other than
-            "torch"; chains under labels, other priors and observations run as without.
+            replay gives other numbers is not used, with a warning. Chains take counted noise for it, a backend other
+            than "torch"; under labels, other priors and observations they run as without. Of a loss of your own making,
+            all images must weigh alike: `prior.loss(x).mean()`.
     """
 
     backend: Backend = "auto"
@@ -180,8 +181,9 @@ class ChainEnergies:
 
 
 def places(energies: Iterable[nn.Module]) -> list[int]:
-    """Where the weights and buffers of networks are in memory."""
-    return [x.data_ptr() for network in energies for x in (*network.parameters(), *network.buffers())]
+    """Where the weights and buffers of networks are in memory, and how long they are."""
+    tensors = [x for network in energies for x in (*network.parameters(), *network.buffers())]
+    return [number for x in tensors for number in (x.data_ptr(), x.numel())]
 
 
 def stack_inputs(inputs: Sequence[Input]) -> Input:

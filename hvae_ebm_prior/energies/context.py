@@ -267,7 +267,10 @@ class ContextEnergy(nn.Module):
         if not self.activity.is_meta:
             active = self.activity.reshape(self._parts[0], -1).any(1)
             self.inactive = not bool(active.any())
-            self.active = (active | self.inactive).nonzero()[:, 0]
+            now = (active | self.inactive).nonzero()[:, 0]
+            # Where it is in memory graphs know it by.
+            if not torch.equal(now, self.active):
+                self.active = now
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -128,9 +128,9 @@ class LearnedPrior(TrainablePrior):
             generator: source of the posterior draw, the levels and the chains' noise; None takes torch's global ones.
 
         Returns:
-            (N,), whose gradient is the learning gradient. In score matching the squared error of the velocity, less
-            that of an untrained prior; else F(T(u_t^-), t) - F(T(u_t), t) in nats, whose value is no measure of
-            quality, as it is near 0 where data and chain agree.
+            (N,), whose gradient is the learning gradient; with `ExecutionConfig.graph` that of images that weigh alike.
+            In score matching the squared error of the velocity, less that of an untrained prior; else F(T(u_t^-), t) -
+            F(T(u_t), t) in nats, whose value is no measure of quality, as it is near 0 where data and chain agree.
 
         Raises:
             TypeError, ValueError: images of a wrong type, shape or range, or wrong labels.

@@ -10,7 +10,7 @@ share: leave a third of the memory free.
 import copy
 import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ def backbone_tensors(prior: TrainablePrior) -> list[Tensor]:
 def peak_activations(prior: TrainablePrior, n: int) -> int:
     """The most bytes that a training step of `n` images keeps for backward passes at any moment, weights left out."""
     trainee = copy.deepcopy(prior).train()
+    trainee.execution = replace(trainee.execution, graph=False)  # whose memory autograd does not keep
     try:
         weights = [*trainee.state_dict().values(), *backbone_tensors(prior)]
         saved = SavedBytes({tensor.untyped_storage().data_ptr() for tensor in weights})

@@ -32,7 +32,7 @@ from .score_data import ScoreData, draw_data
 
 # Logits (N, K) by label set.
 Logits = Mapping[str, Tensor]
-# One image in so many takes part in the calibration of levels.
+# One image in so many takes part in the calibration of levels; even, as images with odd numbers learn other labels.
 CALIBRATED = 8
 
 
@@ -58,7 +58,7 @@ def score_loss(
 
     Returns:
         The loss of every sample; its parts are means over noise levels and sums over layers. From a graph
-        (`ExecutionConfig.graph`) its gradient is that of samples that weigh alike.
+        (`ExecutionConfig.graph`) its gradient is that of samples that weigh alike, and NaN if they do not.
 
     Raises:
         TypeError, ValueError: wrong labels, or labels for a prior that is not coupled.
@@ -73,8 +73,8 @@ def score_loss(
     def loss(*tensors: Tensor) -> Sequence[Tensor]:
         return layers_loss(prior, data.like(tensors), objective, start)
 
-    weights = (objective.score, objective.calibration, prior.coupling and prior.coupling.weight)
-    name = ("score", prior.execution, weights, start, *data.labels)
+    factors = (objective.score, objective.calibration, prior.coupling and prior.coupling.weight)
+    name = ("score", prior.execution, prior.schedule, factors, start, *data.labels)
     learn = partial(captured_loss, prior, name, loss) if prior.execution.graph else loss
     total, score, calibration, entropy = learn(*data.tensors())
     known = [(values >= 0).long() for values in checked.values()]
@@ -114,7 +114,7 @@ def layers_loss(
             draws = len(layer.u) // n
             row = torch.arange(n * draws, device=above_angle.device)
             image = row // draws
-            angles = torch.stack((layer.own, read[image, 1]), dim=1)
+            angles = torch.stack((layer.own, above_angle[image].to(prior.angle_dtype)), dim=1)
             rows = Rows(layer.u, layer.velocity, layer.context.mean[image], layer.context.std[image], angles)
             repeated = {name: values[image] for name, values in above.items()}
             own_labels = {name: values[image] for name, values in data.labels.items()}

@@ -115,15 +115,15 @@ def draw_data(
     layers: list[LayerData] = []
     with prior.execution.loss_precision(u.device):
         contexts, above_angle = noisy_contexts(prior, u, key, samples, streams, objective)
+    draws = [draws_of(prior, i, objective) for i in range(len(contexts))]
+    drawn = [spread_angles(key, samples, draws[k // 2], k).flatten() for k in range(2 * len(contexts))]
+    # One copy to the device, as each waits for it.
+    angles = torch.cat(drawn).to(u.device, prior.angle_dtype).split([len(part) for part in drawn])
     for i, (part, context) in enumerate(zip(prior.split(u), contexts, strict=True)):
-        draws = draws_of(prior, i, objective)
-        own, other = (
-            spread_angles(key, samples, draws, sequence).to(u).flatten().to(prior.angle_dtype)
-            for sequence in (2 * i, 2 * i + 1)
-        )
-        noisy, velocity = noisy_states(part.to(prior.dtype).repeat_interleave(draws, 0), own, streams)
+        own, other = angles[2 * i : 2 * i + 2]
+        noisy, velocity = noisy_states(part.to(prior.dtype).repeat_interleave(draws[i], 0), own, streams)
         if gaussians:
-            mean, std = (x.to(prior.dtype).repeat_interleave(draws, 0) for x in gaussians[i])
+            mean, std = (x.to(prior.dtype).repeat_interleave(draws[i], 0) for x in gaussians[i])
             velocity = mean_velocity(noisy, own, mean, std)
         layers.append(LayerData(noisy, velocity, own, other, context))
     return ScoreData(labels, above_angle, layers)

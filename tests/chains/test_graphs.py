@@ -23,7 +23,7 @@ from hvae_ebm_prior import (
     TrainingConfig,
 )
 from hvae_ebm_prior.chains.autograd import walk_gradient
-from hvae_ebm_prior.chains.graphs import KEPT, Graphs
+from hvae_ebm_prior.chains.graphs import KEPT, Captured, Graphs
 from hvae_ebm_prior.chains.langevin import langevin_chain
 from hvae_ebm_prior.chains.schedule import DiffusionSchedule
 from hvae_ebm_prior.chains.streams import open_streams
@@ -51,7 +51,7 @@ class Recorder:
             for place, value in zip(results, function(), strict=True):
                 place.copy_(value)
 
-        return replay, results
+        return Captured(replay, results)
 
 
 @pytest.fixture
@@ -246,11 +246,46 @@ def test_scores_of_labels_from_graphs(recorder):
 
 def test_a_graph_that_gives_other_numbers_is_not_used():
     def record(function):
-        results = [x + 1 for x in function()]
-        return (lambda: None), results
+        return Captured(lambda: None, [1.03 * x for x in function()])
 
     graphs = Graphs(record)
     with pytest.warns(RuntimeWarning, match=r"graph \(chain\) gives other numbers .* without a graph"):
         first = graphs.run(("chain", 3), lambda x: [2 * x], (torch.ones(2),))
     second = graphs.run(("chain", 3), lambda x: [2 * x], (torch.full((2,), 4.0),))
     assert [first[0].tolist(), second[0].tolist()] == [[2, 2], [8, 8]]
+
+
+def test_what_cannot_be_compared_is_captured_the_next_time():
+    recorder = Recorder()
+    graphs = Graphs(recorder)
+    for value, captured in ((math.inf, 0), (1.0, 1), (math.inf, 1)):
+        (result,) = graphs.run("inverse", lambda x: [1 / x], (torch.tensor([1 / value]),))
+        assert (result.item(), recorder.captured) == (value, captured)
+
+
+def test_a_loss_from_a_graph_in_a_loop_of_ones_own(recorder):
+    """Samples that do not weigh alike have no gradient; frozen weights, other sizes and a mode are captured anew, also
+    while an earlier loss is alive; restored weights are not.
+    """
+    prior, plain = make_prior(True, True), make_prior(True, False)
+    images = torch.rand(4, 1, 2, 2, generator=seed(0))
+    loss = prior.loss(images, generator=seed(1))
+    (loss * torch.tensor([1.0, 2, 1, 1])).sum().backward()
+    assert all(x.grad is None or x.grad.isnan().all() for x in prior.parameters())
+    assert sum(x.grad is not None for x in prior.parameters()) > 20
+    prior.load_state_dict(prior.state_dict())
+    prior.loss(images, generator=seed(2))
+    assert (recorder.captured, recorder.replayed) == (1, 2)
+    for k, change in enumerate((lambda x: None, lambda x: x.energies[1].requires_grad_(False), lambda x: x.train())):
+        for each in (prior, plain):
+            change(each)
+            each.zero_grad()
+            each.loss(images[: 4 - k], generator=seed(3)).mean().backward()
+        for x, y in zip(prior.parameters(), plain.parameters(), strict=True):
+            assert (x.grad is None) == (y.grad is None)
+            if x.grad is not None:
+                torch.testing.assert_close(x.grad, y.grad)
+    assert recorder.captured == 3
+    prior.requires_grad_(False)
+    torch.testing.assert_close(*(each.loss(images, generator=seed(3)) for each in (prior, plain)))
+    assert recorder.captured == 3
