@@ -269,7 +269,7 @@ class ContextEnergy(nn.Module):
             self.inactive = not bool(active.any())
             now = (active | self.inactive).nonzero()[:, 0]
             # Where it is in memory graphs know it by.
-            if not torch.equal(now, self.active):
+            if now.device != self.active.device or not torch.equal(now, self.active):
                 self.active = now
 
     def _load_from_state_dict(self, *args: Any) -> None:
