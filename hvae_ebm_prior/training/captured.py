@@ -27,7 +27,7 @@ def captured_loss(prior: EnergyModel, name: Sequence[Hashable], loss: Loss, *inp
         prior: the prior to learn, whose weights move in place.
         name: names everything that the loss depends on beside inputs and weights.
         loss: of the inputs, in which no gradient is asked for.
-        inputs: its arguments.
+        *inputs: its arguments.
 
     Returns:
         What `loss` returns. The first has its gradient in the prior's parameters, for a minimum in which all samples
