@@ -112,13 +112,13 @@ def draw_data(
     key = draw_key(generator)
     streams = open_streams(key, samples, u.device, u.dtype, prior.execution.backend)
     gaussians = [] if posterior is None else list(zip(*map(prior.split, posterior), strict=True))
-    layers: list[LayerData] = []
     with prior.execution.loss_precision(u.device):
         contexts, above_angle = noisy_contexts(prior, u, key, samples, streams, objective)
     draws = [draws_of(prior, i, objective) for i in range(len(contexts))]
     drawn = [spread_angles(key, samples, draws[k // 2], k).flatten() for k in range(2 * len(contexts))]
     # One copy to the device, as each waits for it.
     angles = torch.cat(drawn).to(u.device, prior.angle_dtype).split([len(part) for part in drawn])
+    layers: list[LayerData] = []
     for i, (part, context) in enumerate(zip(prior.split(u), contexts, strict=True)):
         own, other = angles[2 * i : 2 * i + 2]
         noisy, velocity = noisy_states(part.to(prior.dtype).repeat_interleave(draws[i], 0), own, streams)
