@@ -78,6 +78,8 @@ def main() -> None:
     results = [{} for _ in args.priors]
     if file.exists() and args.variants != list(VARIANTS):
         results = json.loads(file.read_text())["priors"]
+        if len(results) != len(args.priors):
+            parser.error(f"{file} is of {len(results)} priors: give as many, or all --variants to begin anew")
     for seed, (path, rows) in enumerate(zip(args.priors, results, strict=True)):
         prior = load_prior(path)
         for name in args.variants:
