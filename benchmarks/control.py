@@ -158,7 +158,7 @@ def main() -> None:
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     report[args.part] = {"samples": args.samples, "torch": torch.__version__, "priors": found}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print("| | mean (range) |\n|---|---|")
+    print("| | |\n|---|---|")
     for name in found[0]:
         values = [figures[name] for figures in found]
         print(f"| {name} | {spread(values, 3)} |")

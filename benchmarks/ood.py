@@ -77,7 +77,7 @@ def main() -> None:
     if file.exists() and args.variants != list(VARIANTS):
         results = json.loads(file.read_text())["priors"]
         if len(results) != len(args.priors):
-            parser.error(f"{file} is of {len(results)} priors: give as many, or all --variants to begin anew")
+            parser.error(f"{file} is of {len(results)} priors: give as many, or leave --variants out to begin anew")
     for seed, (path, rows) in enumerate(zip(args.priors, results, strict=True)):
         prior = load_prior(path)
         for name in args.variants:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..density.energy_model import EnergyModel
-from ..saving.grid import COLORS, GREY, color, draw, drawing, tile
+from ..saving.grid import COLORS, GREY, color, draw, drawing, line_style, tile
 from .transitions import Transitions, pixel_statistics
 
 PIXEL_NAMES = ("mean", "std", "share saturated")
@@ -135,8 +135,7 @@ def save_curves(path: str | Path, curves: Mapping[str, Sequence[float]]) -> None
     with drawing(path, size=(6, 4)) as (_, axes):
         axis = axes[0, 0]
         for i, (name, values) in enumerate(curves.items()):
-            line = "-" if i < len(COLORS) else ":"
-            axis.plot(range(len(values)), values, color=color(i), linestyle=line, marker="o", label=name)
+            axis.plot(range(len(values)), values, marker="o", label=name, **line_style(i))
         axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
         axis.annotate("chance", (0.01, 0.5), xycoords=("axes fraction", "data"), va="bottom", color=GREY)
         cuts = max(len(values) for values in curves.values())
@@ -183,7 +182,7 @@ def save_progress(
     levels: Mapping[str, float],
     ylabel: str,
 ) -> None:
-    """Quality against training time: a line per run, one colour per prior.
+    """Quality against training time: a line per run, one colour and kind of line per prior.
 
     Args:
         path: the file to write.
@@ -199,7 +198,7 @@ def save_progress(
             for j, run in enumerate(runs):
                 seconds, distances = zip(*run, strict=True)
                 label = name if j == 0 else None
-                axis.plot(seconds, distances, color=color(i), marker=".", label=label)
+                axis.plot(seconds, distances, marker=".", label=label, **line_style(i))
         for value in levels.values():
             axis.axhline(value, color=GREY, linestyle="--", linewidth=1)
         axis.set(xlabel="training, seconds", ylabel=ylabel, yscale="log")

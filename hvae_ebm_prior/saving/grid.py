@@ -71,6 +71,11 @@ def color(i: int) -> str:
     return COLORS[i % len(COLORS)]
 
 
+def line_style(i: int) -> dict[str, Any]:
+    """What tells the curve number `i` from others: its colour, and where colours begin anew, dots for a line."""
+    return {"color": color(i), "linestyle": "-:"[i // len(COLORS) % 2]}
+
+
 def tile(images: Tensor, columns: int) -> Tensor:
     """A batch as one picture: images from left to right and from top to bottom, as torchvision's make_grid has them.
 

@@ -6,7 +6,7 @@ import torch
 from helpers import find_color, seed
 
 from hvae_ebm_prior.evaluation.pictures import save_histograms, save_progress, spread
-from hvae_ebm_prior.saving.grid import GREY
+from hvae_ebm_prior.saving.grid import GREY, line_style
 
 
 def test_what_takes_no_training_is_a_dashed_line_at_its_height(tmp_path):
@@ -43,3 +43,7 @@ def test_the_settings_of_the_users_own_matplotlib_stay(tmp_path):
     save_histograms(tmp_path / "a.png", torch.zeros(5, 2), torch.ones(5, 2))
     assert dict(matplotlib.rcParams) == before
     assert plt.get_fignums() == []
+
+
+def test_no_two_of_sixteen_curves_look_the_same():
+    assert len({tuple(line_style(i).values()) for i in range(16)}) == 16
